@@ -1,0 +1,204 @@
+"""Every setting of flowdopr: its type, default, range, unit and meaning.
+
+One class a section of the YAML file. Nothing here reads files (`load.py` does) and nothing here
+imports another room. A setting that a section does not use is refused, not ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A group of settings: unknown keys are errors, values keep their type, nothing changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "folder", "zip"]
+    """Data set. `digits` ships with scikit-learn; `folder` and `zip` hold images of your own, flat
+    or one folder a class."""
+    root: str = "data"
+    """Where the data set lies or is downloaded to: a folder, or the archive itself for `zip`."""
+    image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
+    """Side in pixels: images are resized (shorter side) and centre-cropped. Default: as they are."""
+    channels: Literal[1, 3] | None = None
+    """1 (grey) or 3 (RGB). Default: as the data set has them; 3 for `folder` and `zip`."""
+    horizontal_flip: bool = False
+    """Mirror each training image with probability 1/2. The FID reference is never mirrored."""
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share held out of training where the data set has no test split (digits, folder, zip)."""
+    download: bool = True
+    """Download a torchvision data set that is not in `root` yet."""
+    num_workers: CountOrZero = 0
+    """Processes that decode images, for each training process. 0: the training process itself."""
+
+
+class DiTConfig(Section):
+    name: Literal["dit"]
+
+
+class UNetConfig(Section):
+    name: Literal["unet"]
+
+
+class FlowConfig(Section):
+    path: Literal["linear"] = "linear"
+    """Path from noise x_0 to data x_1."""
+    class_dropout_prob: Fraction = 0.1
+    """Chance, for each sample on its own, that a training label is replaced by the null label."""
+
+
+class OptimizerConfig(Section):
+    name: Literal["sgd", "adamw", "muon", "dopr-sgd", "dopr-adamw", "dopr-muon"] = "adamw"
+    """Gradient preconditioner (GP); `dopr-` adds activation preconditioning (AP) before it."""
+    lr: Positive = 1e-4
+    """Peak learning rate, after warm-up."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay, on weight matrices and convolutions only."""
+    betas: tuple[Fraction, Fraction] | None = None
+    """Adam's two decay rates (adamw, and muon's AdamW part)."""
+    eps: Positive | None = None
+    """Adam's epsilon."""
+    momentum: Fraction | None = None
+    """Momentum (sgd, muon)."""
+    damping: NotNegative | None = None
+    """DoPr: gamma, relative to the mean eigenvalue of a layer's input second moment."""
+    cov_decay: Fraction | None = None
+    """DoPr: EMA decay of the second moment at each refresh; 0 uses the newest batch alone."""
+    refresh_every: Count | None = None
+    """DoPr: steps between refreshes of the statistics and their inverses."""
+
+
+class TrainConfig(Section):
+    steps: Count
+    """Optimizer steps in all."""
+    global_batch_size: Count
+    """Images an optimizer step, over all processes and accumulation steps."""
+    accumulation_steps: Count = 1
+    """Forward-backward passes an optimizer step; each sees an equal share of the batch."""
+    max_grad_norm: Positive | None = 1.0
+    """Clip the gradient (before AP) to this norm; null: never."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision; `no` is float32."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    warmup_steps: CountOrZero = 0
+    """Steps over which the learning rate rises linearly to `optimizer.lr`."""
+    lr_decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after warm-up; linear and cosine end at 0."""
+    ema_decay: Fraction = 0.9999
+    """Decay a step of the weight average used for sampling; early steps use (1+k)/(10+k) if less."""
+    log_every: Count = 50
+    """Steps between lines of metrics.jsonl."""
+    validate_every: Count | None = None
+    """Steps between held-out one-step losses; null: only at the end."""
+    sample_every: Count | None = None
+    """Steps between sample grids; null: only at the end."""
+    checkpoint_every: Count | None = None
+    """Steps between checkpoints; null: only at the end (and when interrupted)."""
+    keep_checkpoints: Count | None = None
+    """How many of the newest checkpoints stay on disk; null: all."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.global_batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"train.global_batch_size {self.global_batch_size} is not a multiple of "
+                f"train.accumulation_steps {self.accumulation_steps}"
+            )
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"train.warmup_steps {self.warmup_steps} is more than train.steps {self.steps}"
+            )
+        return self
+
+
+class SampleConfig(Section):
+    solver: str = "midpoint"
+    """torchdiffeq method: euler, midpoint, heun2, rk4, ... (fixed) or dopri5, ... (adaptive)."""
+    steps: Count = 50
+    """Steps of a fixed-step solver."""
+    atol: Positive = 1e-5
+    """Absolute tolerance of an adaptive solver."""
+    rtol: Positive = 1e-5
+    """Relative tolerance of an adaptive solver."""
+    guidance_scale: NotNegative = 1.0
+    """Classifier-free guidance; 1 is off."""
+    batch_size: Count = 256
+    """Images rolled out together. It does not change what image i looks like."""
+    num_images: Count = 64
+    """Images in a training run's sample grids."""
+
+
+class EvaluateConfig(Section):
+    extractor: Literal["classifier", "inception"] = "classifier"
+    """Feature space: `classifier` (trained on the data set itself; gives FD) or `inception` (FID)."""
+    inception_weights: str | None = None
+    """Path of torch-fidelity's Inception weights; null: downloaded at first use."""
+    metrics: tuple[Literal["fd", "kid", "isc", "prc"], ...] = ("fd", "kid", "prc")
+    """Metrics of the rollouts: Frechet distance, kernel distance, inception score, precision and
+    recall."""
+    fid_num_images: Annotated[int, Field(ge=2)] = 10_000
+    """Generated images; fewer than 50,000 is a labelled proxy."""
+    labels: Literal["balanced", "data"] = "balanced"
+    """Labels of the generated images: equally many of each class, or as frequent as in the data."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Which weights are evaluated."""
+    seed: CountOrZero = 0
+    """Seed of the rollouts' noise and of the one-step loss's noise and times."""
+
+
+class ArmConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name in the table and in the run folders."""
+    lrs: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """Learning rates tried. Give every arm as many: equal tuning budgets."""
+    set: dict[str, Any] = {}
+    """Dotted overrides of this arm, such as `optimizer.name: dopr-adamw`."""
+
+
+class CompareConfig(Section):
+    arms: Annotated[tuple[ArmConfig, ...], Field(min_length=1)]
+    """What is compared; each arm x learning rate x seed is one run."""
+    seeds: Annotated[tuple[CountOrZero, ...], Field(min_length=1)] = (0, 1, 2)
+    """Seeds of the runs."""
+    nfe_steps: tuple[Count, ...] = ()
+    """Solver steps at which the final checkpoint is evaluated again, for the FD-against-NFE plot."""
+    workers: Count = 1
+    """Runs at a time, each with an equal share of the CPU cores."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CompareConfig:
+        names = [arm.name for arm in self.arms]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"compare.arms: the name '{twice[0]}' is given twice")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"compare.seeds: a seed is given twice in {list(self.seeds)}")
+        return self
+
+
+class Config(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
+    """Name of the experiment; the run folder is `<output>/<name>`."""
+    output: str = "runs"
+    """Folder that holds the run folders."""
+    seed: CountOrZero = 0
+    """Seed of weights, batches, noise, times and label dropout."""
+    data: DataConfig
+    model: Annotated[DiTConfig | UNetConfig, Field(discriminator="name")]
+    flow: FlowConfig = FlowConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    compare: CompareConfig | None = None
