@@ -20,7 +20,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     """A group of settings: unknown keys are errors, values keep their type, nothing changes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
 
 
 class DataConfig(Section):
@@ -49,6 +51,9 @@ class DiTConfig(Section):
 
 class UNetConfig(Section):
     name: Literal["unet"]
+
+
+MODEL_SECTIONS: dict[str, type[Section]] = {"dit": DiTConfig, "unet": UNetConfig}
 
 
 class FlowConfig(Section):

@@ -1,0 +1,175 @@
+"""Strict loading of a YAML config: `base:` inheritance, dotted overrides, one-line errors.
+
+    config = load_config("configs/quickstart.yaml", ["optimizer.lr=1e-3"])
+
+A file's `base:` (a path beside the file) is loaded first and the file is merged over it, mapping by
+mapping. A section whose `name` changes starts afresh: its other settings belonged to the old name.
+A dotted override changes one value and nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from flowdopr.config.schema import MODEL_SECTIONS, Config
+from flowdopr.config.yaml12 import dump_yaml, parse_yaml
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used. The message is one line: place, value and remedy."""
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read `path`, its bases and `overrides` (`a.b=value`, the value in YAML) into a Config.
+
+    Raises:
+        ConfigError: a file is missing or is not YAML, or a key, type or range is wrong.
+    """
+    return _validate(_apply(_read(Path(path), ()), overrides), str(path))
+
+
+def apply_overrides(config: Config, overrides: Iterable[str], place: str = "overrides") -> Config:
+    """A copy of `config` with `overrides` (`a.b=value`) applied; errors name `place`."""
+    return _validate(_apply(to_dict(config), overrides), place)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The whole config as plain YAML values."""
+    return config.model_dump(mode="json")
+
+
+def to_yaml(config: Config) -> str:
+    """The whole config, defaults included, as YAML that `load_config` reads back equal."""
+    return dump_yaml(to_dict(config))
+
+
+def _read(path: Path, opened: tuple[Path, ...]) -> dict[str, Any]:
+    """The merged mapping of `path` and its bases; `opened` are the files that led here."""
+    path = path.resolve() if opened else path
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        by = f" (base of {opened[-1]})" if opened else ""
+        raise ConfigError(f"{path}: no such config file{by}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a config: {error}") from None
+    try:
+        values = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path}: a config is a mapping of sections, such as 'data:' and 'model:'"
+        )
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: must be the path of one file, got {base!r}")
+    target = (path.parent / base).resolve()
+    if target in (*opened, path.resolve()):
+        raise ConfigError(f"{path}: base: {base} leads back to a file that is already being read")
+    return _merge(_read(target, (*opened, path.resolve())), values)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            renamed = "name" in value and value["name"] != old.get("name")
+            merged[key] = value if renamed else _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _apply(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    values = json.loads(json.dumps(values))  # a deep copy of plain values
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals or not all(dotted.split(".")):
+            raise ConfigError(f"override '{override}': write section.key=value")
+        try:
+            value = parse_yaml(text)
+        except ValueError as error:
+            raise ConfigError(f"override '{override}': {error}") from None
+        *sections, key = dotted.split(".")
+        node = values
+        for section in sections:
+            if node.get(section) is None:
+                node[section] = {}
+            node = node[section]
+            if not isinstance(node, dict):
+                raise ConfigError(f"override '{override}': '{section}' is a value, not a section")
+        node[key] = value
+    return values
+
+
+def _validate(values: dict[str, Any], place: str) -> Config:
+    try:
+        # Through JSON, because pydantic's strict mode takes a list for a tuple only from there.
+        return Config.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        first, *others = error.errors()
+        more = f" (and {len(others)} more)" if others else ""
+        raise ConfigError(f"{place}: {_one_line(dict(first))}{more}") from None
+
+
+def _one_line(error: dict[str, Any]) -> str:
+    """One pydantic error as `section.key: what is wrong; remedy`."""
+    location = list(error["loc"])
+    if len(location) > 1 and location[0] == "model" and location[1] in MODEL_SECTIONS:
+        section: type[BaseModel] | None = MODEL_SECTIONS[location.pop(1)]
+    else:
+        section = _section_at(location[:-1])
+    dotted = ".".join(str(part) for part in location)
+    message = " ".join(str(error["msg"]).removeprefix("Value error, ").split())
+    if error["type"] == "extra_forbidden":
+        return f"{dotted}: unknown key{_did_you_mean(str(location[-1]), section)}"
+    if error["type"] == "missing":
+        return f"{dotted}: missing; this setting has no default"
+    if error["type"].startswith("union_tag"):
+        return f"{dotted}.name: must be one of {', '.join(MODEL_SECTIONS)}"
+    if error["type"] == "value_error":
+        return message
+    return f"{dotted}: {message[0].lower()}{message[1:]}, got {_shown(error['input'])}"
+
+
+def _section_at(location: list[Any]) -> type[BaseModel] | None:
+    section: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part)
+        section = _section_in(field.annotation) if field else None
+        if section is None:
+            return None
+    return section
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside an annotation such as `tuple[ArmConfig, ...] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_section_in(inner) for inner in getattr(annotation, "__args__", ()))
+    return next((section for section in found if section), None)
+
+
+def _did_you_mean(key: str, section: type[BaseModel] | None) -> str:
+    known = list(section.model_fields) if section else []
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known here: {', '.join(known)}" if known else ""
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,123 @@
+"""The strict loader: what it accepts, and the one line it says when it refuses."""
+
+import pytest
+
+from flowdopr.config import ConfigError, apply_overrides, load_config, to_yaml
+from flowdopr.config.yaml12 import dump_yaml, parse_yaml
+
+SMALL = """
+name: small
+data: {name: digits}
+model: {name: dit}
+optimizer: {name: adamw, lr: 1e-3}
+train: {steps: 10, global_batch_size: 8}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(text, name="config.yaml"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return _write
+
+
+def refused(path, overrides=()):
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults_fill_what_is_not_said(write):
+    config = load_config(write(SMALL))
+    assert config.optimizer.lr == 1e-3
+    assert config.train.max_grad_norm == 1.0
+    assert config.seed == 0
+
+
+def test_resolved_yaml_reads_back_equal(write):
+    config = load_config(write(SMALL), ["optimizer.betas=[0.9, 0.95]", "optimizer.eps=1e-8"])
+    assert load_config(write(to_yaml(config), "again.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4), ("1E5", 1e5), ("-1.5e+3", -1500.0), (".5", 0.5), ("3", 3), ("no", "no"),
+        ("on", "on"), ("true", True), ("null", None), ("", None), ("1:30", "1:30"),
+        ("2020-01-02", "2020-01-02"), ("010", "010"), ("1_000", 1000), ("'1'", "1"),
+    ],
+)  # fmt: skip
+def test_scalars(text, value):
+    parsed = parse_yaml(text)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_dump_parses_back():
+    values = {"a": 1e-05, "b": [1, 2.5, "no", None, True], "c": {"d": "1e-4"}}
+    assert parse_yaml(dump_yaml(values)) == values
+
+
+def test_base_is_merged_and_a_new_name_starts_afresh(write):
+    write(SMALL + "seed: 3\n", "bases/base.yaml")
+    child = write(
+        "base: bases/base.yaml\nname: child\noptimizer: {name: muon}\ntrain: {steps: 20}\n"
+    )
+    config = load_config(child)
+    assert (config.name, config.seed) == ("child", 3)
+    assert (config.train.steps, config.train.global_batch_size) == (20, 8)
+    assert config.optimizer.lr == 1e-4  # adamw's 1e-3 did not carry over to muon
+
+
+def test_an_override_changes_one_value(write):
+    config = load_config(write(SMALL), ["optimizer.name=muon", "train.max_grad_norm=null"])
+    assert (config.optimizer.name, config.optimizer.lr) == ("muon", 1e-3)
+    assert config.train.max_grad_norm is None
+    assert apply_overrides(config, ["seed=7"]).seed == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.lrr=1", "optimizer.lrr: unknown key; did you mean 'lr'?"),
+        ("optimizer.lr=fast", 'optimizer.lr: input should be a valid number, got "fast"'),
+        ("optimizer.lr=-1", "optimizer.lr: input should be greater than 0, got -1"),
+        ("optimizer.lr=.nan", "optimizer.lr: "),
+        ("train.steps=1.5", "train.steps: "),
+        ("train.compile=yes", "train.compile: "),
+        ("data.name=digitz", "data.name: input should be 'digits'"),
+        ("model.name=mlp", "model.name: must be one of dit, unet"),
+        ("model.patchsize=2", "model.patchsize: unknown key"),
+        ("train.accumulation_steps=3", "not a multiple of train.accumulation_steps 3"),
+        ("colour=red", "colour: unknown key"),
+        ("train.steps", "override 'train.steps': write section.key=value"),
+        ("name.first=x", "'name' is a value, not a section"),
+        ("seed=[1", "override 'seed=[1'"),
+        ("name=../escape", "name: "),
+    ],
+)
+def test_wrong_values_are_one_line(write, override, words):
+    message = refused(write(SMALL), [override])
+    assert words in message
+
+
+def test_wrong_files_are_one_line(write, tmp_path):
+    assert "no such config file" in refused(tmp_path / "none.yaml")
+    assert "line 2" in refused(write("a: 1\na: 2\n"))
+    assert "given twice" in refused(write("train:\n  steps: 1\n  steps: 2\n"))
+    assert "mapping of sections" in refused(write("- a\n- b\n"))
+    assert "base of" in refused(write("base: gone.yaml\n"))
+    assert "leads back" in refused(write("base: config.yaml\n"))
+    assert "train: missing" in refused(write("name: a\ndata: {name: digits}\nmodel: {name: dit}\n"))
+    assert "cannot be read" in refused(tmp_path)
+    assert "not a word" in refused(write("1: a\n"))
+
+
+def test_no_python_objects_from_yaml(write):
+    assert "line 1" in refused(write("name: !!python/object/apply:os.system [true]\n"))
