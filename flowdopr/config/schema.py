@@ -32,7 +32,7 @@ class DataConfig(Section):
     root: str = "data"
     """Where the data set lies or is downloaded to: a folder, or the archive itself for `zip`."""
     image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
-    """Side in pixels: images are resized (shorter side) and centre-cropped. Default: as they are."""
+    """Side in pixels: images are resized (shorter side) and centre-cropped. Default: as is."""
     channels: Literal[1, 3] | None = None
     """1 (grey) or 3 (RGB). Default: as the data set has them; 3 for `folder` and `zip`."""
     horizontal_flip: bool = False
@@ -47,10 +47,52 @@ class DataConfig(Section):
 
 class DiTConfig(Section):
     name: Literal["dit"]
+    class_conditional: bool = True
+    """Feed class labels to the model; false trains an unconditional one."""
+    size: Literal["XXS", "XS", "T", "S", "B", "L", "XL"] = "S"
+    """Named depth, width and heads; S to XL are SiT's."""
+    depth: Count | None = None
+    """Blocks, in place of the size's."""
+    hidden_size: Count | None = None
+    """Width, in place of the size's."""
+    num_heads: Count | None = None
+    """Attention heads, in place of the size's."""
+    patch_size: Count = 2
+    """Side of a patch in pixels; 1 is patchless."""
+    mlp_ratio: Positive = 4.0
+    """MLP width over hidden size."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """Kind of MLP, with equal parameter counts."""
+    norm: Literal["layer", "rms"] = "layer"
+    """Kind of normalisation, without weights of its own."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys."""
+    rope: bool = False
+    """Rotary positions in attention, beside the fixed sine-cosine table."""
 
 
 class UNetConfig(Section):
     name: Literal["unet"]
+    class_conditional: bool = True
+    """Feed class labels to the model; false trains an unconditional one."""
+    channels: Count = 128
+    """Width at multiplier 1; a multiple of 4."""
+    channel_multipliers: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 2, 2)
+    """Width of each level over `channels`, finest first."""
+    num_res_blocks: Count = 2
+    """Residual blocks a level on the way down (one more on the way up)."""
+    attention_resolutions: tuple[Count, ...] = (16,)
+    """Heights of the feature maps that get attention; the middle always has it."""
+    num_heads: Count = 4
+    """Attention heads; unused where `head_channels` is given."""
+    head_channels: Count | None = None
+    """Channels a head."""
+    dropout: Fraction = 0.0
+    """Dropout inside residual blocks."""
+    scale_shift_norm: bool = True
+    """The condition scales and shifts the norm (FiLM) instead of being added."""
+    resample: Literal["conv", "pool", "resblock"] = "conv"
+    """What changes the resolution; `pool` has no weights."""
 
 
 MODEL_SECTIONS: dict[str, type[Section]] = {"dit": DiTConfig, "unet": UNetConfig}
@@ -102,7 +144,7 @@ class TrainConfig(Section):
     lr_decay: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after warm-up; linear and cosine end at 0."""
     ema_decay: Fraction = 0.9999
-    """Decay a step of the weight average used for sampling; early steps use (1+k)/(10+k) if less."""
+    """Decay a step of the weight average used for sampling; early steps use (1+k)/(10+k)."""
     log_every: Count = 50
     """Steps between lines of metrics.jsonl."""
     validate_every: Count | None = None
@@ -147,7 +189,7 @@ class SampleConfig(Section):
 
 class EvaluateConfig(Section):
     extractor: Literal["classifier", "inception"] = "classifier"
-    """Feature space: `classifier` (trained on the data set itself; gives FD) or `inception` (FID)."""
+    """Feature space: `classifier` (trained on the data set; gives FD) or `inception` (FID)."""
     inception_weights: str | None = None
     """Path of torch-fidelity's Inception weights; null: downloaded at first use."""
     metrics: tuple[Literal["fd", "kid", "isc", "prc"], ...] = ("fd", "kid", "prc")
@@ -178,7 +220,7 @@ class CompareConfig(Section):
     seeds: Annotated[tuple[CountOrZero, ...], Field(min_length=1)] = (0, 1, 2)
     """Seeds of the runs."""
     nfe_steps: tuple[Count, ...] = ()
-    """Solver steps at which the final checkpoint is evaluated again, for the FD-against-NFE plot."""
+    """Solver steps at which the last checkpoint is evaluated again, for the FD-against-NFE plot."""
     workers: Count = 1
     """Runs at a time, each with an equal share of the CPU cores."""
 

@@ -26,5 +26,6 @@ def build_model(config: Config, image_shape: tuple[int, int, int], num_classes: 
     Raises:
         ValueError: settings that do not fit the images or one another.
     """
-    options = config.model.model_dump(exclude={"name"})
+    options = config.model.model_dump(exclude={"name", "class_conditional"})
+    num_classes = num_classes if config.model.class_conditional else 0
     return MODELS[config.model.name](image_shape, num_classes, **options)
