@@ -1,0 +1,71 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+
+from flowdopr.compare.statistics import Spread
+
+NONE = "–"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """`digits` significant digits, never in powers of ten between 1e-4 and 1e6."""
+    if value is None:
+        return NONE
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.{_decimals(value, digits)}f}" if _plain(value) else f"{value:.{digits - 1}e}"
+
+
+def mean_sd(spread: Spread | None, digits: int = 4) -> str:
+    """`12.34 ± 0.56`: the deviation to as many decimals as the mean; alone when n is 1."""
+    if spread is None:
+        return NONE
+    if spread.sd is None or not math.isfinite(spread.sd) or not _plain(spread.mean):
+        return number(spread.mean, digits)
+    return f"{number(spread.mean, digits)} ± {spread.sd:,.{_decimals(spread.mean, digits)}f}"
+
+
+def percent(spread: Spread | None) -> str:
+    if spread is None:
+        return NONE
+    deviation = "" if spread.sd is None else f" ± {100 * spread.sd:.1f}"
+    return f"{100 * spread.mean:.1f}{deviation} %"
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return NONE
+    return f"{1000 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def memory(value: float | None) -> str:
+    """Bytes as MiB or GiB."""
+    if value is None:
+        return NONE
+    mebibytes = value / 2**20
+    return f"{mebibytes:.0f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:.1f} GiB"
+
+
+def learning_rate(value: float) -> str:
+    return f"{value:g}"
+
+
+def count(number: int, thing: str) -> str:
+    """`1 seed`, `2 seeds`."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
+def listing(words: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(words) if len(words) < 3 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _plain(value: float) -> bool:
+    return value == 0 or 1e-4 <= abs(value) < 1e6
+
+
+def _decimals(value: float, digits: int) -> int:
+    leading = math.floor(math.log10(abs(value))) if value else 0
+    return max(0, digits - 1 - leading)

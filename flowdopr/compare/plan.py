@@ -1,0 +1,95 @@
+"""From one study config to the list of its runs: every arm x learning rate x seed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from flowdopr.config import ArmConfig, CompareConfig, Config, ConfigError, apply_overrides
+
+OWNED = {"name": "name", "output": "output", "seed": "compare.seeds", "optimizer.lr": "lrs"}
+"""Settings that an arm must not set, and where the study takes them from."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run of a study. `config` is complete: `flowdopr train` alone could run it."""
+
+    arm: str
+    lr: float
+    seed: int
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return run_name(self.arm, self.lr, self.seed)
+
+    @property
+    def path(self) -> Path:
+        return Path(self.config.output) / self.config.name
+
+
+def run_name(arm: str, lr: float, seed: int) -> str:
+    """Name of the run folder, such as `adamw-lr0.001-s0`."""
+    return f"{arm}-lr{lr:g}-s{seed}"
+
+
+def study_settings(config: Config) -> CompareConfig:
+    """The config's `compare` section.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if config.compare is None:
+        raise ConfigError(f"{config.name}: no section 'compare'; list the arms under compare.arms")
+    return config.compare
+
+
+def study_path(config: Config) -> Path:
+    return Path(config.output) / config.name
+
+
+def expand(config: Config) -> list[RunPlan]:
+    """All runs of the study, seed by seed, so that each arm has a result early.
+
+    Raises:
+        ConfigError: no `compare` section, an arm's overrides are wrong (the arm is named), or two
+            runs would share a folder.
+    """
+    study = study_settings(config)
+    bases = {arm.name: _arm_config(config, arm) for arm in study.arms}
+    plans = [
+        RunPlan(arm.name, lr, seed, _run_config(bases[arm.name], arm, lr, seed))
+        for seed in study.seeds
+        for arm in study.arms
+        for lr in arm.lrs
+    ]
+    names = [plan.name for plan in plans]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"compare.arms: two runs would share the folder '{twice[0]}'")
+    return plans
+
+
+def _arm_config(config: Config, arm: ArmConfig) -> Config:
+    """The study's config with the arm's overrides; still a study, not yet a run."""
+    for key in arm.set:
+        if key in OWNED:
+            source = OWNED[key]
+            raise ConfigError(f"compare.arms '{arm.name}': set {key}: comes from {source}; remove it")
+        if key.split(".")[0] == "compare":
+            raise ConfigError(f"compare.arms '{arm.name}': set {key}: an arm cannot change the study")
+    return _apply(config, arm, [f"{key}={json.dumps(value)}" for key, value in arm.set.items()])
+
+
+def _run_config(base: Config, arm: ArmConfig, lr: float, seed: int) -> Config:
+    name = f"{base.name}/{run_name(arm.name, lr, seed)}"
+    own = [f"name={json.dumps(name)}", f"seed={seed}", f"optimizer.lr={lr!r}", "compare=null"]
+    return _apply(base, arm, own)
+
+
+def _apply(config: Config, arm: ArmConfig, overrides: list[str]) -> Config:
+    try:
+        return apply_overrides(config, overrides, "set")
+    except ConfigError as error:
+        raise ConfigError(f"compare.arms '{arm.name}': {error}") from None
