@@ -1,0 +1,213 @@
+"""From `config.data` to a training set and a held-out set.
+
+Shapes: images uint8 `(N, C, H, W)`, labels int64 `(N,)` in [0, num_classes); all 0 where the data
+set has no classes. Where a data set brings a test split, that is the held-out set. Otherwise a
+fixed share of each class is held out, the same one for every seed and on every machine.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from flowdopr.config import Config, DataConfig
+from flowdopr.data.files import (
+    Archive,
+    Folder,
+    ImageFiles,
+    decode,
+    find_classes,
+    fingerprint_files,
+)
+from flowdopr.data.memory import ImageDataset, ImageTensor
+from flowdopr.data.transforms import fit
+
+TORCHVISION = {
+    "mnist": torchvision.datasets.MNIST,
+    "fashion_mnist": torchvision.datasets.FashionMNIST,
+    "cifar10": torchvision.datasets.CIFAR10,
+    "cifar100": torchvision.datasets.CIFAR100,
+}
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a model and a card must know of a data set.
+
+    `image_shape` is (C, H, W). `num_classes` 0 and no `class_names`: images without classes.
+    `fingerprint` is a sha256 that changes when any image, name, label, the split or the resizing
+    does (a folder of more than 1 GiB: when a name or a file's size does).
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    class_names: tuple[str, ...]
+    num_train: int
+    num_held_out: int
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, strings and numbers, ready for JSON."""
+        lists = {"image_shape": list(self.image_shape), "class_names": list(self.class_names)}
+        return asdict(self) | lists
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DatasetInfo":
+        tuples: dict[str, Any] = {k: tuple(values[k]) for k in ("image_shape", "class_names")}
+        return cls(**(values | tuples))
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """The two splits, neither ever augmented: mirroring is the loader's."""
+
+    train: ImageDataset
+    held_out: ImageDataset
+    info: DatasetInfo
+
+    @property
+    def reference(self) -> ImageDataset:
+        """What generated images are compared with: the plain training set."""
+        return self.train
+
+
+def build_datasets(config: Config) -> Datasets:
+    """The data set that `config.data` names.
+
+    With several processes on a machine, call it on one of them first if it may download.
+
+    Raises:
+        ValueError: nothing at `data.root`, no images, unreadable ones, too few of a class, a
+            download that failed; one line each, with the remedy.
+    """
+    data = config.data
+    if data.name == "digits":
+        return _in_memory(data, *_load_digits(data.held_out_fraction))
+    if data.name in TORCHVISION:
+        return _in_memory(data, *_load_torchvision(data))
+    return _from_files(data, Archive(data.root) if data.name == "zip" else Folder(data.root))
+
+
+def split(labels: Tensor, held_out_fraction: float, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Sorted indices of the training and the held-out images, stratified by class.
+
+    A permutation that never changes (NumPy keeps RandomState's stream for good) decides; each class
+    gives `held_out_fraction` of its images, at least one and never all.
+    """
+    order = torch.from_numpy(np.random.RandomState(0).permutation(len(labels)))
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        members = order[labels[order] == label]
+        if len(members) < 2:
+            which = f"class '{names[label]}' has" if names else "the data set has"
+            raise ValueError(
+                f"data.root: {which} {len(members)} image; at least 2 are needed, one to train on "
+                "and one to hold out"
+            )
+        count = min(max(round(held_out_fraction * len(members)), 1), len(members) - 1)
+        held_out[members[:count]] = True
+    return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+
+
+def _in_memory(
+    data: DataConfig, train: ImageTensor, held_out: ImageTensor, names: Sequence[str]
+) -> Datasets:
+    """Resize both splits once and fingerprint what comes out."""
+    transform = fit(data.image_size, data.channels or train.images.shape[1])
+    digest = hashlib.sha256(data.name.encode())
+    fitted = []
+    for part in (train, held_out):
+        images = torch.cat([transform(chunk) for chunk in part.images.split(4096)])
+        digest.update(repr(tuple(images.shape)).encode())
+        digest.update(images.contiguous().numpy().data)
+        digest.update(part.labels.numpy().data)
+        fitted.append(ImageTensor(images, part.labels))
+    channels, height, width = fitted[0].images.shape[1:]
+    info = DatasetInfo(
+        name=data.name,
+        image_shape=(channels, height, width),
+        num_classes=len(names),
+        class_names=tuple(names),
+        num_train=len(train),
+        num_held_out=len(held_out),
+        fingerprint=digest.hexdigest(),
+    )
+    return Datasets(fitted[0], fitted[1], info)
+
+
+def _load_digits(held_out_fraction: float) -> tuple[ImageTensor, ImageTensor, Sequence[str]]:
+    pixels, target = load_digits(return_X_y=True)  # (N, 64) in 0..16
+    images = torch.from_numpy(pixels * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
+    labels = torch.from_numpy(target).long()
+    names = [str(digit) for digit in range(10)]
+    train, held_out = (
+        ImageTensor(images[part], labels[part]) for part in split(labels, held_out_fraction, names)
+    )
+    return train, held_out, names
+
+
+def _load_torchvision(data: DataConfig) -> tuple[ImageTensor, ImageTensor, Sequence[str]]:
+    train, held_out = (_open_torchvision(data, train=train) for train in (True, False))
+    return _to_tensors(train), _to_tensors(held_out), train.classes
+
+
+def _open_torchvision(data: DataConfig, *, train: bool):
+    """The data set if it is in `root`, else downloaded if that is allowed and works."""
+    reader = TORCHVISION[data.name]
+    try:
+        with warnings.catch_warnings():
+            # CIFAR's pickles are older than NumPy 2's way of naming a dtype.
+            warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
+            try:
+                return reader(data.root, train=train, download=False)
+            except RuntimeError:
+                if not data.download:
+                    raise
+            return reader(data.root, train=train, download=True)
+    except (RuntimeError, OSError, EOFError) as error:
+        failed = "could not be downloaded" if data.download else "data.download is false"
+        raise ValueError(
+            f"data.root: {data.name} is not in '{data.root}' and {failed} "
+            f"({' '.join(str(error).split())}); put torchvision's files there, or give the folder "
+            "that has them"
+        ) from None
+
+
+def _to_tensors(dataset) -> ImageTensor:
+    """MNIST's `(N, H, W)` tensor or CIFAR's `(N, H, W, C)` array as `(N, C, H, W)`."""
+    images = torch.as_tensor(dataset.data)
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return ImageTensor(images.contiguous(), torch.as_tensor(dataset.targets).long())
+
+
+def _from_files(data: DataConfig, source: Folder | Archive) -> Datasets:
+    """The images of a folder or archive; only the first is decoded, for its shape."""
+    labels, names = find_classes(source)
+    channels = data.channels or 3
+    transform = fit(data.image_size, channels)
+    first = transform(decode(source, source.names[0]))
+    image_shape = (channels, first.shape[1], first.shape[2])
+    every = torch.tensor(labels)
+    parts = split(every, data.held_out_fraction, names)
+    train, held_out = (
+        ImageFiles(source, part, every[part], transform, image_shape) for part in parts
+    )
+    settings = (data.name, image_shape, data.image_size, data.held_out_fraction)
+    info = DatasetInfo(
+        name=data.name,
+        image_shape=image_shape,
+        num_classes=len(names),
+        class_names=names,
+        num_train=len(train),
+        num_held_out=len(held_out),
+        fingerprint=fingerprint_files(source, settings),
+    )
+    return Datasets(train, held_out, info)

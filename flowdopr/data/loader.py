@@ -1,0 +1,124 @@
+"""Endless training batches, each a pure function of (seed, step).
+
+Shapes: `(B, C, H, W)` images, `(B,)` labels, B the process's share of the global batch.
+
+The images of all epochs form one endless line, each epoch in its own order. Step s takes the next
+`global_batch_size` of them, so a batch may span two epochs and every epoch shows every image once.
+A process takes its contiguous share, whatever the number of processes and loader workers. Any step
+can be the first one: that is how a run resumes.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from flowdopr.config import Config
+from flowdopr.data.memory import ImageDataset, ImageTensor
+from flowdopr.data.transforms import from_uint8, mirror
+
+
+class Picks(NamedTuple):
+    """Which images make a batch, `(B,)` int64, and which of them are mirrored, `(B,)` bool."""
+
+    indices: Tensor
+    mirrored: Tensor
+
+
+@lru_cache(maxsize=4)
+def epoch_picks(seed: int, epoch: int, num_images: int) -> Picks:
+    """The order of one epoch and, for each place in it, whether that image is mirrored."""
+    order = torch.from_numpy(np.random.default_rng((seed, epoch, 0)).permutation(num_images))
+    coins = torch.from_numpy(np.random.default_rng((seed, epoch, 1)).random(num_images) < 0.5)
+    return Picks(order, coins[order])
+
+
+def picks_between(seed: int, num_images: int, start: int, stop: int) -> Picks:
+    """Places [start, stop) of the endless line of epochs."""
+    parts = []
+    for epoch in range(start // num_images, (stop - 1) // num_images + 1):
+        window = slice(max(start - epoch * num_images, 0), stop - epoch * num_images)
+        parts.append([column[window] for column in epoch_picks(seed, epoch, num_images)])
+    return Picks(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+class _Plan:
+    """Iterates over this process's picks of step `start_step` and all later ones."""
+
+    def __init__(self, seed: int, num_images: int, stride: int, share: slice, start_step: int):
+        self.seed, self.num_images, self.stride = seed, num_images, stride
+        self.share, self.start_step = share, start_step
+
+    def __iter__(self) -> Iterator[Picks]:
+        first = self.start_step * self.stride
+        while True:
+            start, stop = first + self.share.start, first + self.share.stop
+            yield picks_between(self.seed, self.num_images, start, stop)
+            first += self.stride
+
+
+class _Batches(Dataset):
+    """`batches[picks]` -> images and labels; the unit of work of a loader worker."""
+
+    def __init__(self, dataset: ImageDataset, *, flip: bool):
+        self.dataset, self.flip = dataset, flip
+
+    def __getitem__(self, picks: Picks) -> tuple[Tensor, Tensor] | ValueError:
+        try:
+            images, labels = self.dataset.batch(picks.indices)
+        except ValueError as error:
+            # Raised inside a worker it would arrive as a page of traceback.
+            return error
+        if self.flip:
+            images = mirror(images, picks.mirrored)
+        return from_uint8(images), labels
+
+
+def build_loader(
+    config: Config,
+    dataset: ImageDataset,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless (x_1, y) of steps `start_step`, `start_step + 1`, ..., on the CPU (pinned for CUDA).
+
+    x_1 is `(B, C, H, W)` float32 in [-1, 1], y `(B,)` int64, B = `train.global_batch_size` /
+    `world_size`: all the accumulation steps of one optimizer step together. Images are mirrored
+    with probability 1/2 if `data.horizontal_flip`, depending on (seed, epoch, image) alone.
+
+    Raises:
+        ValueError: the batch does not divide over the processes; later, an unreadable image.
+    """
+    size = config.train.global_batch_size
+    if size % world_size:
+        raise ValueError(
+            f"train.global_batch_size {size} is not a multiple of the number of processes "
+            f"{world_size}"
+        )
+    share = slice(rank * size // world_size, (rank + 1) * size // world_size)
+    plan = _Plan(config.seed, len(dataset), size, share, start_step)
+    batches = _Batches(dataset, flip=config.data.horizontal_flip)
+    # Images in memory are indexed faster than a worker could hand them over.
+    num_workers = 0 if isinstance(dataset, ImageTensor) else config.data.num_workers
+    return _endless(batches, plan, num_workers)
+
+
+def _endless(batches: _Batches, plan: _Plan, num_workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    loader = DataLoader(
+        batches,
+        sampler=plan,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or it would draw from the global one, once a start
+    )
+    for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch

@@ -1,0 +1,40 @@
+"""Between stored images and the model's images.
+
+Shapes: `(..., C, H, W)`; C 1 (grey) or 3 (RGB). Stored images are uint8 0..255, the model's are
+float32 in [-1, 1]. Everything that writes or scores images goes through `to_uint8`, so that there
+is one rounding rule in the project.
+"""
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+UINT8_RULE = "((x + 1) * 127.5).round().clamp(0, 255)"
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float images `(..., C, H, W)`, nominally in [-1, 1] -> uint8: round, then clamp."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 images `(..., C, H, W)` -> float32 in [-1, 1]; `to_uint8` undoes it exactly."""
+    return images.float() / 127.5 - 1
+
+
+def fit(image_size: int | None, channels: int) -> v2.Compose:
+    """uint8 `(..., C, H, W)` of any size -> `(..., channels, image_size, image_size)`.
+
+    The shorter side is resized (bilinear, antialiased; smaller images are enlarged), the rest is
+    cropped about the centre. `image_size` None leaves the size alone.
+    """
+    steps: list[torch.nn.Module] = [v2.Grayscale(1) if channels == 1 else v2.RGB()]
+    if image_size is not None:
+        steps += [v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)]
+    return v2.Compose(steps)
+
+
+def mirror(images: Tensor, chosen: Tensor) -> Tensor:
+    """Flip the images `(B, C, H, W)` where `chosen` (B,) is True, left to right."""
+    flipped = v2.functional.horizontal_flip(images)
+    return torch.where(chosen[:, None, None, None], flipped, images)
