@@ -1,0 +1,146 @@
+"""What Muon and its relatives share: a method for matrices, and AdamW inside for all the rest.
+
+Shapes: a matrix or convolution weight is seen as (blocks, rows, cols) with rows * blocks its first
+axis and cols all other axes flattened; `fused_blocks` of the group says how many blocks.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from .roles import parameter_groups, split_by_dimension
+
+MAX_STACKED_ELEMENTS = 2**25  # bounds the memory of one batched call: 128 MiB in float32
+
+
+class MatrixOptimizer(torch.optim.Optimizer, ABC):
+    """Base of optimizers that treat matrices by `_matrix_step` and everything else by AdamW.
+
+    Every group carries "gp": the method's own name or "adamw". Given a model, the groups come from
+    `parameter_groups`; given parameters or groups, tensors of two or more dimensions go to the
+    method, unless a group names its "gp" itself.
+    """
+
+    gp: ClassVar[str]
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        defaults: dict[str, Any],
+        adamw_lr: float | None = None,
+        adamw_for: Sequence[str] = (),
+    ) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            if not defaults[name] >= 0:
+                raise ValueError(f"{self.gp}: {name}={defaults[name]} must not be negative")
+        for value in (*defaults["betas"], defaults["momentum"]):
+            if not 0 <= value < 1:
+                raise ValueError(f"{self.gp}: momentum and betas must lie in [0, 1), got {value}")
+        if isinstance(params, nn.Module):
+            decay = defaults["weight_decay"]
+            groups = parameter_groups(params, self.gp, weight_decay=decay, adamw_for=adamw_for)
+        elif adamw_for:
+            raise ValueError(f"{self.gp}: adamw_for needs a model, not a list of parameters")
+        else:
+            groups = split_by_dimension(params, self.gp)
+        if adamw_lr is not None:
+            groups = [{"lr": adamw_lr, **g} if g["gp"] == "adamw" else g for g in groups]
+        super().__init__(groups, {"fused_blocks": 1, "gp": self.gp, **defaults})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; also checks that the group's method fits its parameters."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["gp"] not in (self.gp, "adamw"):
+            raise ValueError(f"gp='{group['gp']}': a group's gp is '{self.gp}' or 'adamw'")
+        for p in group["params"] if group["gp"] == self.gp else ():
+            if p.ndim < 2 or p.shape[0] % group["fused_blocks"]:
+                raise ValueError(
+                    f"{self.gp} takes matrices whose rows fused_blocks={group['fused_blocks']} "
+                    f"divides, got shape {tuple(p.shape)}: use gp='adamw' for it"
+                )
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient; returns the closure's loss if any."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            if group["gp"] == "adamw":
+                self._adamw_step(params, group)
+            else:
+                self._matrix_step(params, group)
+        return loss
+
+    @abstractmethod
+    def _matrix_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Update `params`, which all have gradients, by the method's rule."""
+
+    def _adamw_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """torch's own AdamW arithmetic on this optimizer's state."""
+        for p in params:
+            if "step" not in self.state[p]:
+                self.state[p]["step"] = torch.tensor(0.0)
+        adamw(
+            params,
+            [p.grad for p in params if p.grad is not None],
+            self.buffers(params, "exp_avg"),
+            self.buffers(params, "exp_avg_sq"),
+            [],
+            [self.state[p]["step"] for p in params],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def buffers(self, params: list[Tensor], name: str) -> list[Tensor]:
+        """The state tensors called `name`, zeros of the parameter's shape on first use."""
+        for p in params:
+            if name not in self.state[p]:
+                self.state[p][name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return [self.state[p][name] for p in params]
+
+
+def decay_weights(params: list[Tensor], group: dict[str, Any]) -> None:
+    """W <- (1 - lr * weight_decay) W."""
+    if group["weight_decay"]:
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+
+
+def same_shape(tensors: list[Tensor]) -> list[list[int]]:
+    """Indices of `tensors` in lists that can be stacked: one shape, dtype and device, and not more
+    than `MAX_STACKED_ELEMENTS` in all."""
+    found: dict[tuple, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        found.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(index)
+    chunks = []
+    for indices in found.values():
+        size = max(1, MAX_STACKED_ELEMENTS // max(1, tensors[indices[0]].numel()))
+        chunks += [indices[i : i + size] for i in range(0, len(indices), size)]
+    return chunks
+
+
+def stack_blocks(tensors: list[Tensor], blocks: int) -> Tensor:
+    """(K tensors of one shape) -> (K * blocks, rows, cols)."""
+    stacked = torch.stack(tensors)
+    rows = stacked.shape[1] // blocks
+    return stacked.reshape(len(tensors) * blocks, rows, -1)
+
+
+def unstack_blocks(stacked: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Inverse of `stack_blocks`: tensors of the shape and dtype of `like`."""
+    shape = (len(like), *like[0].shape)
+    return list(stacked.reshape(shape).to(like[0].dtype).unbind(0))

@@ -1,0 +1,133 @@
+"""Muon: momentum, orthogonalised by Newton-Schulz, for matrices and convolutions.
+
+Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the scale
+"match_rms_adamw" is from Moonshot's "Muon is Scalable for LLM Training" (arXiv 2502.16982).
+For a weight W seen as (C_out, -1), gradient G, momentum buffer B:
+
+    B <- m B + (1 - m) G
+    U  = (1 - m) G + m B       (Nesterov), or B
+    W <- (1 - lr * wd) W - lr * scale * msgn(U),   msgn(U) = (U U^T)^(-1/2) U
+
+These are the conventions of `torch.optim.Muon`, which takes two-dimensional parameters only.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .matrix import MatrixOptimizer, decay_weights, same_shape, stack_blocks, unstack_blocks
+
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+SCALES = {
+    "original": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
+    "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
+}
+
+
+def newton_schulz(
+    matrices: Tensor,
+    *,
+    steps: int = 5,
+    coefficients: tuple[float, float, float] = NS_COEFFICIENTS,
+    eps: float = 1e-7,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Approximate msgn of a batch of matrices (K, rows, cols), in the same shape.
+
+    Five quintic steps x <- a x + b x^3 + c x^5 on the singular values, which they bring to about
+    0.7 to 1.2, not to exactly 1. The result has the computing `dtype`: bfloat16 on CUDA and the
+    input's own precision, float32 at least, elsewhere, unless given. A zero matrix stays zero.
+    """
+    if dtype is None:
+        dtype = torch.promote_types(matrices.dtype, torch.float32)
+        if matrices.is_cuda and dtype == torch.float32:
+            dtype = torch.bfloat16
+    a, b, c = coefficients
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = (x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)).to(dtype)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(MatrixOptimizer):
+    """Muon for matrices and convolutions, AdamW inside for everything else.
+
+    Args:
+        params: a model, whose parameters are routed by role (see `roles.py`), or parameters or
+            parameter groups; a group may set "gp" to "muon" or "adamw", and "fused_blocks".
+        lr: learning rate of all groups, in the units that `adjust_lr` sets.
+        weight_decay: decoupled; with a model, for matrices and convolutions only.
+        momentum, nesterov: of the momentum buffer.
+        adjust_lr: "match_rms_adamw" (0.2 sqrt(max(rows, cols)): updates as large as AdamW's, so
+            that one learning rate serves both) or "original" (max(1, rows/cols)^0.5, where
+            learning rates near 0.02 are usual and `adamw_lr` should be given).
+        ns_steps, ns_coefficients, ns_dtype: see `newton_schulz`.
+        betas, eps: of the AdamW inside.
+        adamw_lr: learning rate of the AdamW inside, if not `lr`.
+        adamw_for: regular expressions on names of matrices that AdamW shall update instead, such
+            as first and last layers; needs a model.
+
+    Raises:
+        ValueError: a value out of range, or a pattern that matches nothing.
+    """
+
+    gp = "muon"
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        adjust_lr: str = "match_rms_adamw",
+        ns_steps: int = 5,
+        ns_coefficients: tuple[float, float, float] = NS_COEFFICIENTS,
+        ns_dtype: torch.dtype | None = None,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        adamw_lr: float | None = None,
+        adamw_for: Sequence[str] = (),
+    ) -> None:
+        if adjust_lr not in SCALES:
+            raise ValueError(f"muon: adjust_lr='{adjust_lr}' is not one of {', '.join(SCALES)}")
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "adjust_lr": adjust_lr,
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "ns_dtype": ns_dtype,
+            "betas": betas,
+            "eps": eps,
+        }
+        super().__init__(params, defaults, adamw_lr, adamw_for)
+
+    def _matrix_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        grads = [p.grad for p in params if p.grad is not None]
+        momenta = self.buffers(params, "momentum_buffer")
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        updates = momenta
+        if group["nesterov"]:
+            updates = torch._foreach_lerp(grads, momenta, group["momentum"])
+        decay_weights(params, group)
+        for indices in same_shape(params):
+            stacked = stack_blocks([updates[i] for i in indices], group["fused_blocks"])
+            scale = SCALES[group["adjust_lr"]](*stacked.shape[-2:])
+            steps = newton_schulz(
+                stacked,
+                steps=group["ns_steps"],
+                coefficients=group["ns_coefficients"],
+                dtype=group["ns_dtype"],
+            )
+            moved = [params[i] for i in indices]
+            torch._foreach_add_(moved, unstack_blocks(steps, moved), alpha=-group["lr"] * scale)
