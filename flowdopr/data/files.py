@@ -95,6 +95,10 @@ def _is_image(name: str) -> bool:
     return not hidden and posixpath.splitext(name)[1].lower() in SUFFIXES
 
 
+def _parts(folder: str) -> list[str]:
+    return folder.split("/") if folder else []
+
+
 def find_classes(source: Folder | Archive) -> tuple[list[int], tuple[str, ...]]:
     """Label of each of `source.names`, and the sorted class names (none: the layout is flat).
 
@@ -105,17 +109,17 @@ def find_classes(source: Folder | Archive) -> tuple[list[int], tuple[str, ...]]:
         kinds = " ".join(sorted(SUFFIXES))
         raise ValueError(f"data.root: '{source.root}' holds no image ({kinds})")
     folders = [posixpath.dirname(name) for name in source.names]
-    common = posixpath.commonpath(folders)
-    inner = [posixpath.relpath(folder, common or ".") for folder in folders]
-    if set(inner) == {"."}:
+    depth = len(_parts(posixpath.commonpath(folders)))
+    inner = [_parts(folder)[depth:] for folder in folders]
+    if not any(inner):
         return [0] * len(inner), ()
-    if "." in inner:
-        stray = source.where(source.names[inner.index(".")])
+    if [] in inner:
+        stray = source.where(source.names[inner.index([])])
         raise ValueError(
             f"data.root: '{stray}' lies beside class folders; put it into one of them, or all "
             "images into one folder"
         )
-    classes = [folder.split("/")[0] for folder in inner]
+    classes = [folder[0] for folder in inner]
     names = tuple(sorted(set(classes)))
     number = {name: label for label, name in enumerate(names)}
     return [number[name] for name in classes], names
