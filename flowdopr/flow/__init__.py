@@ -1,0 +1,75 @@
+"""The mathematics of flow matching: paths, objectives, solvers, guidance. No files, no models."""
+
+from flowdopr.flow.build import (
+    build_coupling,
+    build_objective,
+    build_path,
+    build_sampling,
+    build_time_sampler,
+)
+from flowdopr.flow.coupling import COUPLINGS, Coupling, make_coupling
+from flowdopr.flow.guidance import ModelVelocity, guided_velocity
+from flowdopr.flow.objective import Draw, FlowMatching
+from flowdopr.flow.one_step import OneStepLoss, one_step_loss
+from flowdopr.flow.path import (
+    PATHS,
+    CosinePath,
+    LinearPath,
+    Path,
+    PolynomialPath,
+    TrigonometricPath,
+    VariancePreservingPath,
+)
+from flowdopr.flow.prediction import PREDICTIONS, WEIGHTINGS, convert, loss_weight
+from flowdopr.flow.sampler import SOLVERS, Samples, Sampling, generate
+from flowdopr.flow.sde import SDE_SOLVERS, solve_sde
+from flowdopr.flow.solver import (
+    ADAPTIVE_SOLVERS,
+    BATCH_DEPENDENT_SOLVERS,
+    ODE_SOLVERS,
+    Rollout,
+    solve,
+)
+from flowdopr.flow.time import TimeSampler, shift_time, time_grid
+
+__all__ = [
+    "ADAPTIVE_SOLVERS",
+    "BATCH_DEPENDENT_SOLVERS",
+    "COUPLINGS",
+    "ODE_SOLVERS",
+    "PATHS",
+    "PREDICTIONS",
+    "SDE_SOLVERS",
+    "SOLVERS",
+    "WEIGHTINGS",
+    "CosinePath",
+    "Coupling",
+    "Draw",
+    "FlowMatching",
+    "LinearPath",
+    "ModelVelocity",
+    "OneStepLoss",
+    "Path",
+    "PolynomialPath",
+    "Rollout",
+    "Samples",
+    "Sampling",
+    "TimeSampler",
+    "TrigonometricPath",
+    "VariancePreservingPath",
+    "build_coupling",
+    "build_objective",
+    "build_path",
+    "build_sampling",
+    "build_time_sampler",
+    "convert",
+    "generate",
+    "guided_velocity",
+    "loss_weight",
+    "make_coupling",
+    "one_step_loss",
+    "shift_time",
+    "solve",
+    "solve_sde",
+    "time_grid",
+]

@@ -1,0 +1,150 @@
+"""The training objective: x_0, t and label dropout drawn once for the global batch, then the loss.
+
+Shapes: x_0, x_1 (B, C, H, W); t, keep, u, loss (B,); y (B,) int64 or None.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from flowdopr.flow.coupling import Coupling, independent
+from flowdopr.flow.path import LinearPath, Path
+from flowdopr.flow.prediction import check_prediction, convert, loss_weight
+from flowdopr.flow.time import TimeSampler
+
+Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All random numbers of one training step; `draw[a:b]` is the part of images a to b.
+
+    x_0: noise (B, C, H, W). t: times (B,). keep: (B,) bool, False where the label is dropped.
+    u: (B,) uniform numbers for couplings that draw.
+    """
+
+    x_0: Tensor
+    t: Tensor
+    keep: Tensor
+    u: Tensor
+
+    def __getitem__(self, part: slice | Tensor) -> "Draw":
+        return Draw(*(getattr(self, field.name)[part] for field in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+
+class FlowMatching:
+    """Conditional flow matching (Lipman et al. 2023): regress what the path says at (x_t, t).
+
+    >>> objective = FlowMatching()
+    >>> draw = objective.draw(8, (1, 4, 4), generator=torch.Generator().manual_seed(0))
+    >>> loss = objective(lambda x, t, y: x, torch.rand(8, 1, 4, 4), None, draw)
+    >>> loss.shape
+    torch.Size([8])
+
+    Args:
+        path: how noise becomes data.
+        prediction: what the model gives: "velocity", "data" or "noise".
+        weighting: of the squared error: see `loss_weight`.
+        time_sampler: distribution of t.
+        coupling: which noise goes with which image.
+        class_dropout_prob: chance for each image that its label is replaced by the null label
+            `model.num_classes`, from which classifier-free guidance learns.
+        sigma_data: standard deviation of the data, for the weighting "edm".
+
+    Raises:
+        ValueError: for an unknown prediction or weighting, or a probability outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        *,
+        prediction: str = "velocity",
+        weighting: str = "uniform",
+        time_sampler: TimeSampler | None = None,
+        coupling: Coupling = independent,
+        class_dropout_prob: float = 0.0,
+        sigma_data: float = 0.5,
+    ) -> None:
+        if not 0 <= class_dropout_prob <= 1:
+            raise ValueError(f"class_dropout_prob={class_dropout_prob}: must be in [0, 1]")
+        self.path = path or LinearPath()
+        self.prediction = check_prediction(prediction)
+        self.weighting = weighting
+        self.time_sampler = time_sampler or TimeSampler()
+        self.coupling = coupling
+        self.class_dropout_prob = class_dropout_prob
+        self.sigma_data = sigma_data
+        self._weight(torch.zeros(1))  # an unknown weighting is refused here
+
+    def _weight(self, t: Tensor) -> Tensor:
+        return loss_weight(self.weighting, t, self.path, self.prediction, self.sigma_data)
+
+    def draw(
+        self,
+        batch_size: int,
+        image_shape: tuple[int, int, int],
+        *,
+        generator: torch.Generator,
+        device: torch.device | str | None = None,
+    ) -> Draw:
+        """Random numbers for a whole global batch, made where `generator` lives, moved to `device`.
+
+        Each process and micro-batch takes its slice, so that nothing depends on their number.
+        """
+        here = generator.device
+        t = self.time_sampler(batch_size, generator)
+        keep = torch.rand(batch_size, generator=generator, device=here) >= self.class_dropout_prob
+        u = torch.rand(batch_size, generator=generator, device=here)
+        x_0 = torch.randn(batch_size, *image_shape, generator=generator, device=here)
+        to = device if device is not None else here
+        return Draw(*(value.to(to, non_blocking=True) for value in (x_0, t, keep, u)))
+
+    def __call__(self, model: Model, x_1: Tensor, y: Tensor | None, draw: Draw) -> Tensor:
+        """Loss (B,) in float32: the weighted squared error, its mean taken over C, H, W.
+
+        The coupling acts on the images given here, so on one micro-batch.
+
+        Raises:
+            ValueError: when labels should be dropped but the model has no null label.
+        """
+        y = labels_for(model, y)
+        x_0 = self.coupling(draw.x_0, x_1, y, draw.u)
+        x_t, dx_t = self.path.sample(x_0, x_1, draw.t)
+        if y is not None and self.class_dropout_prob > 0:
+            y = torch.where(draw.keep, y, null_label(model))
+        output = model(x_t, draw.t, y).float()
+        target = {"velocity": dx_t, "data": x_1.float(), "noise": x_0.float()}[self.prediction]
+        return (output - target).square().flatten(1).mean(1) * self._weight(draw.t)
+
+    def velocity(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """The model's velocity (B, C, H, W) in float32, converted from what it predicts."""
+        output = model(x_t, t, y).float()
+        return convert(output, x_t, t, self.path, self.prediction, "velocity")
+
+
+def num_classes_of(model: Model) -> int | None:
+    """`model.num_classes`, also behind a distributed wrapper; None for a plain function."""
+    return getattr(getattr(model, "module", model), "num_classes", None)
+
+
+def labels_for(model: Model, y: Tensor | None) -> Tensor | None:
+    """Labels as `model` wants them: None for an unconditional one."""
+    return None if num_classes_of(model) == 0 else y
+
+
+def null_label(model: Model) -> int:
+    """The label that stands for "no class", `model.num_classes`.
+
+    Raises:
+        ValueError: for a model without classes.
+    """
+    number = num_classes_of(model)
+    if not number:
+        raise ValueError("class dropout and guidance need a model with num_classes above 0")
+    return number

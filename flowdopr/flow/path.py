@@ -1,0 +1,196 @@
+"""Probability paths: how noise x_0 becomes data x_1 as time t goes from 0 to 1.
+
+    x_t  = alpha_t x_1 + sigma_t x_0                                                (1)
+    dx_t = alpha_t' x_1 + sigma_t' x_0        (the prime is d/dt)                   (2)
+
+A path is its four numbers (alpha_t, sigma_t, alpha_t', sigma_t'); everything else in this room is
+written in terms of them. Shapes: x_0, x_1, x_t, dx_t (B, C, H, W) or any (B, ...); t (B,) or a
+scalar. The arithmetic is float32 at least, whatever the dtype of the images.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Coefficients(NamedTuple):
+    """alpha_t, sigma_t and their time derivatives, each of the shape of t."""
+
+    alpha: Tensor
+    sigma: Tensor
+    d_alpha: Tensor
+    d_sigma: Tensor
+
+    @property
+    def determinant(self) -> Tensor:
+        """D_t = alpha_t' sigma_t - alpha_t sigma_t', positive inside (0, 1) on every path here.
+
+        (1) and (2) can be solved for x_0 and x_1 exactly where D_t is not zero.
+        """
+        return self.d_alpha * self.sigma - self.alpha * self.d_sigma
+
+
+class PathSample(NamedTuple):
+    """A point of the path and its velocity, both (B, ...)."""
+
+    x_t: Tensor
+    dx_t: Tensor
+
+
+class Path:
+    """Base of all paths; a subclass defines `_coefficients`.
+
+    `end` is the last time at which the derivatives are finite: 1 for most, a little less for the
+    paths whose sigma_t' diverges at t = 1. Later times are treated as `end`.
+    `still_at_start` says that the velocity is zero at t = 0 whatever x_0 and x_1 are.
+    `has_score` says that x_t given x_1 is Gaussian, which stochastic sampling needs.
+    """
+
+    end: float = 1.0
+    still_at_start: bool = False
+    has_score: bool = True
+
+    def __call__(self, t: Tensor) -> Coefficients:
+        """Coefficients at times `t` of any shape, in float32 (float64 for float64 times)."""
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
+        return self._coefficients(t.clamp(0.0, self.end))
+
+    def _coefficients(self, t: Tensor) -> Coefficients:
+        raise TypeError(f"{type(self).__name__} defines no coefficients: derive from Path")
+
+    def at(self, t: Tensor, x: Tensor) -> Coefficients:
+        """Coefficients at `t` (scalar or (B,)), shaped to multiply `x` (B, ...)."""
+        return self(expand(t, x))
+
+    def sample(self, x_0: Tensor, x_1: Tensor, t: Tensor) -> PathSample:
+        """Equations (1) and (2).
+
+        >>> path = LinearPath()
+        >>> x_t, dx_t = path.sample(torch.randn(8, 1, 4, 4), torch.rand(8, 1, 4, 4), torch.rand(8))
+        >>> x_t.shape
+        torch.Size([8, 1, 4, 4])
+        """
+        c = self.at(t, x_1)
+        return PathSample(c.alpha * x_1 + c.sigma * x_0, c.d_alpha * x_1 + c.d_sigma * x_0)
+
+
+def expand(t: Tensor, x: Tensor) -> Tensor:
+    """`t`, a scalar or (B,), with as many dimensions as `x` (B, ...)."""
+    return t if t.ndim == 0 else t.reshape(-1, *(1 for _ in x.shape[1:]))
+
+
+def batch_times(t: Tensor, x: Tensor) -> Tensor:
+    """Times (B,) as a model wants them: a solver's scalar is repeated for each image of `x`."""
+    return t.to(x.device).expand(x.shape[0]) if t.ndim == 0 else t
+
+
+class LinearPath(Path):
+    """alpha_t = t, sigma_t = 1 - t: straight lines (Lipman et al. 2023; Liu et al. 2023)."""
+
+    def _coefficients(self, t: Tensor) -> Coefficients:
+        one = torch.ones_like(t)
+        return Coefficients(t, 1 - t, one, -one)
+
+
+class TrigonometricPath(Path):
+    """alpha_t = sin(pi t / 2), sigma_t = cos(pi t / 2).
+
+    Called GVP by SiT (Ma et al. 2024) after Albergo & Vanden-Eijnden (2023), and "cosine" by
+    flow_matching and REPA.
+    """
+
+    def _coefficients(self, t: Tensor) -> Coefficients:
+        angle = math.pi / 2 * t
+        alpha, sigma = angle.sin(), angle.cos()
+        return Coefficients(alpha, sigma, math.pi / 2 * sigma, -math.pi / 2 * alpha)
+
+
+class VariancePreservingPath(Path):
+    """The VP diffusion of Song et al. (2021) with linear beta, read with noise at t = 0.
+
+    With u = 1 - t: log alpha_t = -u^2 (beta_max - beta_min) / 4 - u beta_min / 2 and
+    sigma_t^2 = 1 - alpha_t^2. alpha_0 is exp(-5.025) = 0.0066, not zero: the path starts at almost
+    pure noise.
+
+    Raises:
+        ValueError: unless 0 < beta_min <= beta_max.
+    """
+
+    end = 1 - 1e-4
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+        if not 0 < beta_min <= beta_max:
+            raise ValueError(
+                f"beta_min={beta_min}, beta_max={beta_max}: need 0 < beta_min <= beta_max"
+            )
+        self.beta_min, self.beta_max = beta_min, beta_max
+
+    def _coefficients(self, t: Tensor) -> Coefficients:
+        u = 1 - t
+        slope = self.beta_max - self.beta_min
+        log_alpha = -(u**2) * slope / 4 - u * self.beta_min / 2
+        alpha = log_alpha.exp()
+        sigma = (-torch.expm1(2 * log_alpha)).sqrt()
+        d_alpha = alpha * (u * slope + self.beta_min) / 2
+        return Coefficients(alpha, sigma, d_alpha, -alpha * d_alpha / sigma)
+
+
+class CosinePath(Path):
+    """The cosine schedule of Nichol & Dhariwal (2021, equation 17), read with noise at t = 0.
+
+    With angle theta = (1 - t + s) / (1 + s) pi / 2: alpha_t = cos(theta) / cos(theta_1), where
+    theta_1 is the angle at t = 1, and sigma_t^2 = 1 - alpha_t^2. The offset s > 0 keeps the noise
+    near the data from vanishing too soon.
+
+    Raises:
+        ValueError: for an offset that is not positive.
+    """
+
+    end = 1 - 1e-4
+
+    def __init__(self, offset: float = 0.008) -> None:
+        if not offset > 0:
+            raise ValueError(f"offset={offset}: must be positive (trigonometric is offset 0)")
+        self.offset = offset
+
+    def _coefficients(self, t: Tensor) -> Coefficients:
+        speed = math.pi / 2 / (1 + self.offset)
+        last = speed * self.offset
+        theta = speed * (1 - t) + last
+        scale = math.cos(last)
+        alpha = theta.cos() / scale
+        # sin(a - b) sin(a + b) = cos^2 b - cos^2 a: no cancellation when sigma_t is small.
+        sigma = ((speed * (1 - t)).sin() * (theta + last).sin()).sqrt() / scale
+        d_alpha = speed * theta.sin() / scale
+        return Coefficients(alpha, sigma, d_alpha, -alpha * d_alpha / sigma)
+
+
+class PolynomialPath(Path):
+    """alpha_t = t^power, sigma_t = 1 - t^power (flow_matching's polynomial convex scheduler).
+
+    Raises:
+        ValueError: for a power below 1, whose velocity is infinite at t = 0, or above 8, whose
+            alpha_t leaves float32 near t = 0.
+    """
+
+    def __init__(self, power: float = 2.0) -> None:
+        if not 1 <= power <= 8:
+            raise ValueError(f"power={power}: must be between 1 (the linear path) and 8")
+        self.power = power
+        self.still_at_start = power > 1
+
+    def _coefficients(self, t: Tensor) -> Coefficients:
+        alpha = t**self.power
+        d_alpha = self.power * t ** (self.power - 1)
+        return Coefficients(alpha, 1 - alpha, d_alpha, -d_alpha)
+
+
+PATHS: dict[str, type[Path]] = {
+    "linear": LinearPath,
+    "trigonometric": TrigonometricPath,
+    "variance_preserving": VariancePreservingPath,
+    "cosine": CosinePath,
+    "polynomial": PolynomialPath,
+}

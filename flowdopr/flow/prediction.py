@@ -1,0 +1,150 @@
+"""What the model predicts, exact conversions between predictions, and published loss weightings.
+
+A model's output may be the velocity, the data x_1 or the noise x_0. Given x_t, each determines the
+others, by equations (1) and (2) of path.py:
+
+    x_1 = (sigma_t v - sigma_t' x_t) / D_t        x_0 = (alpha_t' x_t - alpha_t v) / D_t      (3)
+    x_0 = (x_t - alpha_t x_1) / sigma_t           x_1 = (x_t - sigma_t x_0) / alpha_t         (4)
+    v   = alpha_t' x_1 + sigma_t' x_0             D_t = alpha_t' sigma_t - alpha_t sigma_t'   (5)
+
+Errors of one model in the three spaces are therefore proportional at fixed t:
+
+    e_v = (D_t / sigma_t) e_data = -(D_t / alpha_t) e_noise                                   (6)
+
+(4) divides by sigma_t, zero at t = 1, or by alpha_t, zero at t = 0. There is no finite value to
+recover at these ends, so conversions from data use times up to 1 - SAFE_TIME and conversions from
+noise times from SAFE_TIME: exact everywhere else, finite everywhere. The velocity of the polynomial
+path is zero at t = 0 and tells nothing there: it is treated like noise.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flowdopr.flow.path import Coefficients, Path
+
+SAFE_TIME = 1e-3  # as SiT's sampling interval
+
+
+def _times(t: Tensor, path: Path, source: str) -> Tensor:
+    """Times at which a prediction of kind `source` determines the other two."""
+    if source == "data":
+        return t.clamp(max=1 - SAFE_TIME)
+    start = SAFE_TIME if source == "noise" or path.still_at_start else 0.0
+    return t.clamp(min=start)
+
+
+def _ends(output: Tensor, x_t: Tensor, c: Coefficients, source: str) -> tuple[Tensor, Tensor]:
+    """The pair (x_0, x_1) that `output` implies: equations (3) and (4)."""
+    if source == "velocity":
+        d = c.determinant
+        return (c.d_alpha * x_t - c.alpha * output) / d, (c.sigma * output - c.d_sigma * x_t) / d
+    if source == "data":
+        return (x_t - c.alpha * output) / c.sigma, output
+    return output, (x_t - c.sigma * output) / c.alpha
+
+
+PREDICTIONS = ("velocity", "data", "noise")
+
+
+def check_prediction(prediction: str) -> str:
+    """`prediction` itself, or ValueError naming the choices."""
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction={prediction!r}: choose one of {', '.join(PREDICTIONS)}")
+    return prediction
+
+
+def convert(output: Tensor, x_t: Tensor, t: Tensor, path: Path, source: str, target: str) -> Tensor:
+    """A prediction of kind `source` as one of kind `target`, both (B, ...) like `x_t`.
+
+    >>> from flowdopr.flow import LinearPath
+    >>> x_t, t = torch.randn(8, 1, 4, 4), torch.rand(8)
+    >>> noise = convert(torch.randn_like(x_t), x_t, t, LinearPath(), "velocity", "noise")
+
+    Args:
+        output: what the model gave at (`x_t`, `t`).
+        t: times in [0, 1], a scalar or (B,).
+        source, target: of "velocity", "data", "noise".
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    for kind in (source, target):
+        check_prediction(kind)
+    if source == target:
+        return output
+    c = path.at(_times(t, path, source), x_t)
+    x_0, x_1 = _ends(output, x_t, c, source)
+    if target == "velocity":
+        return c.d_alpha * x_1 + c.d_sigma * x_0
+    return x_1 if target == "data" else x_0
+
+
+def _uniform(c: Coefficients, prediction: str, sigma_data: float) -> Tensor:
+    """1 in the model's own space: flow matching for velocity, DDPM's "simple" loss for noise."""
+    return torch.ones_like(c.alpha)
+
+
+def _velocity(c: Coefficients, prediction: str, sigma_data: float) -> Tensor:
+    """The velocity's error, whatever is predicted: SiT's "velocity" weight; JiT's v-loss."""
+    return _velocity_per_output(c, prediction) ** 2
+
+
+def _likelihood(c: Coefficients, prediction: str, sigma_data: float) -> Tensor:
+    """SiT's "likelihood" weight: D_t / (alpha_t sigma_t) on the noise's squared error.
+
+    By (6) this is alpha_t / (sigma_t D_t) on the velocity's.
+    """
+    return c.alpha / (c.sigma * c.determinant) * _velocity_per_output(c, prediction) ** 2
+
+
+def _edm(c: Coefficients, prediction: str, sigma_data: float) -> Tensor:
+    """EDM's lambda (Karras et al. 2022, table 1) on the squared error of the data.
+
+    With the noise level s = sigma_t / alpha_t it is (s^2 + sigma_data^2) / (s sigma_data)^2; by (6)
+    this is (sigma_t^2 + sigma_data^2 alpha_t^2) / (sigma_data D_t)^2 on the velocity's.
+    """
+    on_velocity = (c.sigma**2 + (sigma_data * c.alpha) ** 2) / (sigma_data * c.determinant) ** 2
+    return on_velocity * _velocity_per_output(c, prediction) ** 2
+
+
+def _velocity_per_output(c: Coefficients, prediction: str) -> Tensor:
+    """|e_v / e_output|, equation (6)."""
+    if prediction == "velocity":
+        return torch.ones_like(c.alpha)
+    return c.determinant / (c.sigma if prediction == "data" else c.alpha)
+
+
+WEIGHTINGS: dict[str, Callable[[Coefficients, str, float], Tensor]] = {
+    "uniform": _uniform,
+    "velocity": _velocity,
+    "likelihood": _likelihood,
+    "edm": _edm,
+}
+
+
+def loss_weight(
+    weighting: str, t: Tensor, path: Path, prediction: str = "velocity", sigma_data: float = 0.5
+) -> Tensor:
+    """The factor (B,) on the squared error of a prediction at times `t` (B,).
+
+    >>> from flowdopr.flow import LinearPath
+    >>> loss_weight("velocity", torch.tensor([0.5]), LinearPath(), "data")
+    tensor([4.])
+
+    Args:
+        weighting: "uniform", "velocity", "likelihood" (SiT) or "edm"; each function above names
+            its source.
+        sigma_data: standard deviation of the data, used by "edm" alone.
+
+    Raises:
+        ValueError: for an unknown weighting or prediction.
+    """
+    check_prediction(prediction)
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting={weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
+    t = _times(t, path, prediction)
+    if weighting == "likelihood":
+        t = t.clamp(max=1 - SAFE_TIME)  # diverges with 1 / sigma_t at the data
+    return WEIGHTINGS[weighting](path(t), prediction, sigma_data)

@@ -1,0 +1,226 @@
+"""Images from a model: noise of each image by its own seed, rollouts in batches, calls counted.
+
+Shapes: images (N, C, H, W); labels (N,) int64 or None.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowdopr.flow.guidance import ALWAYS, ModelVelocity, check_guidance, guided_velocity
+from flowdopr.flow.objective import Model
+from flowdopr.flow.path import LinearPath, Path
+from flowdopr.flow.prediction import check_prediction
+from flowdopr.flow.sde import SDE_SOLVERS, check_sde, posterior_mean, solve_sde
+from flowdopr.flow.solver import ODE_SOLVERS, Rollout, check_solver, solve
+from flowdopr.flow.time import time_grid
+
+SOLVERS = ODE_SOLVERS + SDE_SOLVERS
+# Near the end where a prediction does not determine the velocity, a model's small errors are
+# divided by the distance to that end: rollouts start or stop this far from it.
+MARGIN = 0.01
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample; wrong combinations are refused when it is made.
+
+    path, prediction, coupling: as the model was trained.
+    solver: any of SOLVERS: torchdiffeq's by their own names, "euler_maruyama", "sde_heun".
+    steps, time_grid: of solvers with fixed steps, see `flow.time.time_grid`.
+    atol, rtol: of adaptive solvers (and the corrector of implicit Adams).
+    guidance_scale, guidance_interval: see `guided_velocity`. noise_scale: see `solve_sde`.
+
+    Raises:
+        ValueError: for an unknown name or a combination that cannot work.
+    """
+
+    path: Path = field(default_factory=LinearPath)
+    prediction: str = "velocity"
+    coupling: str = "independent"
+    solver: str = "midpoint"
+    steps: int = 50
+    time_grid: str | Sequence[float] = "uniform"
+    atol: float = 1e-5
+    rtol: float = 1e-5
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] = ALWAYS
+    noise_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_prediction(self.prediction)
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver={self.solver!r}: choose one of {', '.join(SOLVERS)}")
+        if self.stochastic:
+            check_sde(self.solver, self.path, self.noise_scale, self.coupling)
+        else:
+            check_solver(self.solver, self.time_grid)
+        self.grid()
+
+    @property
+    def stochastic(self) -> bool:
+        return self.solver in SDE_SOLVERS
+
+    def grid(self) -> Tensor:
+        """Times of the rollout. A grid that ends before 1 is finished by the posterior mean."""
+        start = MARGIN if self.prediction == "noise" else 0.0
+        end = 1 - MARGIN if self.prediction == "data" else 1.0
+        end = min(end, 1 - 1e-3) if self.path.end < 1 else end
+        return time_grid(self.time_grid, self.steps, start=start, end=end)
+
+    def rollout(self, velocity: ModelVelocity, x_0: Tensor, noise: Callable[[], Tensor]) -> Rollout:
+        """Noise `x_0` (B, ...) to images; `noise` feeds stochastic solvers."""
+        grid = self.grid()
+        if self.stochastic:
+            scale = self.noise_scale
+            return solve_sde(
+                velocity, x_0, self.path, noise, grid=grid, solver=self.solver, noise_scale=scale
+            )
+        start, end = float(grid[0]), float(grid[-1])
+        x, nfe = solve(
+            velocity,
+            x_0,
+            solver=self.solver,
+            steps=self.steps,
+            time_grid=self.time_grid,
+            start=start,
+            end=end,
+            atol=self.atol,
+            rtol=self.rtol,
+        )
+        if end == 1:
+            return Rollout(x, nfe)
+        before = velocity.calls
+        x = posterior_mean(velocity, x, grid[-1].to(x), self.path)
+        return Rollout(x, nfe + velocity.calls - before)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """images: (N, C, H, W) float32 on the CPU, data in [-1, 1] but not clamped. nfe: model calls an
+    image: an integer, or a mean over batches where an adaptive solver took different steps."""
+
+    images: Tensor
+    nfe: int | float
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """The CPU generator of image `index`, a function of (seed, index) alone.
+
+    Raises:
+        ValueError: when either is negative.
+    """
+    if seed < 0 or index < 0:
+        raise ValueError(f"seed={seed}, image index={index}: neither may be negative")
+    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def generate(
+    model: Model,
+    labels: Tensor | None,
+    *,
+    seed: int,
+    first_index: int = 0,
+    num_images: int | None = None,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    guide_model: Model | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+    progress: Callable[[int], None] | None = None,
+    sampling: Sampling | None = None,
+    **settings: object,
+) -> Samples:
+    """Sample one image for each label.
+
+    >>> def model(x, t, y): return -x
+    >>> samples = generate(model, None, num_images=3, image_shape=(1, 4, 4), seed=0, steps=2)
+    >>> samples.images.shape, samples.nfe
+    (torch.Size([3, 1, 4, 4]), 4)
+
+    All noise of image i, also that of stochastic solvers, comes from a CPU generator seeded by
+    (seed, first_index + i). With solvers outside of BATCH_DEPENDENT_SOLVERS the image is therefore
+    the same, up to rounding, whatever the batch size and the number of processes.
+
+    Args:
+        labels: (N,) int64, or None for an unconditional model, then with `num_images`.
+        device: where to sample; by default where the model's parameters are.
+        guide_model: second model for autoguidance.
+        image_shape: by default the model's own.
+        progress: called after each batch with the number of images it made.
+        sampling, settings: a `Sampling`, and any of its fields by name, which take precedence.
+
+    Raises:
+        ValueError: for a wrong combination of settings, before anything runs.
+        TypeError: for a setting that `Sampling` does not have.
+    """
+    sampling = replace(sampling or Sampling(), **settings)
+    total = _number_of_images(labels, num_images, batch_size)
+    shape = image_shape or _shape_of(model)
+    interval = sampling.guidance_interval
+    check_guidance(model, labels, sampling.guidance_scale, interval, guide_model)
+    device = device if device is not None else _device_of(model)
+    images, calls = torch.empty(total, *shape), 0
+    for first in range(0, total, batch_size):
+        part = slice(first, min(first + batch_size, total))
+        y = None if labels is None else labels[part].to(device)
+        streams = [image_generator(seed, first_index + i) for i in range(total)[part]]
+        velocity = guided_velocity(
+            model,
+            y,
+            sampling.guidance_scale,
+            guidance_interval=interval,
+            guide_model=guide_model,
+            path=sampling.path,
+            prediction=sampling.prediction,
+        )
+        noise = _NoiseOfImages(streams, shape, device)
+        with torch.no_grad():
+            x_1, nfe = sampling.rollout(velocity, noise(), noise)
+        images[part] = x_1.cpu()
+        calls += nfe * len(streams)
+        if progress is not None:
+            progress(len(streams))
+    mean = calls / total
+    return Samples(images, int(mean) if mean.is_integer() else mean)
+
+
+class _NoiseOfImages:
+    """Standard normal numbers (B, C, H, W), those of image i from stream i alone."""
+
+    def __init__(
+        self, streams: list[torch.Generator], shape: tuple[int, ...], device: torch.device | str
+    ) -> None:
+        self.streams, self.shape, self.device = streams, shape, device
+
+    def __call__(self) -> Tensor:
+        noise = torch.stack([torch.randn(self.shape, generator=g) for g in self.streams])
+        return noise.to(self.device)
+
+
+def _number_of_images(labels: Tensor | None, num_images: int | None, batch_size: int) -> int:
+    total = num_images if labels is None else len(labels)
+    if total is None or total < 1 or batch_size < 1:
+        raise ValueError(
+            f"nothing to sample: labels={'none' if labels is None else total}, "
+            f"num_images={num_images}, batch_size={batch_size}: give labels or num_images >= 1"
+        )
+    if num_images not in (None, total):
+        raise ValueError(f"num_images={num_images} but {total} labels: leave num_images out")
+    return total
+
+
+def _shape_of(model: Model) -> tuple[int, int, int]:
+    shape = getattr(getattr(model, "module", model), "image_shape", None)
+    if shape is None:
+        raise ValueError("the model has no image_shape: give image_shape=(C, H, W)")
+    return shape
+
+
+def _device_of(model: Model) -> torch.device:
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+    first = next(parameters, None)
+    return torch.device("cpu") if first is None else first.device

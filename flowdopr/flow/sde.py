@@ -1,0 +1,97 @@
+"""Stochastic rollouts for paths with a score (Ma et al. 2024, SiT, equation 4).
+
+    dx = [v + w_t s / 2] dt + sqrt(w_t) dW,     s = grad log p_t = -E[x_0 | x_t] / sigma_t      (8)
+
+has the marginals of the ODE for every w_t >= 0. With w_t = noise_scale sigma_t (SiT's "sigma") the
+drift is v - noise_scale E[x_0 | x_t] / 2, which is finite at both ends of time.
+
+The score formula holds when x_0 is Gaussian and independent of x_1: not after a coupling by optimal
+transport. The last interval is replaced by the posterior mean E[x_1 | x_t], so that no fresh noise
+is left in the images (SiT's last step "Mean").
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+from torch import Tensor
+
+from flowdopr.flow.path import Path
+from flowdopr.flow.prediction import convert
+from flowdopr.flow.solver import CountCalls, Rollout, Velocity, calls_of
+
+SDE_SOLVERS = ("euler_maruyama", "sde_heun")
+
+
+def posterior_mean(velocity: Velocity, x: Tensor, t: Tensor, path: Path) -> Tensor:
+    """E[x_1 | x_t = x], one evaluation of `velocity`; for the linear path x + (1 - t) v."""
+    return convert(velocity(x, t), x, t, path, "velocity", "data")
+
+
+def solve_sde(
+    velocity: Velocity,
+    x_0: Tensor,
+    path: Path,
+    noise: Callable[[], Tensor],
+    *,
+    grid: Tensor,
+    solver: str = "euler_maruyama",
+    noise_scale: float = 1.0,
+) -> Rollout:
+    """Integrate (8) over the times `grid` by Euler-Maruyama or by Heun.
+
+    >>> import torch
+    >>> from flowdopr.flow import LinearPath, time_grid
+    >>> x_0 = torch.randn(4, 3)
+    >>> draw = lambda: torch.randn(4, 3)
+    >>> solve_sde(lambda x, t: -x, x_0, LinearPath(), draw, grid=time_grid("uniform", 10)).nfe
+    10
+
+    Heun's method (stochastic, as in SiT) adds the noise first and then takes a deterministic
+    trapezoid step, two calls an interval.
+
+    Args:
+        noise: called once an interval, gives standard normal numbers of the shape of `x_0`.
+        grid: increasing times (N + 1,); the last interval is the posterior mean.
+        noise_scale: of w_t; 0 is the ODE by Euler or by Heun.
+
+    Raises:
+        ValueError: for an unknown solver, a path without score or a negative noise scale.
+    """
+    check_sde(solver, path, noise_scale)
+    counter = velocity if hasattr(velocity, "calls") else CountCalls(velocity)
+    before = calls_of(counter)
+
+    def drift(x: Tensor, t: Tensor) -> Tensor:
+        v = counter(x, t)
+        return v - noise_scale / 2 * convert(v, x, t, path, "velocity", "noise")
+
+    x, grid = x_0, grid.to(x_0)
+    for t, t_next in pairwise(grid[:-1]):
+        dt = t_next - t
+        shaken = x + (noise_scale * path(t).sigma * dt).sqrt() * noise()
+        if solver == "euler_maruyama":
+            x = shaken + dt * drift(x, t)
+        else:
+            slope = drift(shaken, t)
+            x = shaken + dt / 2 * (slope + drift(shaken + dt * slope, t_next))
+    return Rollout(posterior_mean(counter, x, grid[-2], path), calls_of(counter) - before)
+
+
+def check_sde(solver: str, path: Path, noise_scale: float, coupling: str = "independent") -> None:
+    """Refuse stochastic sampling that cannot work.
+
+    Raises:
+        ValueError: in one line, with the remedy.
+    """
+    if solver not in SDE_SOLVERS:
+        raise ValueError(f"SDE solver={solver!r}: choose one of {', '.join(SDE_SOLVERS)}")
+    if noise_scale < 0:
+        raise ValueError(f"noise_scale={noise_scale}: must not be negative (0 is the ODE)")
+    if not path.has_score:
+        raise ValueError(
+            f"solver={solver!r} needs a score, {type(path).__name__} has none: use an ODE solver"
+        )
+    if coupling != "independent":
+        raise ValueError(
+            f"solver={solver!r} needs a score, coupling {coupling!r} has none: use an ODE solver"
+        )

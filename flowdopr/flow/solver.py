@@ -1,0 +1,123 @@
+"""Rollouts: the ODE dx/dt = v(x, t) from noise at t = 0 to data at t = 1, by torchdiffeq.
+
+A velocity is any function v(x, t) of a state (B, ...) and a scalar time. If it has an attribute
+`calls` (see guidance.py) this counts model calls; otherwise each evaluation is one.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint
+
+from flowdopr.flow.time import time_grid as make_time_grid
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+ONE_STEP_SOLVERS = ("euler", "midpoint", "heun2", "heun3", "rk4")
+MULTISTEP_SOLVERS = ("explicit_adams", "implicit_adams", "fixed_adams")
+ADAPTIVE_SOLVERS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
+ODE_SOLVERS = ONE_STEP_SOLVERS + MULTISTEP_SOLVERS + ADAPTIVE_SOLVERS
+# One image's result depends on the others in its batch: step sizes (adaptive) and the number of
+# corrector iterations (implicit Adams) are chosen for the batch as a whole.
+BATCH_DEPENDENT_SOLVERS = (*ADAPTIVE_SOLVERS, "implicit_adams", "fixed_adams")
+
+
+class Rollout(NamedTuple):
+    """The state at the last time (B, ...) and the number of model calls."""
+
+    x_1: Tensor
+    nfe: int
+
+
+class CountCalls:
+    """Counts evaluations of a velocity."""
+
+    def __init__(self, velocity: Velocity) -> None:
+        self.velocity = velocity
+        self.calls = 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        return self.velocity(x, t)
+
+
+def check_solver(solver: str, time_grid: str | Sequence[float] | Tensor = "uniform") -> None:
+    """Refuse an unknown solver, or a time grid the solver cannot follow.
+
+    Raises:
+        ValueError: in one line, with the remedy.
+    """
+    if solver not in ODE_SOLVERS:
+        raise ValueError(f"solver={solver!r}: choose one of {', '.join(ODE_SOLVERS)}")
+    uniform = isinstance(time_grid, str) and time_grid == "uniform"
+    if solver in ADAPTIVE_SOLVERS and not uniform:
+        raise ValueError(
+            f"solver={solver!r} chooses its own times: leave time_grid at uniform, set atol, rtol"
+        )
+    if solver in MULTISTEP_SOLVERS and not uniform:
+        raise ValueError(f"solver={solver!r} needs equal steps: leave time_grid at uniform")
+
+
+def solve(
+    velocity: Velocity,
+    x_0: Tensor,
+    *,
+    solver: str = "midpoint",
+    steps: int = 50,
+    time_grid: str | Sequence[float] = "uniform",
+    start: float = 0.0,
+    end: float = 1.0,
+    atol: float = 1e-5,
+    rtol: float = 1e-5,
+) -> Rollout:
+    """Integrate `velocity` from `x_0` at `start` to `end` (which may be earlier: data to noise).
+
+    >>> x_1, nfe = solve(lambda x, t: -x, torch.ones(2, 3), solver="rk4", steps=10)
+    >>> nfe
+    40
+
+    With a fixed-step solver other than implicit Adams the result for image i is the same whatever
+    else is in the batch, up to rounding; see BATCH_DEPENDENT_SOLVERS for those that cannot.
+
+    Args:
+        x_0: states (B, ...); half precision is integrated in float32.
+        solver: any method of torchdiffeq by its own name, see ODE_SOLVERS.
+        steps: equal or gridded intervals of a fixed-step solver; adaptive ones ignore it.
+        time_grid: "uniform", "edm", "shifted" or increasing times: see `flow.time.time_grid`.
+        atol, rtol: tolerances of adaptive solvers and of implicit Adams.
+
+    Raises:
+        ValueError: for an unknown solver, a grid that it cannot follow, or an adaptive solver that
+            cannot reach its tolerances.
+    """
+    check_solver(solver, time_grid)
+    low, high = min(start, end), max(start, end)
+    grid = make_time_grid(time_grid, steps, start=low, end=high)
+    x_0 = x_0.to(torch.promote_types(x_0.dtype, torch.float32))
+    grid = grid.to(x_0)
+    grid = grid.flip(0) if end < start else grid
+    # torchdiffeq would keep the state at every time it is asked for, so ask only for the ends.
+    fixed = solver not in ADAPTIVE_SOLVERS
+    options = {"grid_constructor": lambda func, y0, t: grid} if fixed else {}
+    counter = velocity if hasattr(velocity, "calls") else CountCalls(velocity)
+    before = calls_of(counter)
+
+    def derivative(t: Tensor, x: Tensor) -> Tensor:
+        return counter(x, t)
+
+    ends = grid[[0, -1]]
+    try:
+        _, x_1 = odeint(derivative, x_0, ends, method=solver, atol=atol, rtol=rtol, options=options)
+    except AssertionError as error:
+        raise ValueError(
+            f"solver={solver!r} failed ({error}): raise atol={atol} and rtol={rtol}, "
+            "or use a fixed-step solver"
+        ) from error
+    return Rollout(x_1, calls_of(counter) - before)
+
+
+def calls_of(velocity: Velocity) -> int:
+    """Model calls that a counting velocity has made."""
+    return int(getattr(velocity, "calls", 0))
