@@ -122,3 +122,12 @@ def _endless(batches: _Batches, plan: _Plan, num_workers: int) -> Iterator[tuple
         if isinstance(batch, ValueError):
             raise batch
         yield batch
+
+
+def plain_batches(
+    dataset: ImageDataset, batch_size: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every image of `dataset` once, in order, as (x_1, y) on `device`: for evaluation."""
+    for indices in torch.arange(len(dataset)).split(batch_size):
+        images, labels = dataset.batch(indices)
+        yield from_uint8(images.to(device)), labels.to(device)

@@ -1,0 +1,17 @@
+"""Training: the loop, the weight average, checkpoints and the run folder."""
+
+from flowdopr.train.ema import EMA
+from flowdopr.train.loop import Trainer, TrainingFailed
+from flowdopr.train.run_folder import RunFolder
+from flowdopr.train.signals import Interrupted, StopSignal
+from flowdopr.train.start import train
+
+__all__ = [
+    "EMA",
+    "Interrupted",
+    "RunFolder",
+    "StopSignal",
+    "Trainer",
+    "TrainingFailed",
+    "train",
+]

@@ -1,0 +1,282 @@
+"""The training loop: one optimizer step after another, each a pure function of what came before.
+
+All randomness of step s comes from (seed, s): the batch's images, noise, times and label dropout
+for the *global* batch, of which each process takes its slice. So a resumed run repeats the straight
+one bitwise, and two processes draw what one would.
+
+Shapes: x_1 (B, C, H, W) in [-1, 1], y (B,), B the share of one process.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torchvision.utils import save_image
+
+from flowdopr.config import Config
+from flowdopr.data import Datasets, build_loader, plain_batches
+from flowdopr.flow import Draw, build_objective, build_sampling, generate, one_step_loss
+from flowdopr.models import build_model
+from flowdopr.optim import build_optimizer, format_roles
+from flowdopr.train.ema import EMA
+from flowdopr.train.log import StepProgress
+from flowdopr.train.meter import Meter
+from flowdopr.train.run_folder import RunFolder
+from flowdopr.train.schedule import lr_factor
+from flowdopr.train.signals import Interrupted, StopSignal
+
+log = logging.getLogger("flowdopr.train")
+
+# Processes agree on a stop only now and then: asking each step would make the host wait for each.
+STOP_AGREED_EVERY = 10
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; one line says why and what to try."""
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def derive_seed(*parts: int) -> int:
+    """A seed that differs in every bit for parts that differ in any."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Trainer:
+    """One run in memory: model, optimizer, EMA, batches. `fit` runs it to its last step."""
+
+    def __init__(
+        self, config: Config, accelerator: Accelerator, datasets: Datasets, run: RunFolder
+    ):
+        self.config, self.accelerator, self.datasets, self.run = config, accelerator, datasets, run
+        self.shape = datasets.info.image_shape
+        self.objective = build_objective(config)
+        torch.manual_seed(config.seed)
+        model = build_model(config, self.shape, datasets.info.num_classes)
+        optimizer = build_optimizer(model, **config.optimizer.model_dump())
+        log.info("%s\n%s", config.name, format_roles(model, optimizer))
+        # `bare` and `inner` are what the wrappers around them share: the same tensors, whatever
+        # accelerate adds for precision and processes.
+        self.bare, self.inner = model, optimizer
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if config.train.compile:
+            self.model.compile()
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        self.ema = EMA(self.bare, config.train.ema_decay)
+        self.step = self._restore()
+        self.meter = Meter(accelerator)
+
+    # The loop
+
+    def fit(self) -> None:
+        """Train from the restored step to `train.steps`, saving at the end or when stopped."""
+        settings = self.config.train
+        loader = self._loader()
+        self.model.train()
+        self.meter.start()
+        shown = self.accelerator.is_main_process
+        with StopSignal() as stop, StepProgress(settings.steps, self.step, shown=shown) as progress:
+            while self.step < settings.steps:
+                x_1, y = next(loader)
+                loss, grad_norm = self.optimizer_step(x_1, y)
+                self.step += 1
+                self.ema.update(self.step)
+                self.meter.add(loss)
+                progress.advance()
+                if self._due(settings.log_every):
+                    self._log(grad_norm, progress)
+                if self._due(settings.validate_every):
+                    self._validate()
+                if self._due(settings.sample_every):
+                    self._draw_samples()
+                stopped = self._agreed(stop)
+                if stopped or self._due(settings.checkpoint_every):
+                    self._save()
+                if stopped:
+                    raise Interrupted(
+                        f"{self.run.path}: stopped after step {self.step}, saved; "
+                        "go on with the same command and --resume",
+                        stopped,
+                    )
+
+    def optimizer_step(self, x_1: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Forward and backward over the micro-batches, then one step of the optimizer.
+
+        Returns the mean loss of this process and the gradient's norm before clipping, both on the
+        device: reading them would make the host wait.
+        """
+        settings, accelerator = self.config.train, self.accelerator
+        self._set_lr()
+        draw = self._draw(x_1.shape[0])
+        micro = x_1.shape[0] // settings.accumulation_steps
+        total = torch.zeros((), device=accelerator.device)
+        for first in range(0, x_1.shape[0], micro):
+            part = slice(first, first + micro)
+            last = first + micro >= x_1.shape[0]
+            x_part = x_1[part].to(accelerator.device, non_blocking=True)
+            y_part = y[part].to(accelerator.device, non_blocking=True)
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                loss = self.objective(self.model, x_part, y_part, draw[part]).mean()
+                accelerator.backward(loss / settings.accumulation_steps)
+            total += loss.detach() / settings.accumulation_steps
+        grad_norm = None
+        if settings.max_grad_norm is not None:
+            grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total, grad_norm
+
+    def _set_lr(self) -> None:
+        settings = self.config.train
+        factor = lr_factor(
+            self.step,
+            steps=settings.steps,
+            warmup_steps=settings.warmup_steps,
+            decay=settings.lr_decay,
+        )
+        for group in self.inner.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    def _draw(self, batch_size: int) -> Draw:
+        """This process's noise, times and label dropout of the current step."""
+        accelerator, seed = self.accelerator, self.config.seed
+        # Dropout inside the model may differ between processes; noise and times may not.
+        torch.manual_seed(derive_seed(seed, self.step, 1 + accelerator.process_index))
+        generator = torch.Generator(accelerator.device)
+        generator.manual_seed(derive_seed(seed, self.step, 0))
+        draw = self.objective.draw(
+            self.config.train.global_batch_size,
+            self.shape,
+            generator=generator,
+            device=accelerator.device,
+        )
+        first = accelerator.process_index * batch_size
+        return draw[first : first + batch_size]
+
+    def _loader(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return build_loader(
+            self.config,
+            self.datasets.train,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            start_step=self.step,
+        )
+
+    # What happens now and then
+
+    def _due(self, every: int | None) -> bool:
+        last = self.step == self.config.train.steps
+        return last or (every is not None and self.step % every == 0)
+
+    def _agreed(self, stop: StopSignal) -> int:
+        """The signal that any process received, 0 if none."""
+        received = stop.received or 0
+        if self.accelerator.num_processes == 1:
+            return received
+        if self.step % STOP_AGREED_EVERY:
+            return 0
+        flag = torch.tensor([received], device=self.accelerator.device)
+        return int(self.accelerator.gather(flag).max())
+
+    def _log(self, grad_norm: Tensor | None, progress: StepProgress) -> None:
+        line = {"step": self.step, "images": self.step * self.config.train.global_batch_size}
+        line |= self.meter.close(self.config.train.global_batch_size)
+        line["lr"] = self.inner.param_groups[0]["lr"]
+        if grad_norm is not None:
+            line["grad_norm"] = float(grad_norm)
+        if not math.isfinite(line["loss"]):
+            raise TrainingFailed(
+                f"{self.run.path}: the loss is {line['loss']} by step {self.step}; lower "
+                "optimizer.lr, lengthen train.warmup_steps, or use train.precision=bf16 or no"
+            )
+        progress.note(f"loss {line['loss']:.4f}")
+        self._record(line)
+
+    def _record(self, line: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            self.run.append_metrics(line)
+            log.info(" ".join(f"{key} {_short(value)}" for key, value in line.items()))
+
+    @contextmanager
+    def _averaged_model(self) -> Iterator[nn.Module]:
+        """The EMA model in evaluation mode; time spent with it is not the step's."""
+        self.meter.pause()
+        self.bare.eval()
+        with self.ema.applied(self.bare), torch.no_grad():
+            yield self.bare
+        self.bare.train()
+        self.accelerator.wait_for_everyone()
+        self.meter.go_on()
+
+    def _validate(self) -> None:
+        with self._averaged_model() as model:
+            if self.accelerator.is_main_process:
+                batches = plain_batches(
+                    self.datasets.held_out, self.config.sample.batch_size, self.accelerator.device
+                )
+                result = one_step_loss(self.objective, model, batches, seed=self.config.seed)
+                self._record({"step": self.step, "held_out_loss": result.mean})
+
+    def _draw_samples(self) -> None:
+        number, num_classes = self.config.sample.num_images, self.bare.num_classes
+        labels = torch.arange(number) % num_classes if num_classes else None
+        with self._averaged_model() as model:
+            if self.accelerator.is_main_process:
+                samples = generate(
+                    model,
+                    labels,
+                    num_images=number,
+                    seed=self.config.seed,
+                    batch_size=self.config.sample.batch_size,
+                    sampling=build_sampling(self.config),
+                )
+                path = self.run.path / "samples" / f"step-{self.step:08d}.png"
+                save_image(samples.images / 2 + 0.5, path, nrow=math.ceil(number**0.5))
+
+    # Saving and going on
+
+    def _save(self) -> None:
+        self.meter.pause()
+        if self.accelerator.is_main_process and self.step not in self.run.steps():
+            scaler = self.accelerator.scaler
+            state = {
+                "optimizer": self.inner.state_dict(),
+                "scaler": scaler.state_dict() if scaler else None,
+            }
+            note = {"images": self.step * self.config.train.global_batch_size}
+            self.run.save_checkpoint(
+                self.step,
+                model=self.bare.state_dict(),
+                ema=self.ema.average,
+                state=state,
+                note=note,
+            )
+        self.accelerator.wait_for_everyone()
+        self.meter.go_on()
+
+    def _restore(self) -> int:
+        """Take over the newest checkpoint, if there is one; the step to go on from."""
+        steps = self.run.steps()
+        if self.accelerator.is_main_process:
+            self.run.forget_metrics_after(steps[-1] if steps else 0)
+        if not steps:
+            return 0
+        state = self.run.load_state(steps[-1])
+        self.bare.load_state_dict(self.run.load_weights(steps[-1], "raw"))
+        self.ema.load(self.run.load_weights(steps[-1], "ema"))
+        self.inner.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        log.info("going on from step %d", steps[-1])
+        return steps[-1]

@@ -1,0 +1,57 @@
+"""Loss, speed and memory between two lines of the log, without making the host wait in between."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class Meter:
+    """Collects steps until `close`; time between `pause` and `go_on` does not count as theirs."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.start()
+
+    def start(self) -> None:
+        self.steps, self.seconds, self.losses = 0, 0.0, []
+        self.go_on()
+
+    def add(self, loss: Tensor) -> None:
+        self.losses.append(loss)
+        self.steps += 1
+
+    def pause(self) -> None:
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self._since
+
+    def go_on(self) -> None:
+        self._since = time.perf_counter()
+
+    def close(self, global_batch_size: int) -> dict[str, float]:
+        """Means since the last call, the loss's over all processes; then start anew."""
+        mean = torch.stack(self.losses).mean()
+        loss = float(self.accelerator.reduce(mean, reduction="mean"))  # pyright: ignore
+        self.pause()
+        per_step = self.seconds / self.steps
+        self.start()
+        return {
+            "loss": loss,
+            "seconds_per_step": per_step,
+            "images_per_second": global_batch_size / per_step,
+            "peak_memory_mib": peak_memory_mib(self.accelerator.device),
+        }
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory of this process in MiB: allocated on a CUDA device, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,51 @@
+"""What made a result: library versions, the commit of this package, the machine."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARIES = ("flowdopr", "torch", "torchvision", "torchdiffeq", "torch-fidelity", "accelerate")
+
+
+@functools.cache
+def commit() -> str:
+    """The git commit of the checkout this package runs from, `+dirty` if changed; else 'unknown'."""
+    folder = Path(__file__).resolve().parent
+    try:
+        head = _git(folder, "rev-parse", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", "..")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return head + ("+dirty" if changed else "")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a number."""
+    found = {"python": platform.python_version()}
+    return found | {name: metadata.version(name) for name in LIBRARIES}
+
+
+def hardware(device: torch.device) -> str:
+    """The device in words, such as 'NVIDIA H200' or 'x86_64 CPU, 2 threads'."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type.upper()}, {torch.get_num_threads()} threads"
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """All of the above, for the run folder's versions.json."""
+    return {"versions": versions(), "commit": commit(), "hardware": hardware(device)}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=10
+    ).stdout.strip()

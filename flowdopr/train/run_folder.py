@@ -1,0 +1,221 @@
+"""The run folder: everything a training run leaves behind, and the only way rooms read it.
+
+    config.yaml      the resolved config          metrics.jsonl   one line a log or validation
+    dataset.json     DatasetInfo                  log.txt         what was printed
+    versions.json    versions, commit, hardware   samples/        step-00000500.png
+    checkpoints/step-00000500/                    evaluation/     cards
+        model.safetensors, ema.safetensors, state.pt, checkpoint.json
+
+A checkpoint is written beside its place and renamed into it, so whatever bears its name is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flowdopr.config import Config, ConfigError, load_config, to_dict, to_yaml
+from flowdopr.data import DatasetInfo
+from flowdopr.models import build_model
+
+# Settings that may change when a run goes on: they do not change what the weights become.
+FREE_ON_RESUME = (
+    *("name", "output", "sample", "evaluate", "compare"),
+    *("data.root", "data.download", "data.num_workers"),
+    *(f"train.{key}" for key in ("steps", "log_every", "validate_every", "sample_every")),
+    *("train.checkpoint_every", "train.keep_checkpoints"),
+)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+class RunFolder:
+    """A run on disk. `create` starts one or goes on with one, `open` reads one."""
+
+    def __init__(self, path: Path, config: Config, dataset: DatasetInfo):
+        self.path, self.config, self.dataset = path, config, dataset
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """The run in `path`.
+
+        Raises:
+            ConfigError: `path` is not a run folder.
+        """
+        path = Path(path)
+        for name in ("config.yaml", "dataset.json"):
+            if not (path / name).is_file():
+                raise ConfigError(f"{path}: not a run folder: it has no {name}")
+        info = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
+        return cls(path, load_config(path / "config.yaml"), DatasetInfo.from_dict(info))
+
+    @classmethod
+    def create(
+        cls, config: Config, dataset: DatasetInfo, made_by: dict[str, Any], *, resume: bool
+    ) -> RunFolder:
+        """The folder `<output>/<name>`, new or, with `resume`, the one that is there.
+
+        Raises:
+            ConfigError: the folder holds a run and `resume` is off, or a run of another config.
+        """
+        path = Path(config.output) / config.name
+        if (path / "config.yaml").exists():
+            if not resume:
+                raise ConfigError(
+                    f"{path}: a run is here already; go on with it by --resume, "
+                    "or choose another one by name=NEW"
+                )
+            check_same_run(cls.open(path), config, dataset)
+        elif path.exists() and any(path.iterdir()):
+            raise ConfigError(f"{path}: holds files that are no run; choose another by name=NEW")
+        for folder in ("checkpoints", "samples", "evaluation"):
+            (path / folder).mkdir(parents=True, exist_ok=True)
+        write_atomically(path / "versions.json", json.dumps(made_by, indent=2) + "\n")
+        write_atomically(path / "dataset.json", json.dumps(dataset.to_dict(), indent=2) + "\n")
+        write_atomically(path / "config.yaml", to_yaml(config))
+        return cls(path, config, dataset)
+
+    # Checkpoints
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending."""
+        found = (self.path / "checkpoints").glob("step-*")
+        names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in found)
+        return sorted(int(name[1]) for name in names if name)
+
+    def save_checkpoint(
+        self,
+        step: int,
+        *,
+        model: dict[str, Tensor],
+        ema: dict[str, Tensor],
+        state: dict[str, Any],
+        note: dict[str, Any],
+    ) -> Path:
+        """Write one checkpoint whole, then drop those beyond `train.keep_checkpoints`.
+
+        Args:
+            model, ema: weights by name.
+            state: the rest of what training needs to go on; tensors and plain values only.
+            note: plain values for checkpoint.json.
+        """
+        final = self.checkpoint_path(step)
+        part = final.with_name(final.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_file(
+            {name: value.contiguous() for name, value in model.items()}, part / "model.safetensors"
+        )
+        save_file(
+            {name: value.contiguous() for name, value in ema.items()}, part / "ema.safetensors"
+        )
+        torch.save(state, part / "state.pt")
+        (part / "checkpoint.json").write_text(json.dumps({"step": step, **note}, indent=2) + "\n")
+        for file in part.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(part, final)
+        keep = self.config.train.keep_checkpoints
+        for old in self.steps()[: -keep if keep else 0]:
+            shutil.rmtree(self.checkpoint_path(old))
+        return final
+
+    def load_state(self, step: int) -> dict[str, Any]:
+        """The training state of a checkpoint, on the CPU; no code is run from the file."""
+        return torch.load(
+            self.checkpoint_path(step) / "state.pt", map_location="cpu", weights_only=True
+        )
+
+    def load_weights(self, step: int, weights: Literal["ema", "raw"]) -> dict[str, Tensor]:
+        name = {"ema": "ema.safetensors", "raw": "model.safetensors"}[weights]
+        return load_file(self.checkpoint_path(step) / name)
+
+    def load_model(
+        self,
+        step: int | None = None,
+        weights: Literal["ema", "raw"] = "ema",
+        device: str | torch.device = "cpu",
+    ) -> tuple[nn.Module, int]:
+        """The model of checkpoint `step` (default: the newest) in evaluation mode, and its step.
+
+        Raises:
+            ConfigError: there is no such checkpoint.
+        """
+        steps = self.steps()
+        if not steps:
+            raise ConfigError(f"{self.path}: this run has no checkpoint yet")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            known = ", ".join(map(str, steps))
+            raise ConfigError(f"{self.path}: no checkpoint at step {step}; there are: {known}")
+        model = build_model(self.config, self.dataset.image_shape, self.dataset.num_classes)
+        model.load_state_dict(self.load_weights(step, weights))
+        return model.to(device).eval(), step
+
+    # Metrics
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, in order; a last line cut by a crash is left out."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop what a cut run logged beyond the checkpoint it goes on from."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(self.path / "metrics.jsonl", text)
+
+
+def check_same_run(run: RunFolder, config: Config, dataset: DatasetInfo) -> None:
+    """Refuse to go on with a run whose weights came from other settings or other data.
+
+    Raises:
+        ConfigError: names the first setting that differs, and both values.
+    """
+    old, new = _flat(to_dict(run.config)), _flat(to_dict(config))
+    for key in sorted(old.keys() | new.keys()):
+        free = any(key == name or key.startswith(name + ".") for name in FREE_ON_RESUME)
+        if not free and old.get(key) != new.get(key):
+            raise ConfigError(
+                f"{run.path}: a run of another config is here: {key} was {old.get(key)}, "
+                f"now {new.get(key)}; choose another folder by name=NEW"
+            )
+    if config.train.steps != run.config.train.steps and config.train.lr_decay != "constant":
+        raise ConfigError(
+            f"{run.path}: train.steps was {run.config.train.steps}, now {config.train.steps}: "
+            f"it shapes the {config.train.lr_decay} learning rate, so the run cannot go on"
+        )
+    if dataset.fingerprint != run.dataset.fingerprint:
+        raise ConfigError(f"{run.path}: the images in {config.data.root} are not this run's images")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,22 @@
+"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+
+def lr_factor(
+    step: int, *, steps: int, warmup_steps: int, decay: Literal["constant", "linear", "cosine"]
+) -> float:
+    """Factor on the peak learning rate for the step numbered `step` (from 0).
+
+    Warm-up rises linearly and reaches 1 at step `warmup_steps - 1`; linear and cosine decay then
+    fall towards 0, which they would reach at step `steps`.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if decay == "constant":
+        return 1.0
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 1.0 - done if decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))

@@ -1,0 +1,77 @@
+"""From a config to a finished run: devices, data, run folder, then the loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+from flowdopr.config import Config, ConfigError
+from flowdopr.data import build_datasets
+from flowdopr.train.log import run_log
+from flowdopr.train.loop import Trainer
+from flowdopr.train.provenance import provenance
+from flowdopr.train.run_folder import RunFolder
+
+
+def train(config: Config, *, resume: bool = False) -> Path:
+    """Train as `config` says and return the run folder, `<output>/<name>`.
+
+    Runs on the devices and processes that accelerate finds.
+
+    Args:
+        resume: go on from the newest checkpoint, or start where there is none.
+
+    Raises:
+        ConfigError, ValueError: settings or data that cannot be used; nothing was trained.
+        Interrupted: stopped by Ctrl-C or SIGTERM, after saving.
+        TrainingFailed: the loss is not finite.
+    """
+    accelerator = make_accelerator(config)
+    with accelerator.main_process_first():
+        datasets = build_datasets(config)
+    run = RunFolder(Path(config.output) / config.name, config, datasets.info)
+    if accelerator.is_main_process:
+        made_by = provenance(accelerator.device) | {"processes": accelerator.num_processes}
+        run = RunFolder.create(config, datasets.info, made_by, resume=resume)
+    accelerator.wait_for_everyone()
+    with run_log(run.path / "log.txt" if accelerator.is_main_process else None):
+        try:
+            Trainer(config, accelerator, datasets, run).fit()
+        finally:
+            accelerator.free_memory()
+    return run.path
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """The devices and processes of this launch.
+
+    Raises:
+        ConfigError: a precision the device lacks, a batch that does not divide, or a way of
+            distributing that the trainer does not offer.
+    """
+    settings = config.train
+    AcceleratorState._reset_state()  # an earlier run of this Python process may have left another
+    try:
+        accelerator = Accelerator(mixed_precision=settings.precision)
+    except ValueError as error:
+        raise ConfigError(f"train.precision={settings.precision}: {error}") from None
+    if accelerator.distributed_type not in (
+        DistributedType.NO,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_GPU,
+    ):
+        raise ConfigError(
+            f"accelerate is configured for {accelerator.distributed_type.value}; "
+            "the trainer runs on one process or on several by data parallelism (DDP)"
+        )
+    share = accelerator.num_processes * settings.accumulation_steps
+    if settings.global_batch_size % share:
+        raise ConfigError(
+            f"train.global_batch_size {settings.global_batch_size} is not a multiple of "
+            f"{accelerator.num_processes} processes x {settings.accumulation_steps} "
+            "train.accumulation_steps"
+        )
+    return accelerator
