@@ -42,6 +42,8 @@ STOP_AGREED_EVERY = 10
 class TrainingFailed(RuntimeError):
     """Training cannot go on; one line says why and what to try."""
 
+    exit_code = 1
+
 
 def _short(value: float) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

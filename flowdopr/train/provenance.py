@@ -16,7 +16,7 @@ LIBRARIES = ("flowdopr", "torch", "torchvision", "torchdiffeq", "torch-fidelity"
 
 @functools.cache
 def commit() -> str:
-    """The git commit of the checkout this package runs from, `+dirty` if changed; else 'unknown'."""
+    """The commit of the checkout this package runs from, `+dirty` if changed; else 'unknown'."""
     folder = Path(__file__).resolve().parent
     try:
         head = _git(folder, "rev-parse", "HEAD")

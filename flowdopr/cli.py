@@ -1,0 +1,222 @@
+"""The command line: `flowdopr train | sample | evaluate | compare`.
+
+Each command is one call into a room. Bad input ends with one line and exit code 2, a run that
+failed with 1, a signal with 128 + its number, success with 0. Rooms are imported inside the
+commands, so that `--help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Flow-matching image generation that judges optimizers by their samples.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml.")
+]
+RunPath = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Run folder, such as runs/quickstart.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[a.b=value ...]", help="Settings to change; docs/settings.md lists them all."
+    ),
+]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Print the resolved config as YAML, do nothing else.")
+]
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
+    ] = False,
+    print_config: PrintConfig = False,
+) -> None:
+    """Train a model into the run folder <output>/<name>.
+
+    Ctrl-C and SIGTERM save a checkpoint first; the same command with --resume goes on exactly where
+    it stopped. Runs on several processes or GPUs under `accelerate launch -m flowdopr train ...`.
+    """
+    from flowdopr.config import load_config, to_yaml
+
+    resolved = load_config(config, overrides or ())
+    if print_config:
+        print(to_yaml(resolved), end="")
+        return
+    from flowdopr.train import train as run
+
+    _tell(run(resolved, resume=resume))
+
+
+@app.command()
+def sample(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="Folder for the images; new or empty.")],
+    num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
+    solver: Annotated[str | None, typer.Option(help="torchdiffeq method or SDE solver.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of a fixed-step solver.")] = None,
+    atol: Annotated[float | None, typer.Option(help="Tolerance of an adaptive solver.")] = None,
+    rtol: Annotated[float | None, typer.Option(help="Tolerance of an adaptive solver.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, help="Classifier-free guidance; 1 is off.")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Class numbers, repeated over the images: 3 or 0,1,2.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Image i depends on the seed and i alone.")] = 0,
+    step: Annotated[int | None, typer.Option(help="Checkpoint; default: the newest.")] = None,
+    ema: Annotated[bool, typer.Option("--ema/--raw", help="Averaged or raw weights.")] = True,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time.")] = None,
+    npz: Annotated[
+        bool, typer.Option("--npz", help="Also write samples.npz (arr_0: uint8, NHWC; labels).")
+    ] = False,
+) -> None:
+    """Draw images from a run: numbered PNGs and grid.png. Options default to the run's config."""
+    from flowdopr.evaluate import sample as run_sample
+
+    changes = {
+        "solver": solver,
+        "steps": steps,
+        "atol": atol,
+        "rtol": rtol,
+        "guidance_scale": guidance_scale,
+        "batch_size": batch_size,
+    }
+    _tell(
+        run_sample(
+            run,
+            num=num,
+            out=out,
+            labels=_numbers(labels),
+            seed=seed,
+            step=step,
+            weights="ema" if ema else "raw",
+            npz=npz,
+            **{key: value for key, value in changes.items() if value is not None},
+        )
+    )
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    overrides: Overrides = None,
+    step: Annotated[int | None, typer.Option(help="Checkpoint; default: the newest.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Measure again what is known.")] = False,
+) -> None:
+    """Measure a run into a JSON card: one-step loss beside FD or FID, KID, precision, recall.
+
+    Only settings of the sections `sample` and `evaluate` can be changed.
+    """
+    import json
+
+    from flowdopr.evaluate import evaluate as run_evaluate
+
+    path = run_evaluate(run, overrides or (), step=step, force=force)
+    card = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in card["metrics"].items():
+        if isinstance(value, int | float):
+            print(f"{name:24} {value:.6g}")
+    _tell(path)
+
+
+@app.command()
+def compare(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time; default: compare.workers.")
+    ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Only rebuild the report from what is there.")
+    ] = False,
+    print_config: PrintConfig = False,
+) -> None:
+    """Train every arm x learning rate x seed, evaluate each, and write report.html.
+
+    What is done already is skipped and what was cut goes on, so the same command can be repeated.
+    """
+    from flowdopr.config import load_config, to_yaml
+
+    resolved = load_config(config, overrides or ())
+    if print_config:
+        print(to_yaml(resolved), end="")
+        return
+    from flowdopr.compare import compare as run_compare
+
+    run_compare(resolved, workers=workers, report_only=report_only)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    sys.exit(run_command(arguments))
+
+
+def run_command(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code. With FLOWDOPR_TRACEBACK=1 errors keep theirs."""
+    command = typer.main.get_command(app)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return (
+            command.main(arguments or ["--help"], prog_name="flowdopr", standalone_mode=False) or 0
+        )
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except Exception as error:
+        if os.environ.get("FLOWDOPR_TRACEBACK"):
+            raise
+        code = _exit_code(error)
+        if code is None:
+            raise
+        return _fail(_message(error), code)
+
+
+def _exit_code(error: Any) -> int | None:
+    """The exit code of an error that one line explains, None for a fault of ours."""
+    if hasattr(error, "exit_code"):  # a wrong option, Interrupted, TrainingFailed, a failed study
+        return int(error.exit_code)
+    return 2 if isinstance(error, ValueError | FileNotFoundError | PermissionError) else None
+
+
+def _message(error: Any) -> str:
+    text = error.format_message() if hasattr(error, "format_message") else str(error)
+    return " ".join(text.split())
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":  # one line, not one a process
+        print(f"flowdopr: {message}", file=sys.stderr)
+    return code
+
+
+def _tell(path: Path) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(path)
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--labels {text}: write class numbers, such as 3 or 0,1,2") from None
+
+
+if __name__ == "__main__":
+    main()

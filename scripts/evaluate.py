@@ -1,0 +1,7 @@
+"""`python scripts/evaluate.py ...` is `flowdopr evaluate ...`."""
+
+import sys
+
+from flowdopr.cli import main
+
+main(["evaluate", *sys.argv[1:]])

@@ -1,0 +1,7 @@
+"""`python scripts/train.py ...` is `flowdopr train ...`."""
+
+import sys
+
+from flowdopr.cli import main
+
+main(["train", *sys.argv[1:]])
