@@ -67,5 +67,5 @@ def _plain(value: float) -> bool:
 
 
 def _decimals(value: float, digits: int) -> int:
-    leading = math.floor(math.log10(abs(value))) if value else 0
+    leading = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded value
     return max(0, digits - 1 - leading)

@@ -20,6 +20,8 @@ class RunPlan:
     lr: float
     seed: int
     config: Config
+    nfe_steps: tuple[int, ...] = ()
+    """Solver steps at which the last checkpoint is evaluated again."""
 
     @property
     def name(self) -> str:
@@ -28,6 +30,11 @@ class RunPlan:
     @property
     def path(self) -> Path:
         return Path(self.config.output) / self.config.name
+
+    @property
+    def setting(self) -> str:
+        """Everything outside `optimizer` and the seed, as JSON: arms that share it form pairs."""
+        return self.config.model_dump_json(exclude={"name", "output", "seed", "optimizer"})
 
 
 def run_name(arm: str, lr: float, seed: int) -> str:
@@ -60,7 +67,7 @@ def expand(config: Config) -> list[RunPlan]:
     study = study_settings(config)
     bases = {arm.name: _arm_config(config, arm) for arm in study.arms}
     plans = [
-        RunPlan(arm.name, lr, seed, _run_config(bases[arm.name], arm, lr, seed))
+        RunPlan(arm.name, lr, seed, _run_config(bases[arm.name], arm, lr, seed), study.nfe_steps)
         for seed in study.seeds
         for arm in study.arms
         for lr in arm.lrs
@@ -76,9 +83,13 @@ def _arm_config(config: Config, arm: ArmConfig) -> Config:
     for key in arm.set:
         if key in OWNED:
             source = OWNED[key]
-            raise ConfigError(f"compare.arms '{arm.name}': set {key}: comes from {source}; remove it")
+            raise ConfigError(
+                f"compare.arms '{arm.name}': set {key}: comes from {source}; remove it"
+            )
         if key.split(".")[0] == "compare":
-            raise ConfigError(f"compare.arms '{arm.name}': set {key}: an arm cannot change the study")
+            raise ConfigError(
+                f"compare.arms '{arm.name}': set {key}: an arm cannot change the study"
+            )
     return _apply(config, arm, [f"{key}={json.dumps(value)}" for key, value in arm.set.items()])
 
 

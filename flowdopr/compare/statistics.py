@@ -147,9 +147,7 @@ def paired_difference(
     if found is None:
         return None
     low, high = t_interval(found)
-    return PairedDifference(
-        metric, first.arm, second.arm, by_seed, found.mean, found.sd, low, high
-    )
+    return PairedDifference(metric, first.arm, second.arm, by_seed, found.mean, found.sd, low, high)
 
 
 def t_interval(found: Spread) -> tuple[float | None, float | None]:

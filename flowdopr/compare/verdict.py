@@ -57,9 +57,7 @@ def pair_differences(
 
 
 def _headline(metric: str, summaries: Sequence[ArmSummary]) -> str:
-    ranked = [
-        (spread, cell) for arm in summaries if (cell := arm.tuned) and (spread := cell.fd)
-    ]
+    ranked = [(spread, cell) for arm in summaries if (cell := arm.tuned) and (spread := cell.fd)]
     if not ranked:
         return "No run is finished yet, so there is nothing to compare."
     ranked.sort(key=lambda pair: pair[0].mean)
@@ -115,9 +113,7 @@ def _strength(metric: str, difference: PairedDifference) -> str:
     return f"{interval} includes zero: no difference is shown."
 
 
-def _notes(
-    metric: str, runs: Sequence[RunResult], summaries: Sequence[ArmSummary]
-) -> list[str]:
+def _notes(metric: str, runs: Sequence[RunResult], summaries: Sequence[ArmSummary]) -> list[str]:
     notes = [_budget(runs, summaries), *_learning_rate_notes(metric, summaries)]
     if any(len(arm.cells) > 1 for arm in summaries):
         notes.append(
@@ -140,7 +136,9 @@ def _budget(runs: Sequence[RunResult], summaries: Sequence[ArmSummary]) -> str:
         grid = count(next(iter(sizes.values()), 0), "learning rate")
         return f"Every arm had the same tuning budget: {grid} × {seeds}."
     each = listing([f"{arm} {count(size, 'learning rate')}" for arm, size in sizes.items()])
-    return f"The tuning budgets are not equal: {each}, × {seeds}. The comparison favours the larger."
+    return (
+        f"The tuning budgets are not equal: {each}, × {seeds}. The comparison favours the larger."
+    )
 
 
 def _learning_rate_notes(metric: str, summaries: Sequence[ArmSummary]) -> list[str]:
@@ -156,5 +154,7 @@ def _learning_rate_notes(metric: str, summaries: Sequence[ArmSummary]) -> list[s
                 f"chosen {other}."
             )
         if arm.tuned.lr in (arm.cells[0].lr, arm.cells[-1].lr):
-            notes.append(f"{arm.arm}: the chosen learning rate {chosen} is at the edge of its grid.")
+            notes.append(
+                f"{arm.arm}: the chosen learning rate {chosen} is at the edge of its grid."
+            )
     return notes

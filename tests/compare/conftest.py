@@ -1,0 +1,37 @@
+"""A study small enough for tests: a tiny DiT on the digits, two arms, two seeds."""
+
+from pathlib import Path
+
+import pytest
+
+from flowdopr.config import Config, load_config
+
+STUDY = """
+name: tiny
+output: {output}
+data: {{name: digits, root: {output}/data}}
+model: {{name: dit, patch_size: 4, hidden_size: 16, depth: 1, num_heads: 2}}
+optimizer: {{name: adamw}}
+train:
+  steps: 8
+  global_batch_size: 16
+  log_every: 2
+  checkpoint_every: 4
+  ema_decay: 0.9
+sample: {{solver: euler, steps: 2, num_images: 16}}
+evaluate: {{metrics: [fd], fid_num_images: 40}}
+compare:
+  seeds: [0, 1]
+  nfe_steps: [1, 2]
+  workers: 2
+  arms:
+    - {{name: AdamW, lrs: [1e-3]}}
+    - {{name: DoPr-AdamW, lrs: [1e-3], set: {{optimizer.name: dopr-adamw}}}}
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Config:
+    path = tmp_path / "study.yaml"
+    path.write_text(STUDY.format(output=tmp_path))
+    return load_config(path)

@@ -1,0 +1,64 @@
+"""A study's config becomes exactly the runs it names, or one line that says what is wrong."""
+
+import pytest
+
+from flowdopr.compare.plan import expand
+from flowdopr.config import ConfigError, apply_overrides
+
+
+def arms(config, text):
+    return apply_overrides(config, [f"compare.arms={text}"])
+
+
+def test_every_arm_rate_and_seed_once(study):
+    config = arms(study, "[{name: a, lrs: [1e-3, 0.1]}, {name: b, lrs: [1e-5]}]")
+    names = [plan.name for plan in expand(config)]
+    first = ["a-lr0.001-s0", "a-lr0.1-s0", "b-lr1e-05-s0"]
+    assert names == first + [name.replace("-s0", "-s1") for name in first]
+
+
+def test_a_run_is_a_config_of_its_own(study):
+    plan = next(plan for plan in expand(study) if plan.name == "DoPr-AdamW-lr0.001-s1")
+    assert plan.config.optimizer.name == "dopr-adamw"
+    assert (plan.config.optimizer.lr, plan.config.seed) == (1e-3, 1)
+    assert plan.config.compare is None
+    assert plan.path.parent.name == "tiny"
+    assert plan.path.name == plan.name
+    same = study.model_dump(exclude={"name", "seed", "optimizer", "compare"})
+    assert plan.config.model_dump(exclude={"name", "seed", "optimizer", "compare"}) == same
+
+
+def test_an_override_takes_mappings_and_lists(study):
+    text = "[{name: a, lrs: [1e-3], set: {optimizer.betas: [0.8, 0.9], data.image_size: 4}}]"
+    plan = expand(arms(study, text))[0]
+    assert plan.config.optimizer.betas == (0.8, 0.9)
+    assert plan.config.data.image_size == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("optimizer.nam: sgd", ["'a'", "optimizer.nam", "'name'"]),
+        ("optimizer.name: adam", ["'a'", "optimizer.name"]),
+        ("train.steps: -1", ["'a'", "train.steps"]),
+        ("optimizer.lr: 1e-3", ["'a'", "optimizer.lr", "lrs"]),
+        ("seed: 3", ["'a'", "seed", "compare.seeds"]),
+        ("compare.workers: 2", ["'a'", "compare.workers"]),
+    ],
+)
+def test_a_wrong_override_names_its_arm(study, overrides, words):
+    with pytest.raises(ConfigError) as caught:
+        expand(arms(study, f"[{{name: a, lrs: [1e-3], set: {{{overrides}}}}}]"))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words)
+
+
+def test_two_runs_never_share_a_folder(study):
+    with pytest.raises(ConfigError, match=r"a-lr0\.001-s0"):
+        expand(arms(study, "[{name: a, lrs: [1e-3, 0.001000000001]}]"))
+
+
+def test_a_config_without_a_study_is_refused(study):
+    with pytest.raises(ConfigError, match=r"compare\.arms"):
+        expand(apply_overrides(study, ["compare=null"]))
