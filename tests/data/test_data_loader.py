@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 import torch
 
-from flowdopr.data import build_datasets, build_loader, from_uint8
+from flowdopr.data import build_datasets, build_loader, from_uint8, plain_batches
 from flowdopr.data.loader import epoch_picks, picks_between
 
 
@@ -97,6 +97,12 @@ def test_workers_give_what_the_process_itself_gives(make_config, write_images, t
     )
     train = build_datasets(alone).train
     assert_same(take(alone, train, 6, start_step=2), take(helped, train, 6, start_step=2))
+
+
+def test_plain_batches_show_every_image_once_in_order(digits):
+    batches = list(plain_batches(digits, 1000))
+    assert [len(y) for _, y in batches] == [1000, 618]
+    assert torch.equal(torch.cat([x_1 for x_1, _ in batches]), from_uint8(digits.images))
 
 
 def test_the_loader_leaves_the_global_random_state_alone(make_config, digits):
