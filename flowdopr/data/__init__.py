@@ -1,7 +1,7 @@
 """Images in and batches out: data sets, their fingerprint, the resumable loader, the uint8 rule."""
 
 from flowdopr.data.datasets import DatasetInfo, Datasets, build_datasets
-from flowdopr.data.loader import build_loader, plain_batches, plain_batches
+from flowdopr.data.loader import build_loader, plain_batches
 from flowdopr.data.memory import ImageDataset, ImageTensor
 from flowdopr.data.transforms import UINT8_RULE, from_uint8, to_uint8
 
@@ -14,7 +14,6 @@ __all__ = [
     "build_datasets",
     "build_loader",
     "from_uint8",
-    "plain_batches",
     "plain_batches",
     "to_uint8",
 ]

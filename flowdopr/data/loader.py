@@ -131,16 +131,3 @@ def plain_batches(
     for indices in torch.arange(len(dataset)).split(batch_size):
         images, labels = dataset.batch(indices)
         yield from_uint8(images.to(device)), labels.to(device)
-
-
-def plain_batches(
-    dataset: ImageDataset, batch_size: int, device: torch.device | str = "cpu"
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once, in order and unchanged: (x_1, y) as above, on `device`; the last is short.
-
-    Raises:
-        ValueError: an unreadable image.
-    """
-    for indices in torch.arange(len(dataset)).split(batch_size):
-        images, labels = dataset.batch(indices)
-        yield from_uint8(images.to(device)), labels.to(device)
