@@ -9,8 +9,11 @@ from flowdopr.flow.build import (
 )
 from flowdopr.flow.coupling import COUPLINGS, Coupling, make_coupling
 from flowdopr.flow.guidance import ModelVelocity, guided_velocity
+from flowdopr.flow.likelihood import BitsPerDim, LogLikelihood, bits_per_dim, log_likelihood
+from flowdopr.flow.noise import image_generator
 from flowdopr.flow.objective import Draw, FlowMatching
 from flowdopr.flow.one_step import OneStepLoss, one_step_loss
+from flowdopr.flow.oracle import EmpiricalVelocity, ExcessError, excess_error, rollout_excess
 from flowdopr.flow.path import (
     PATHS,
     CosinePath,
@@ -42,11 +45,15 @@ __all__ = [
     "SDE_SOLVERS",
     "SOLVERS",
     "WEIGHTINGS",
+    "BitsPerDim",
     "CosinePath",
     "Coupling",
     "Draw",
+    "EmpiricalVelocity",
+    "ExcessError",
     "FlowMatching",
     "LinearPath",
+    "LogLikelihood",
     "ModelVelocity",
     "OneStepLoss",
     "Path",
@@ -57,17 +64,22 @@ __all__ = [
     "TimeSampler",
     "TrigonometricPath",
     "VariancePreservingPath",
+    "bits_per_dim",
     "build_coupling",
     "build_objective",
     "build_path",
     "build_sampling",
     "build_time_sampler",
     "convert",
+    "excess_error",
     "generate",
     "guided_velocity",
+    "image_generator",
+    "log_likelihood",
     "loss_weight",
     "make_coupling",
     "one_step_loss",
+    "rollout_excess",
     "shift_time",
     "solve",
     "solve_sde",

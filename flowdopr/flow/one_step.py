@@ -1,13 +1,15 @@
 """The one-step loss: the held-out error of the velocity at single times, exactly repeatable."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from flowdopr.flow.noise import image_generator
 from flowdopr.flow.objective import FlowMatching, Model, labels_for
-from flowdopr.flow.time import TimeSampler
+from flowdopr.flow.path import Path
 
 NUM_BINS = 10
 
@@ -28,18 +30,54 @@ class OneStepLoss:
 class TimeBins:
     """Accumulates values (B,) by their time, in float64 and without waiting for the device."""
 
-    def __init__(self, device: torch.device | str) -> None:
-        self.totals = torch.zeros(2, NUM_BINS, dtype=torch.float64, device=device)
+    def __init__(self) -> None:
+        self.totals = torch.zeros(2, NUM_BINS, dtype=torch.float64)
 
     def add(self, t: Tensor, values: Tensor) -> None:
+        """Values (B,) at times `t` (B,)."""
         bins = (t * NUM_BINS).long().clamp(0, NUM_BINS - 1)
-        pair = torch.stack([values.detach().double(), torch.ones_like(values, dtype=torch.float64)])
-        self.totals.index_add_(1, bins, pair)
+        pair = torch.stack([values.double(), torch.ones_like(values, dtype=torch.float64)])
+        self.totals = self.totals.to(values.device).index_add(1, bins, pair)
 
     def result(self) -> OneStepLoss:
+        """Means so far, overall and in each bin."""
         sums, counts = self.totals.cpu()
         mean = (sums.sum() / counts.sum()).item()
         return OneStepLoss(mean, (sums / counts).tolist(), int(counts.sum().item()))
+
+
+class PathPoint(NamedTuple):
+    """Points of the path of one batch: x_t, dx_t (B, C, H, W), t (B,), y (B,) or None."""
+
+    x_t: Tensor
+    dx_t: Tensor
+    t: Tensor
+    y: Tensor | None
+
+
+def path_points(
+    path: Path, batches: Iterable[tuple[Tensor, Tensor | None]], seed: int
+) -> Iterator[PathPoint]:
+    """For each batch (x_1, y) points of the path, with t uniform and stratified in the batch.
+
+    Noise and times of batch b depend on `seed` and b alone.
+
+    Raises:
+        ValueError: when there are no batches.
+    """
+    plain, number = FlowMatching(path), -1
+    for number, (x_1, y) in enumerate(batches):
+        generator = image_generator(seed, number)
+        shape = (x_1.shape[1], x_1.shape[2], x_1.shape[3])
+        draw = plain.draw(len(x_1), shape, generator=generator, device=x_1.device)
+        yield PathPoint(*path.sample(draw.x_0, x_1, draw.t), draw.t, y)
+    if number < 0:
+        raise ValueError("one-step loss: there are no images to evaluate on")
+
+
+def squared_error(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over all but the batch of (a - b)^2, (B,)."""
+    return (a - b).square().flatten(1).mean(1)
 
 
 @torch.no_grad()
@@ -67,17 +105,8 @@ def one_step_loss(
     Raises:
         ValueError: when there are no batches.
     """
-    plain = FlowMatching(objective.path, prediction=objective.prediction)
-    plain.time_sampler = TimeSampler()
-    bins: TimeBins | None = None
-    for number, (x_1, y) in enumerate(batches):
-        bins = bins or TimeBins(x_1.device)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        shape = (x_1.shape[1], x_1.shape[2], x_1.shape[3])
-        draw = plain.draw(len(x_1), shape, generator=generator, device=x_1.device)
-        x_t, dx_t = plain.path.sample(draw.x_0, x_1, draw.t)
-        velocity = plain.velocity(model, x_t, draw.t, labels_for(model, y))
-        bins.add(draw.t, (velocity - dx_t).square().flatten(1).mean(1))
-    if bins is None:
-        raise ValueError("one-step loss: there are no held-out images to evaluate on")
+    bins = TimeBins()
+    for x_t, dx_t, t, y in path_points(objective.path, batches, seed):
+        velocity = objective.velocity(model, x_t, t, labels_for(model, y))
+        bins.add(t, squared_error(velocity, dx_t))
     return bins.result()

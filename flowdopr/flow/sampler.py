@@ -5,17 +5,27 @@ Shapes: images (N, C, H, W); labels (N,) int64 or None.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from flowdopr.flow.guidance import ALWAYS, ModelVelocity, check_guidance, guided_velocity
+from flowdopr.flow.guidance import ALWAYS, ModelVelocity, guided_velocity
+from flowdopr.flow.noise import ImageNoise
 from flowdopr.flow.objective import Model
 from flowdopr.flow.path import LinearPath, Path
 from flowdopr.flow.prediction import check_prediction
 from flowdopr.flow.sde import SDE_SOLVERS, check_sde, posterior_mean, solve_sde
-from flowdopr.flow.solver import ODE_SOLVERS, Rollout, check_solver, solve
+from flowdopr.flow.solver import (
+    ODE_SOLVERS,
+    Rollout,
+    Velocity,
+    calls_of,
+    check_solver,
+    counted,
+    solve,
+)
 from flowdopr.flow.time import time_grid
 
 SOLVERS = ODE_SOLVERS + SDE_SOLVERS
@@ -71,7 +81,27 @@ class Sampling:
         end = min(end, 1 - 1e-3) if self.path.end < 1 else end
         return time_grid(self.time_grid, self.steps, start=start, end=end)
 
-    def rollout(self, velocity: ModelVelocity, x_0: Tensor, noise: Callable[[], Tensor]) -> Rollout:
+    def ode_arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `solve` and `log_likelihood`."""
+        names = ("solver", "steps", "time_grid", "atol", "rtol")
+        start, end = self.grid()[[0, -1]].tolist()
+        return {name: getattr(self, name) for name in names} | {"start": start, "end": end}
+
+    def velocity(
+        self, model: Model, y: Tensor | None, guide_model: Model | None = None
+    ) -> ModelVelocity:
+        """The velocity to integrate, with guidance and calls counted."""
+        return guided_velocity(
+            model,
+            y,
+            self.guidance_scale,
+            guidance_interval=self.guidance_interval,
+            guide_model=guide_model,
+            path=self.path,
+            prediction=self.prediction,
+        )
+
+    def rollout(self, velocity: Velocity, x_0: Tensor, noise: Callable[[], Tensor]) -> Rollout:
         """Noise `x_0` (B, ...) to images; `noise` feeds stochastic solvers."""
         grid = self.grid()
         if self.stochastic:
@@ -79,23 +109,13 @@ class Sampling:
             return solve_sde(
                 velocity, x_0, self.path, noise, grid=grid, solver=self.solver, noise_scale=scale
             )
-        start, end = float(grid[0]), float(grid[-1])
-        x, nfe = solve(
-            velocity,
-            x_0,
-            solver=self.solver,
-            steps=self.steps,
-            time_grid=self.time_grid,
-            start=start,
-            end=end,
-            atol=self.atol,
-            rtol=self.rtol,
-        )
-        if end == 1:
+        x, nfe = solve(velocity, x_0, **self.ode_arguments())
+        if grid[-1] == 1:
             return Rollout(x, nfe)
-        before = velocity.calls
-        x = posterior_mean(velocity, x, grid[-1].to(x), self.path)
-        return Rollout(x, nfe + velocity.calls - before)
+        counter = counted(velocity)
+        before = calls_of(counter)
+        x = posterior_mean(counter, x, grid[-1].to(x), self.path)
+        return Rollout(x, nfe + calls_of(counter) - before)
 
 
 @dataclass(frozen=True)
@@ -105,18 +125,6 @@ class Samples:
 
     images: Tensor
     nfe: int | float
-
-
-def image_generator(seed: int, index: int) -> torch.Generator:
-    """The CPU generator of image `index`, a function of (seed, index) alone.
-
-    Raises:
-        ValueError: when either is negative.
-    """
-    if seed < 0 or index < 0:
-        raise ValueError(f"seed={seed}, image index={index}: neither may be negative")
-    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
 
 
 def generate(
@@ -132,7 +140,7 @@ def generate(
     image_shape: tuple[int, int, int] | None = None,
     progress: Callable[[int], None] | None = None,
     sampling: Sampling | None = None,
-    **settings: object,
+    **settings: Any,
 ) -> Samples:
     """Sample one image for each label.
 
@@ -160,45 +168,23 @@ def generate(
     sampling = replace(sampling or Sampling(), **settings)
     total = _number_of_images(labels, num_images, batch_size)
     shape = image_shape or _shape_of(model)
-    interval = sampling.guidance_interval
-    check_guidance(model, labels, sampling.guidance_scale, interval, guide_model)
-    device = device if device is not None else _device_of(model)
+    sampling.velocity(model, labels, guide_model)  # refuses wrong guidance before anything runs
+    device = device if device is not None else device_of(model)
     images, calls = torch.empty(total, *shape), 0
     for first in range(0, total, batch_size):
         part = slice(first, min(first + batch_size, total))
         y = None if labels is None else labels[part].to(device)
-        streams = [image_generator(seed, first_index + i) for i in range(total)[part]]
-        velocity = guided_velocity(
-            model,
-            y,
-            sampling.guidance_scale,
-            guidance_interval=interval,
-            guide_model=guide_model,
-            path=sampling.path,
-            prediction=sampling.prediction,
-        )
-        noise = _NoiseOfImages(streams, shape, device)
+        velocity = sampling.velocity(model, y, guide_model)
+        count = part.stop - first
+        noise = ImageNoise(seed, first_index + first, count, shape, device)
         with torch.no_grad():
-            x_1, nfe = sampling.rollout(velocity, noise(), noise)
+            x_1, nfe = sampling.rollout(velocity, noise.normal(), noise.normal)
         images[part] = x_1.cpu()
-        calls += nfe * len(streams)
+        calls += nfe * count
         if progress is not None:
-            progress(len(streams))
+            progress(count)
     mean = calls / total
     return Samples(images, int(mean) if mean.is_integer() else mean)
-
-
-class _NoiseOfImages:
-    """Standard normal numbers (B, C, H, W), those of image i from stream i alone."""
-
-    def __init__(
-        self, streams: list[torch.Generator], shape: tuple[int, ...], device: torch.device | str
-    ) -> None:
-        self.streams, self.shape, self.device = streams, shape, device
-
-    def __call__(self) -> Tensor:
-        noise = torch.stack([torch.randn(self.shape, generator=g) for g in self.streams])
-        return noise.to(self.device)
 
 
 def _number_of_images(labels: Tensor | None, num_images: int | None, batch_size: int) -> int:
@@ -220,7 +206,9 @@ def _shape_of(model: Model) -> tuple[int, int, int]:
     return shape
 
 
-def _device_of(model: Model) -> torch.device:
-    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
-    first = next(parameters, None)
+def device_of(model: Model) -> torch.device:
+    """Where the parameters of `model` are; the CPU for a plain function."""
+    if not isinstance(model, torch.nn.Module):
+        return torch.device("cpu")
+    first = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if first is None else first.device

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowdopr.flow.path import Path
 from flowdopr.flow.prediction import convert
-from flowdopr.flow.solver import CountCalls, Rollout, Velocity, calls_of
+from flowdopr.flow.solver import Rollout, Velocity, calls_of, counted
 
 SDE_SOLVERS = ("euler_maruyama", "sde_heun")
 
@@ -58,7 +58,7 @@ def solve_sde(
         ValueError: for an unknown solver, a path without score or a negative noise scale.
     """
     check_sde(solver, path, noise_scale)
-    counter = velocity if hasattr(velocity, "calls") else CountCalls(velocity)
+    counter = counted(velocity)
     before = calls_of(counter)
 
     def drift(x: Tensor, t: Tensor) -> Tensor:

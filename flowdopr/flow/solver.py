@@ -5,7 +5,7 @@ A velocity is any function v(x, t) of a state (B, ...) and a scalar time. If it 
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ def solve(
     # torchdiffeq would keep the state at every time it is asked for, so ask only for the ends.
     fixed = solver not in ADAPTIVE_SOLVERS
     options = {"grid_constructor": lambda func, y0, t: grid} if fixed else {}
-    counter = velocity if hasattr(velocity, "calls") else CountCalls(velocity)
+    counter = counted(velocity)
     before = calls_of(counter)
 
     def derivative(t: Tensor, x: Tensor) -> Tensor:
@@ -109,13 +109,20 @@ def solve(
 
     ends = grid[[0, -1]]
     try:
-        _, x_1 = odeint(derivative, x_0, ends, method=solver, atol=atol, rtol=rtol, options=options)
+        states: Any = odeint(
+            derivative, x_0, ends, method=solver, atol=atol, rtol=rtol, options=options
+        )
     except AssertionError as error:
         raise ValueError(
             f"solver={solver!r} failed ({error}): raise atol={atol} and rtol={rtol}, "
             "or use a fixed-step solver"
         ) from error
-    return Rollout(x_1, calls_of(counter) - before)
+    return Rollout(states[-1], calls_of(counter) - before)
+
+
+def counted(velocity: Velocity) -> Velocity:
+    """`velocity` itself if it counts its calls, else wrapped in a counter."""
+    return velocity if hasattr(velocity, "calls") else CountCalls(velocity)
 
 
 def calls_of(velocity: Velocity) -> int:

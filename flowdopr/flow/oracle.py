@@ -1,0 +1,240 @@
+"""The exact velocity field of a finite training set, and how far a model is from it.
+
+If x_1 is uniform over the images X_1 .. X_N and x_0 is an independent Gaussian, then x_t is a
+mixture of N Gaussians and Bayes' rule gives the posterior over images and its mean:
+
+    p(i | x_t) = softmax_i( -|x_t - alpha_t X_i|^2 / (2 sigma_t^2) )                       (11)
+    E[x_1 | x_t] = sum_i p(i | x_t) X_i                                                    (12)
+
+which converts (prediction.py) to the velocity v* = E[dx_t | x_t] that minimises the training loss
+exactly. No model can go below its loss; what a model's loss exceeds it by is an error that training
+could still remove, though v* itself leads every rollout to a training image:
+
+    E|v - dx_t|^2  =  E|v - v*|^2  +  E|v* - dx_t|^2       over the training set           (13)
+       loss            excess          irreducible
+
+Shapes: x_t, velocity (B, ...); t scalar or (B,); y (B,) or None; images (N, ...).
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flowdopr.flow.noise import ImageNoise
+from flowdopr.flow.objective import FlowMatching, Model, labels_for
+from flowdopr.flow.one_step import OneStepLoss, TimeBins, path_points, squared_error
+from flowdopr.flow.path import LinearPath, Path, batch_times
+from flowdopr.flow.prediction import SAFE_TIME, convert
+from flowdopr.flow.sampler import Sampling
+from flowdopr.flow.solver import Velocity, calls_of
+
+
+class EmpiricalVelocity(nn.Module):
+    """v* of a training set, called as a model: oracle(x_t, t, y) is the velocity.
+
+    So it can be sampled from and evaluated like one, with prediction "velocity". With labels it is
+    conditional on them; the label `num_classes` stands for all images.
+
+    >>> oracle = EmpiricalVelocity(torch.rand(10, 1, 4, 4))
+    >>> oracle(torch.randn(2, 1, 4, 4), torch.tensor(0.3)).shape
+    torch.Size([2, 1, 4, 4])
+
+    Memory beyond the images is B x chunk_size numbers; time is 4 B N D operations a call. Products
+    are full float32 also under autocast and where TF32 is allowed, since (11) divides their
+    differences by sigma_t^2.
+
+    Args:
+        images: (N, ...) float training images, as the model saw them: with mirrored copies where it
+            was trained with random mirroring.
+        labels: (N,) int64 in [0, num_classes), or None.
+        path: the path of training, by default linear.
+        chunk_size: training images handled at a time.
+
+    Raises:
+        ValueError: for no images, labels of another length or a chunk size below 1.
+    """
+
+    mean: Tensor
+    images: Tensor
+    labels: Tensor | None
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        path: Path | None = None,
+        chunk_size: int = 4096,
+    ) -> None:
+        super().__init__()
+        if not len(images) or chunk_size < 1 or (labels is not None and len(labels) != len(images)):
+            raise ValueError(
+                f"oracle: {len(images)} images, {'no' if labels is None else len(labels)} labels, "
+                f"chunk_size={chunk_size}: need images, a label for each, and chunks of 1 or more"
+            )
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        self.path, self.chunk_size = path or LinearPath(), chunk_size
+        self.image_shape = tuple(images.shape[1:])
+        self.num_classes = 0 if labels is None else int(labels.max()) + 1
+        # Distances do not change when all points move together, and are most exact near zero.
+        self.register_buffer("mean", images.mean(0), persistent=False)
+        self.register_buffer("images", images - images.mean(0), persistent=False)
+        self.register_buffer("labels", labels, persistent=False)
+
+    @torch.no_grad()
+    def posterior_mean(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """E[x_1 | x_t, y], equations (11) and (12), with times up to 1 - SAFE_TIME.
+
+        Raises:
+            ValueError: for labels without training images, or labels where the oracle has none.
+        """
+        if y is not None and self.labels is None:
+            raise ValueError("oracle: labels given, but it was made without: make it with labels")
+        c = self.path.at(batch_times(t, x_t).clamp(max=1 - SAFE_TIME), x_t)
+        with full_precision(x_t.device):
+            x = (x_t - c.alpha * self.mean).flatten(1)
+            alpha, sigma = c.alpha.reshape(-1, 1), c.sigma.reshape(-1, 1)
+            return self._softmax_mean(x, alpha, sigma, y).reshape(x_t.shape) + self.mean
+
+    def _softmax_mean(self, x: Tensor, alpha: Tensor, sigma: Tensor, y: Tensor | None) -> Tensor:
+        """(12) for centred x (B, D), by one pass over chunks with a running maximum.
+
+        |x|^2 is common to all images, so the exponent of (11) is (alpha x.X - alpha^2 |X|^2 / 2) /
+        sigma^2 up to a constant.
+        """
+        largest = torch.full_like(alpha, torch.finfo(x.dtype).min)
+        total, mean = torch.zeros_like(alpha), torch.zeros_like(x)
+        for first in range(0, len(self.images), self.chunk_size):
+            chunk = self.images[first : first + self.chunk_size].flatten(1)
+            logits = alpha * (x @ chunk.T - alpha / 2 * chunk.square().sum(1)) / sigma**2
+            if y is not None and self.labels is not None:
+                labels = self.labels[first : first + self.chunk_size]
+                other = (labels != y[:, None]) & (y != self.num_classes)[:, None]
+                logits = logits.masked_fill(other, -torch.inf)
+            newest = torch.maximum(largest, logits.amax(1, keepdim=True))
+            shrink, weights = (largest - newest).exp(), (logits - newest).exp()
+            total = total * shrink + weights.sum(1, keepdim=True)
+            mean = mean * shrink + weights @ chunk
+            largest = newest
+        if (total == 0).any():
+            raise ValueError(
+                "oracle: a label has no training images: use labels of the training set"
+            )
+        return mean / total
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """The velocity v*(x_t, t, y)."""
+        x_1 = self.posterior_mean(x_t, t, y)
+        return convert(x_1, x_t, batch_times(t, x_t), self.path, "data", "velocity")
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Matrix products in full float32: neither autocast nor TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@dataclass(frozen=True)
+class ExcessError:
+    """The parts of equation (13), each a mean and a mean by time."""
+
+    loss: OneStepLoss
+    excess: OneStepLoss
+    irreducible: OneStepLoss
+
+
+@torch.no_grad()
+def excess_error(
+    oracle: EmpiricalVelocity,
+    objective: FlowMatching,
+    model: Model,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    *,
+    seed: int = 0,
+) -> ExcessError:
+    """Equation (13) on points of the path, with the noise and times of `one_step_loss`.
+
+    >>> images = torch.rand(10, 1, 4, 4)
+    >>> oracle = EmpiricalVelocity(images)
+    >>> excess_error(oracle, FlowMatching(), oracle, [(images, None)]).excess.mean
+    0.0
+
+    Args:
+        batches: pairs (x_1, y) of the oracle's training set. With other images the three numbers
+            are still what they say, but loss is not the sum of the other two.
+
+    Raises:
+        ValueError: when there are no batches.
+    """
+    loss, excess, irreducible = TimeBins(), TimeBins(), TimeBins()
+    for x_t, dx_t, t, y in path_points(objective.path, batches, seed):
+        velocity = objective.velocity(model, x_t, t, labels_for(model, y))
+        best = oracle(x_t, t, labels_for(oracle, y))
+        loss.add(t, squared_error(velocity, dx_t))
+        excess.add(t, squared_error(velocity, best))
+        irreducible.add(t, squared_error(best, dx_t))
+    return ExcessError(loss.result(), excess.result(), irreducible.result())
+
+
+def rollout_excess(
+    oracle: EmpiricalVelocity,
+    model: Model,
+    labels: Tensor | None = None,
+    *,
+    num_images: int | None = None,
+    seed: int,
+    sampling: Sampling | None = None,
+    device: torch.device | str = "cpu",
+) -> OneStepLoss:
+    """|v - v*|^2 where the model's own rollout goes, at each time its solver asks for the velocity.
+
+    Beside `excess_error(...).excess.by_time` it shows how much worse a model is off the path.
+
+    >>> oracle = EmpiricalVelocity(torch.rand(10, 1, 4, 4))
+    >>> rollout_excess(oracle, oracle, num_images=3, seed=0).mean
+    0.0
+
+    Args:
+        labels: (N,) or None, then with `num_images`; rolled out as one batch, from the noise that
+            `generate` would use.
+        sampling: how to roll out; guidance, if any, is part of the model's velocity.
+
+    Raises:
+        ValueError: as `generate`.
+    """
+    sampling = sampling or Sampling()
+    count = num_images if labels is None else len(labels)
+    if not count:
+        raise ValueError("rollout_excess: give labels, or num_images of at least 1")
+    y = None if labels is None else labels.to(device)
+    probe = _ErrorProbe(sampling.velocity(model, y), oracle, labels_for(oracle, y))
+    noise = ImageNoise(seed, 0, count, oracle.image_shape, device)
+    with torch.no_grad():
+        sampling.rollout(probe, noise.normal(), noise.normal)
+    return probe.bins.result()
+
+
+class _ErrorProbe:
+    """A velocity that notes its squared distance from the oracle wherever it is evaluated."""
+
+    def __init__(self, velocity: Velocity, oracle: EmpiricalVelocity, y: Tensor | None) -> None:
+        self.velocity, self.oracle, self.y = velocity, oracle, y
+        self.bins = TimeBins()
+
+    @property
+    def calls(self) -> int:
+        return calls_of(self.velocity)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        v = self.velocity(x, t)
+        self.bins.add(batch_times(t, x), squared_error(v, self.oracle(x, t, self.y)))
+        return v
