@@ -1,13 +1,28 @@
 """Optimizers for any `nn.Module`: DoPr, and the gradient preconditioners it wraps."""
 
-from .muon import Muon, newton_schulz
-from .roles import Role, check_claimed, format_roles, parameter_groups, parameter_roles
-from .signum import Signum
+from flowdopr.optim.adamuon import AdaMuon
+from flowdopr.optim.build import OPTIMIZER_NAMES, build_optimizer
+from flowdopr.optim.dopr import DoPr
+from flowdopr.optim.kfac import KFAC
+from flowdopr.optim.muon import Muon, newton_schulz
+from flowdopr.optim.roles import (
+    Role,
+    check_claimed,
+    format_roles,
+    parameter_groups,
+    parameter_roles,
+)
+from flowdopr.optim.signum import Signum
 
 __all__ = [
+    "KFAC",
+    "OPTIMIZER_NAMES",
+    "AdaMuon",
+    "DoPr",
     "Muon",
     "Role",
     "Signum",
+    "build_optimizer",
     "check_claimed",
     "format_roles",
     "newton_schulz",

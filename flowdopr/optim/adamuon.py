@@ -17,8 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .matrix import MatrixOptimizer, decay_weights, same_shape, stack_blocks, unstack_blocks
-from .muon import NS_COEFFICIENTS, newton_schulz
+from flowdopr.optim.matrix import (
+    MatrixOptimizer,
+    decay_weights,
+    same_shape,
+    stack_blocks,
+    unstack_blocks,
+)
+from flowdopr.optim.muon import NS_COEFFICIENTS, newton_schulz
 
 UPDATE_RMS = 0.2
 

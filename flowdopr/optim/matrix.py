@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from .roles import parameter_groups, split_by_dimension
+from flowdopr.optim.roles import parameter_groups, split_by_dimension
 
 MAX_STACKED_ELEMENTS = 2**25  # bounds the memory of one batched call: 128 MiB in float32
 

@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .matrix import MatrixOptimizer, decay_weights, same_shape, stack_blocks, unstack_blocks
+from flowdopr.optim.matrix import (
+    MatrixOptimizer,
+    decay_weights,
+    same_shape,
+    stack_blocks,
+    unstack_blocks,
+)
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SCALES = {

@@ -172,23 +172,23 @@ def check_claimed(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def format_roles(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """A table of every parameter: name, shape, role, AP mode, GP and weight decay.
 
-    `optimizer` is a bare optimizer or a DoPr around one (anything with a `roles()` method that
-    yields entries with `name` and `ap`). Frozen parameters are listed with GP "frozen".
+    `optimizer` is a bare optimizer or a DoPr around one, whose `roles()` give the AP mode.
+    Frozen parameters are listed with GP "frozen".
 
     Raises:
         ValueError: see `check_claimed`.
     """
     check_claimed(model, optimizer)
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
-    preconditioned = getattr(optimizer, "roles", dict)()
-    ap_of = {entry.name: entry.ap for entry in preconditioned}
+    ap_of = {name: mode for name, _, mode, _ in getattr(optimizer, "roles", list)()}
+    default_gp = type(getattr(optimizer, "optimizer", optimizer)).__name__.lower()
     rows = [("parameter", "shape", "role", "AP", "GP", "weight decay")]
     for role in parameter_roles(model):
         shape = " x ".join(map(str, role.parameter.shape)) or "scalar"
         group = group_of.get(role.parameter)
         gp, decay = "frozen", "-"
         if group is not None:
-            gp = str(group.get("gp", type(optimizer).__name__.lower()))
+            gp = str(group.get("gp", default_gp))
             gp += f" in {group['fused_blocks']} blocks" if group.get("fused_blocks", 1) > 1 else ""
             decay = f"{group.get('weight_decay', 0.0):g}"
         rows.append((role.name, shape, role.kind, ap_of.get(role.name, "none"), gp, decay))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .matrix import decay_weights
+from flowdopr.optim.matrix import decay_weights
 
 
 class Signum(torch.optim.Optimizer):

@@ -1,0 +1,129 @@
+"""Optimizers by name, for a model: the one literal dict of the family.
+
+    build_optimizer(model, "dopr-muon", 1e-3, weight_decay=0.01, damping=0.1)
+
+An option left at None is not given: the optimizer's own default holds. An option that the named
+optimizer does not use is refused, never ignored.
+"""
+
+import difflib
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from flowdopr.optim.adamuon import AdaMuon
+from flowdopr.optim.dopr import DoPr
+from flowdopr.optim.kfac import KFAC
+from flowdopr.optim.muon import Muon
+from flowdopr.optim.roles import parameter_groups
+from flowdopr.optim.signum import Signum
+
+
+def sgd(
+    model: nn.Module,
+    lr: float,
+    *,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+) -> torch.optim.SGD:
+    """torch's SGD; its weight decay is added to the gradient and so passes through the momentum."""
+    groups = parameter_groups(model, "sgd", weight_decay=weight_decay)
+    return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=nesterov)
+
+
+def adamw(
+    model: nn.Module,
+    lr: float,
+    *,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> torch.optim.AdamW:
+    """torch's AdamW, weight decay for matrices and convolutions only."""
+    groups = parameter_groups(model, "adamw", weight_decay=weight_decay)
+    return torch.optim.AdamW(groups, lr, betas=betas, eps=eps)
+
+
+def signum(
+    model: nn.Module, lr: float, *, weight_decay: float = 0.0, momentum: float = 0.9
+) -> Signum:
+    """Signum for every parameter, weight decay for matrices and convolutions only."""
+    groups = parameter_groups(model, "signum", weight_decay=weight_decay)
+    return Signum(groups, lr, momentum=momentum)
+
+
+def soap(
+    model: nn.Module,
+    lr: float,
+    *,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.95, 0.95),
+    eps: float = 1e-8,
+    precondition_frequency: int = 10,
+) -> torch.optim.Optimizer:
+    """SOAP (Vyas et al., arXiv 2409.11321) as the library pytorch-optimizer has it: Adam in the
+    eigenbasis of Shampoo's factors, renewed every `precondition_frequency` steps. Its first step
+    only gathers the factors."""
+    try:
+        from pytorch_optimizer import SOAP
+    except ImportError as error:
+        raise ValueError(
+            "optimizer 'soap' needs the package pytorch-optimizer: pip install pytorch-optimizer"
+        ) from error
+    groups = parameter_groups(model, "soap", weight_decay=weight_decay)
+    frequency = precondition_frequency
+    return SOAP(groups, lr, betas=betas, eps=eps, precondition_frequency=frequency)
+
+
+OPTIMIZERS = {
+    "sgd": sgd,
+    "adamw": adamw,
+    "muon": Muon,
+    "signum": signum,
+    "adamuon": AdaMuon,
+    "soap": soap,
+    "kfac": KFAC,
+}
+OPTIMIZER_NAMES = (*OPTIMIZERS, *(f"dopr-{name}" for name in OPTIMIZERS if name != "kfac"))
+
+
+def build_optimizer(
+    model: nn.Module, name: str, lr: float, **options: Any
+) -> torch.optim.Optimizer:
+    """The optimizer called `name` on all trainable parameters of `model`.
+
+    Args:
+        name: a key of `OPTIMIZERS`, alone or after "dopr-", which wraps it in `DoPr`.
+        lr: learning rate.
+        options: keyword arguments of that optimizer (weight_decay, betas, eps, momentum, ...) and,
+            with "dopr-", of `DoPr` (damping, cov_decay, refresh_every, ...); None means not given.
+
+    Raises:
+        ValueError: an unknown name, an option that this optimizer does not use, or a value that
+            it refuses.
+    """
+    if name not in OPTIMIZER_NAMES:
+        near = difflib.get_close_matches(name, OPTIMIZER_NAMES, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"one of {', '.join(OPTIMIZER_NAMES)}"
+        raise ValueError(f"optimizer '{name}' is not known: {hint}")
+    wrapped = name.startswith("dopr-")
+    recipe = OPTIMIZERS[name.removeprefix("dopr-")]
+    given = {key: value for key, value in options.items() if value is not None}
+    gp_names = _option_names(recipe)
+    ap_names = _option_names(DoPr) if wrapped else []
+    for key in given:
+        if key not in gp_names and key not in ap_names:
+            uses = ", ".join(sorted([*gp_names, *ap_names]))
+            raise ValueError(f"optimizer '{name}' does not use '{key}': it uses {uses}")
+    optimizer = recipe(model, lr, **{k: v for k, v in given.items() if k in gp_names})
+    if not wrapped:
+        return optimizer
+    return DoPr(optimizer, model, **{k: v for k, v in given.items() if k in ap_names})
+
+
+def _option_names(function: Any) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]

@@ -1,0 +1,43 @@
+"""Optimizers by name."""
+
+import pytest
+import torch
+from torch import nn
+
+from flowdopr.optim import DoPr, Muon, build_optimizer
+
+
+def network():
+    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW), ("muon", Muon), ("dopr-sgd", DoPr)],
+)
+def test_builds_what_its_name_says(name, kind):
+    assert type(build_optimizer(network(), name, 0.1)) is kind
+
+
+def test_options_reach_the_optimizer_and_none_means_not_given():
+    options = {"weight_decay": 0.3, "betas": (0.5, 0.6), "eps": None, "momentum": None}
+    optimizer = build_optimizer(network(), "adamw", 0.1, **options)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.0]
+    assert all(g["betas"] == (0.5, 0.6) and g["eps"] == 1e-8 for g in optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("adamv", {}, "did you mean 'adamw'"),
+        ("xyz", {}, "one of sgd, adamw"),
+        ("adamw", {"momentum": 0.9}, "'adamw' does not use 'momentum'.*betas, eps, weight_decay"),
+        ("adamw", {"damping": 0.1}, "'adamw' does not use 'damping'"),
+        ("sgd", {"betas": (0.9, 0.99)}, "'sgd' does not use 'betas'"),
+        ("dopr-sgd", {"betas": (0.9, 0.99)}, "'dopr-sgd' does not use 'betas'"),
+        ("dopr-adamw", {"damping": -1.0}, "damping"),
+    ],
+)
+def test_refuses_what_it_does_not_know(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(network(), name, 0.1, **options)

@@ -1,0 +1,198 @@
+"""What every optimizer that can be built must do, one test a promise."""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from flowdopr.optim import OPTIMIZER_NAMES, build_optimizer
+
+STEPS = 6
+LR = {"sgd": 0.05, "kfac": 0.01}
+
+
+class Network(nn.Module):
+    """One layer of every kind that counts, a fused one, and one that runs only when asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(4, 6)
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm = nn.LayerNorm(6)
+        self.fused = nn.Linear(6, 12)
+        self.fused.fused_blocks = 2
+        self.head = nn.Linear(12, 3)
+        self.spare = nn.Linear(6, 6)
+
+    def forward(self, images, labels, use_spare=False, checkpointing=None):
+        features = self.conv(images).mean(dim=(2, 3)) + self.embed(labels)
+        if use_spare:
+            features = features + self.spare(features)
+        features = self.norm(features)
+        if checkpointing is None:
+            return self.block(features)
+        return checkpoint(self.block, features, use_reentrant=checkpointing == "reentrant")
+
+    def block(self, features):
+        return self.head(torch.tanh(self.fused(features)))
+
+
+def make(name, **options):
+    torch.manual_seed(0)
+    network = Network()
+    return network, build_optimizer(
+        network, name, LR.get(name.removeprefix("dopr-"), 0.005), **options
+    )
+
+
+def loss_at(network, step, **how):
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(8, 3, 4, 4, generator=generator)
+    labels = torch.randint(4, (8,), generator=generator)
+    target = images.mean(dim=(2, 3)) + labels[:, None] / 4
+    return (network(images, labels, **how) - target).square().mean()
+
+
+def train(network, optimizer, steps, **how):
+    losses = []
+    for step in steps:
+        optimizer.zero_grad()
+        loss = loss_at(network, step, **how)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def weights(network):
+    return {name: p.detach().clone() for name, p in network.named_parameters()}
+
+
+def assert_same(ours, theirs):
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def straight(name, **how):
+    network, optimizer = make(name)
+    train(network, optimizer, range(STEPS), **how)
+    return weights(network)
+
+
+@pytest.fixture(params=OPTIMIZER_NAMES)
+def name(request):
+    return request.param
+
+
+def test_trains(name):
+    network, optimizer = make(name)
+    losses = train(network, optimizer, range(60))
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_is_deterministic(name):
+    assert_same(straight(name), straight(name))
+
+
+def test_resumes_bitwise(name):
+    network, optimizer = make(name)
+    train(network, optimizer, range(3))
+    file = io.BytesIO()
+    torch.save({"network": network.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+
+    again, optimizer = make(name)
+    again.load_state_dict(saved["network"])
+    optimizer.load_state_dict(saved["optimizer"])
+    train(again, optimizer, range(3, STEPS))
+    assert_same(weights(again), straight(name))
+
+
+def test_a_parameter_without_gradient_stays(name):
+    network, optimizer = make(name, weight_decay=0.1)
+    train(network, optimizer, range(2))
+    before = weights(network)
+    optimizer.zero_grad()
+    loss_at(network, 2).backward()
+    network.head.weight.grad = None
+    optimizer.step()
+    moved = [n for n, p in network.named_parameters() if not torch.equal(p, before[n])]
+    assert "head.weight" not in moved
+    assert "conv.weight" in moved
+
+
+def test_a_layer_that_did_not_run_stays_and_can_join_later(name):
+    network, optimizer = make(name)
+    before = weights(network)
+    train(network, optimizer, range(2))
+    assert torch.equal(network.spare.weight, before["spare.weight"])
+    train(network, optimizer, range(2, 5), use_spare=True)
+    assert not torch.equal(network.spare.weight, before["spare.weight"])
+    assert all(p.isfinite().all() for p in network.parameters())
+
+
+def test_obeys_a_scheduler(name):
+    network, optimizer = make(name)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step < 3))
+    for step in range(5):
+        before = weights(network)
+        train(network, optimizer, [step], use_spare=True)
+        still = [n for n, p in network.named_parameters() if torch.equal(p, before[n])]
+        if step > 0:  # SOAP's first step only gathers
+            assert (len(still) == len(before)) == (step >= 3)
+        scheduler.step()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(name, set_to_none):
+    network, optimizer = make(name)
+    loss_at(network, 0, use_spare=True).backward()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    for p in network.parameters():
+        assert p.grad is None if set_to_none else not p.grad.any()
+
+
+def test_each_group_has_its_own_learning_rate(name):
+    network, optimizer = make(name, weight_decay=0.1)
+    assert len(optimizer.param_groups) > 1
+    frozen = optimizer.param_groups[0]
+    frozen["lr"] = 0.0
+    held = {id(p) for p in frozen["params"]}
+    before = weights(network)
+    train(network, optimizer, range(3), use_spare=True)
+    for key, p in network.named_parameters():
+        assert torch.equal(p, before[key]) == (id(p) in held)
+
+
+def test_calls_a_closure_once_and_returns_its_loss(name):
+    network, optimizer = make(name)
+    calls = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_at(network, 0)
+        loss.backward()
+        calls.append(loss.item())
+        return loss
+
+    assert optimizer.step(closure).item() == calls[0]
+    assert len(calls) == 1
+
+
+def test_evaluation_leaves_no_trace(name):
+    network, optimizer = make(name)
+    for step in range(STEPS):
+        train(network, optimizer, [step])
+        with torch.no_grad():
+            loss_at(network, 100 + step)
+        network.eval()
+        loss_at(network, 200 + step)
+        network.train()
+    assert_same(weights(network), straight(name))
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "selective"])
+def test_activation_checkpointing_changes_nothing(name, kind):
+    assert_same(straight(name, checkpointing=kind), straight(name))
