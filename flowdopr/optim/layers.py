@@ -1,0 +1,167 @@
+"""Layer cases: what DoPr must know of a layer, and nothing else.
+
+A case answers two questions: how a forward input becomes rows of z, and how the weight gradient
+is seen as a matrix whose columns are the coordinates of z (DoPr, arXiv 2606.06418: Sigma is the
+uncentred second moment of z, and the gradient is multiplied by its damped inverse from the right).
+
+Legend: n rows of z, G independent groups, B diagonal blocks of one Sigma, s the side of a block,
+r rows of the gradient matrix. Sigma is a stack (G, B, s, s); a full Sigma of a plain layer is
+(1, 1, d, d) and a diagonal one (1, d, 1, 1).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def strided_rows(total: int, max_rows: int | None) -> int:
+    """The step that keeps at most `max_rows` of `total` evenly spread rows.
+
+    The step shares no factor with `total`, so that no image column or token position is favoured
+    when the width of the grid divides the step. The choice depends on the two numbers alone.
+    """
+    if max_rows is None or total <= max_rows:
+        return 1
+    step = math.ceil(total / max_rows)
+    while math.gcd(step, total) != 1:
+        step += 1
+    return step
+
+
+def add_gram(sums: Tensor, rows: Tensor) -> None:
+    """Add sum_i z_i z_i^T of `rows` (n, G, B, s) to `sums` (G, B, s, s), in place."""
+    groups, blocks, side, _ = sums.shape
+    rows = rows.to(sums.dtype)
+    if side == 1:
+        sums.add_(rows.square().sum(0)[..., None])
+    elif groups * blocks == 1:
+        flat = rows.reshape(-1, side)
+        sums[0, 0].addmm_(flat.mT, flat)
+    else:
+        stacked = rows.reshape(-1, groups * blocks, side).transpose(0, 1)
+        sums.view(-1, side, side).baddbmm_(stacked.mT, stacked)
+
+
+class Case:
+    """A layer whose weight is (d_out, ...) with the coordinates of z in the trailing axes."""
+
+    kind = "matrix"
+
+    def __init__(self, mode: str, groups: int, dim: int, blocks: int = 1) -> None:
+        if dim % blocks:
+            raise ValueError(f"{blocks} blocks do not divide a layer input of {dim} coordinates")
+        self.mode, self.groups, self.blocks, self.side = mode, groups, blocks, dim // blocks
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of the gathered sums, (G, B, s, s)."""
+        return (self.groups, self.blocks, self.side, self.side)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Two modules with equal keys turn one input into the same Sigma."""
+        return (self.kind, self.mode, *self.shape)
+
+    def describe(self) -> str:
+        """The mode as the role table prints it."""
+        return f"{self.mode} {self.blocks}x{self.side}" if self.mode == "blocks" else self.mode
+
+    def rows(self, x: Tensor, max_rows: int | None) -> Tensor:
+        """The input `x` as rows of z: (n, G, B, s)."""
+        raise TypeError(f"{type(self).__name__} gathers without rows")
+
+    def accumulate(self, sums: Tensor, x: Tensor, max_rows: int | None) -> int:
+        """Add the second-moment sum of the input `x` to `sums`; returns the number of rows."""
+        rows = self.rows(x, max_rows)
+        add_gram(sums, rows)
+        return rows.shape[0]
+
+    def stack(self, sigma: Tensor) -> Tensor:
+        """The symmetric matrices to invert, from the averaged sums."""
+        return sigma
+
+    def matrix(self, grads: Sequence[Tensor]) -> Tensor:
+        """The gradients of the layer's parameters as (G, B, r, s)."""
+        return grads[0].reshape(self.groups, -1, self.blocks, self.side).transpose(1, 2)
+
+    def gradients(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse of `matrix`: (G, B, r, s) back to the shapes and dtypes of `like`."""
+        return [matrix.transpose(1, 2).reshape(like[0].shape).to(like[0].dtype)]
+
+    def multiply(self, grads: Sequence[Tensor], stack: Tensor) -> list[Tensor]:
+        """The gradient matrix times `stack` from the right, as gradients again."""
+        matrix = self.matrix(grads).to(stack.dtype)
+        product = matrix * stack if self.side == 1 else matrix @ stack
+        return self.gradients(product, grads)
+
+
+class LinearCase(Case):
+    """`nn.Linear`: all leading axes are pooled ("expand")."""
+
+    kind = "linear"
+
+    def rows(self, x: Tensor, max_rows: int | None) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        flat = flat[:: strided_rows(flat.shape[0], max_rows)]
+        return flat.reshape(-1, self.groups, self.blocks, self.side)
+
+
+class LinearBiasCase(LinearCase):
+    """`nn.Linear` with the homogeneous coordinate: z is (z, 1), weight and bias are one matrix.
+
+    The same as centring: M_W = (G_W - g_b mu^T) C^-1 and M_b = g_b - M_W mu.
+    """
+
+    kind = "linear+bias"
+
+    def describe(self) -> str:
+        return f"{super().describe()}+bias"
+
+    def rows(self, x: Tensor, max_rows: int | None) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        flat = flat[:: strided_rows(flat.shape[0], max_rows)]
+        return nn.functional.pad(flat, (0, 1), value=1.0).reshape(-1, 1, 1, self.side)
+
+    def matrix(self, grads: Sequence[Tensor]) -> Tensor:
+        weight, bias = grads
+        return torch.cat([weight, bias[:, None]], 1)[None, None]
+
+    def gradients(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        weight, bias = like
+        flat = matrix[0, 0]
+        return [flat[:, :-1].to(weight.dtype).contiguous(), flat[:, -1].to(bias.dtype)]
+
+
+class EmbeddingCase(Case):
+    """`nn.Embedding`: z is one-hot and Sigma = diag(p), so M_v = G_v / (p_v + gamma/V).
+
+    A row that was never looked up has no gradient and stays where it is. Every index counts:
+    `max_rows` does not apply, and neither does a `padding_idx`, whose gradient is zero.
+    """
+
+    kind = "embedding"
+
+    def __init__(self, num_embeddings: int) -> None:
+        super().__init__("diagonal", 1, num_embeddings, num_embeddings)
+
+    def accumulate(self, sums: Tensor, x: Tensor, max_rows: int | None) -> int:
+        index = x.reshape(-1)
+        ones = torch.ones_like(index, dtype=sums.dtype)
+        sums.view(-1).index_add_(0, index, ones)
+        return index.numel()
+
+    def matrix(self, grads: Sequence[Tensor]) -> Tensor:
+        return grads[0][None, :, :, None]
+
+    def gradients(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        return [matrix[0, :, :, 0].to(like[0].dtype)]
+
+
+def number_of_blocks(dim: int, max_side: int) -> int:
+    """The smallest number of equal blocks of `dim` coordinates with sides of at most `max_side`."""
+    blocks = math.ceil(dim / max_side)
+    while dim % blocks:
+        blocks += 1
+    return blocks

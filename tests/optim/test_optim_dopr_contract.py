@@ -1,0 +1,272 @@
+"""How DoPr behaves in training: windows, accumulation, checkpointing, scaling, resume, errors."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from layer_cases import adamw, batch, small_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flowdopr.optim.dopr import DoPr
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        model(batch(step)).square().mean().backward()
+        optimizer.step()
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_two_runs_are_bitwise_equal() -> None:
+    runs = []
+    for _ in range(2):
+        model = small_model()
+        train(model, adamw(model), range(7))
+        runs.append(weights(model))
+    assert same(*runs)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+@pytest.mark.parametrize("cov_decay", [0.0, 0.95])
+def test_resume_is_bitwise(stop: int, cov_decay: float) -> None:
+    straight = small_model()
+    train(straight, adamw(straight, cov_decay=cov_decay), range(10))
+    first = small_model()
+    optimizer = adamw(first, cov_decay=cov_decay)
+    train(first, optimizer, range(stop))
+    saved = copy.deepcopy((first.state_dict(), optimizer.state_dict()))
+    second = small_model(1)
+    resumed = adamw(second, cov_decay=cov_decay)
+    second.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    train(second, resumed, range(stop, 10))
+    assert same(weights(straight), weights(second))
+
+
+def test_state_goes_through_a_file(tmp_path) -> None:
+    model = small_model()
+    optimizer = adamw(model)
+    train(model, optimizer, range(2))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    other = adamw(small_model())
+    other.load_state_dict(state)
+    assert other.steps == 2
+    sigma = other.statistics.all[0].sigma
+    assert sigma is not None
+    assert torch.equal(sigma.tril(), optimizer.statistics.all[0].sigma.tril())
+
+
+def test_state_of_a_bare_optimizer_or_another_model_is_refused() -> None:
+    model = small_model()
+    optimizer = adamw(model)
+    with pytest.raises(ValueError, match="no entry 'dopr'"):
+        optimizer.load_state_dict(optimizer.optimizer.state_dict())
+    train(model, optimizer, range(1))
+    renamed = nn.Sequential(nn.Sequential(small_model()))
+    with pytest.raises(ValueError, match="which this model lacks"):
+        adamw(renamed).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("mode", ["eval", "no_grad", "inference"])
+def test_evaluation_forwards_leave_no_trace(mode: str) -> None:
+    runs = []
+    for evaluate in (False, True):
+        model = small_model()
+        optimizer = adamw(model)
+        for step in range(4):
+            optimizer.zero_grad()
+            model(batch(step)).square().mean().backward()
+            if evaluate and mode == "eval":
+                model.eval()
+                model(batch(99))
+                model.train()
+            elif evaluate:
+                with torch.no_grad() if mode == "no_grad" else torch.inference_mode():
+                    model(batch(99))
+            optimizer.step()
+        runs.append(weights(model))
+    assert same(*runs)
+
+
+class Checkpointed(nn.Module):
+    """A model whose middle runs under activation checkpointing, or does not."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.reentrant = nn.Linear(5, 5), reentrant
+        self.middle, self.last = (
+            nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 5)),
+            nn.Linear(5, 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.reentrant is None:
+            return self.last(self.middle(x))
+        return self.last(checkpoint(self.middle, x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_counts_once(reentrant: bool) -> None:
+    runs = []
+    for kind in (None, reentrant):
+        model = Checkpointed(kind)
+        optimizer = adamw(model)
+        for step in range(4):
+            optimizer.zero_grad()
+            for half in torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(step)):
+                model(half).square().mean().backward()
+            counts = [s.fresh.count + s.used.count for s in optimizer.statistics.all]
+            assert counts == ([12] * 4 if step % 3 == 0 else [0] * 4)
+            optimizer.step()
+        runs.append(weights(model))
+    assert same(*runs)
+
+
+@pytest.mark.parametrize("order", ["before forward", "before backward"])
+def test_a_skipped_step_leaves_no_trace(order: str) -> None:
+    runs = []
+    for skips in (False, True):
+        model = small_model()
+        optimizer = adamw(model)
+        for step in [0, 100, 101, 1, 2, 3, 102, 4] if skips else [0, 1, 2, 3, 4]:
+            if order == "before forward":
+                optimizer.zero_grad()
+            loss = model(batch(step)).square().mean()
+            if order == "before backward":
+                optimizer.zero_grad()
+            loss.backward()
+            if step < 100:
+                optimizer.step()
+        runs.append(weights(model))
+    assert same(*runs)
+
+
+def test_grad_scaler_skips_an_overflow() -> None:
+    runs = []
+    for overflow in (False, True):
+        model = small_model()
+        optimizer = adamw(model, refresh_every=1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+        for step in [0, 100, 1, 2] if overflow else [0, 1, 2]:
+            optimizer.zero_grad()
+            factor = float("inf") if step == 100 else 1.0
+            scaler.scale(model(batch(step)).square().mean() * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        runs.append(weights(model))
+        assert optimizer.steps == 3
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_layers_that_did_not_run_and_missing_gradients() -> None:
+    model = small_model()
+    model.register_module("spare", nn.Linear(3, 3))
+    optimizer = adamw(model)
+    spare = model.spare.weight.detach().clone()
+    for step in range(5):
+        optimizer.zero_grad()
+        nn.Sequential(*list(model)[:5])(batch(step)).square().mean().backward()
+        if step == 2:
+            model[4].weight.grad = None
+        optimizer.step()
+    assert torch.equal(spare, model.spare.weight)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_frozen_layers_are_left_alone() -> None:
+    model = small_model()
+    model[0].weight.requires_grad_(False)
+    optimizer = DoPr(torch.optim.SGD([p for p in model.parameters() if p.requires_grad]), model)
+    before = model[0].weight.clone()
+    train(model, optimizer, range(2))
+    assert torch.equal(before, model[0].weight)
+    assert ("0.weight", (4, 2, 3, 3), "none", "frozen") in optimizer.roles()
+
+
+def test_statistics_are_gathered_on_refresh_steps_only() -> None:
+    model = small_model()
+    optimizer = adamw(model, refresh_every=3)
+    weight_of = []
+    for step in range(7):
+        train(model, optimizer, range(step, step + 1))
+        weight_of.append(optimizer.statistics.all[0].weight)
+    assert weight_of[0] == weight_of[2] < weight_of[3] == weight_of[5] < weight_of[6]
+
+
+def test_schedulers_and_closures() -> None:
+    model = small_model()
+    optimizer = adamw(model)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    gp = optimizer.optimizer
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(batch(0)).square().mean()
+        loss.backward()
+        return loss
+
+    losses = []
+    for _ in range(6):
+        losses.append(optimizer.step(closure).item())
+        scheduler.step()
+    assert losses[-1] < losses[0]
+    assert gp.param_groups[0]["lr"] == pytest.approx(scheduler.get_last_lr()[0])
+    assert gp.param_groups[0]["lr"] < 1e-2
+    assert optimizer.state is gp.state
+
+
+def test_several_groups_keep_their_settings() -> None:
+    model = small_model()
+    groups = [
+        {"params": list(model[0].parameters()), "lr": 0.0},
+        {"params": [p for layer in list(model)[1:] for p in layer.parameters()], "lr": 0.1},
+    ]
+    optimizer = DoPr(torch.optim.SGD(groups), model)
+    before = weights(model)
+    train(model, optimizer, range(2))
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert moved == [False, False, True, True, True, True]
+
+
+def test_copies_of_the_optimizer_are_refused_and_of_the_model_are_inert() -> None:
+    model = small_model()
+    optimizer = adamw(model)
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        copy.deepcopy(optimizer)
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        pickle.dumps(optimizer)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin(batch(0)).sum().backward()
+    assert all(s.fresh.count == 0 for s in optimizer.statistics.all)
+
+
+@pytest.mark.parametrize("how", ["close", "forget"])
+def test_hooks_do_not_leak(how: str) -> None:
+    model = small_model()
+    optimizer = adamw(model)
+    if how == "close":
+        optimizer.close()
+        assert not any(module._forward_pre_hooks for module in model.modules())
+    del optimizer
+    model(batch(0)).sum().backward()
+
+
+def test_keyword_inputs_count() -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = adamw(layer)
+    layer(input=torch.ones(4, 3)).sum().backward()
+    assert optimizer.statistics.all[0].fresh.count == 4

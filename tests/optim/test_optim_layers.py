@@ -1,0 +1,193 @@
+"""Every layer case against the dense reference: z, the gradient's view, M, and one whole step."""
+
+import pytest
+import torch
+from layer_cases import CASES, IDS, LayerCase
+from torch import Tensor, nn
+
+from flowdopr.optim import reference
+from flowdopr.optim.dopr import DoPr
+
+
+def backward(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Run a random linear loss; returns (output, its gradient)."""
+    y = module(x)
+    generator = torch.Generator().manual_seed(1)
+    delta = torch.randn(y.shape, generator=generator, dtype=y.dtype)
+    y.backward(delta)
+    return y, delta
+
+
+def wrap(module: nn.Module, lr: float = 1.0, **settings: object) -> DoPr:
+    exact = {"max_rows": None, "cov_decay": 0.0, **settings}
+    return DoPr(torch.optim.SGD(module.parameters(), lr=lr), module, **exact)
+
+
+def expected_update(module: nn.Module, x: Tensor, damping: float, **kwargs: object) -> Tensor:
+    """M by the reference, one matrix for each group, on top of each other."""
+    rows = reference.layer_rows(module, x)
+    matrices = reference.layer_matrices(module, module.weight.grad)
+    parts = [
+        reference.precondition(g, reference.second_moment(z), damping, **kwargs)
+        for g, z in zip(matrices, rows, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_one_step_is_the_reference_update(case: LayerCase) -> None:
+    module, x = case.make()
+    optimizer = wrap(module, damping=0.1)
+    before = module.weight.detach().clone()
+    backward(module, x)
+    expected = expected_update(module, x, 0.1)
+    optimizer.step()
+    moved = torch.cat(reference.layer_matrices(module, before - module.weight.detach()))
+    torch.testing.assert_close(moved, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_rows_and_output_gradients_make_the_weight_gradient(case: LayerCase) -> None:
+    module, x = case.make()
+    y, delta = backward(module, x)
+    if isinstance(module, nn.ConvTranspose2d):
+        pytest.fail("transposed convolutions have a test of their own")
+    channels_last = delta.movedim(1, -1) if isinstance(module, nn.Conv2d) else delta
+    flat = channels_last.reshape(-1, channels_last.shape[-1])
+    rows = reference.layer_rows(module, x)
+    for z, d, g in zip(
+        rows,
+        flat.chunk(len(rows), dim=1),
+        reference.layer_matrices(module, module.weight.grad),
+        strict=False,
+    ):
+        torch.testing.assert_close(d.T @ z, g, rtol=1e-10, atol=1e-12)
+    assert y.shape == delta.shape
+
+
+def test_a_1x1_convolution_is_a_linear() -> None:
+    torch.manual_seed(0)
+    conv, linear = nn.Conv2d(4, 3, 1).double(), nn.Linear(4, 3).double()
+    with torch.no_grad():
+        linear.weight.copy_(conv.weight[:, :, 0, 0])
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    optimizers = [wrap(conv), wrap(linear)]
+    conv(x).square().sum().backward()
+    y = nn.functional.linear(x.movedim(1, -1), linear.weight, conv.bias.detach())
+    linear(x.movedim(1, -1)).backward(2 * y.detach())
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(conv.weight[:, :, 0, 0], linear.weight, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_gradients_are_given_back_untouched(case: LayerCase) -> None:
+    module, x = case.make()
+    optimizer = wrap(module)
+    backward(module, x)
+    grads = {name: p.grad for name, p in module.named_parameters()}
+    copies = {name: p.grad.clone() for name, p in module.named_parameters()}
+    optimizer.step()
+    for name, p in module.named_parameters():
+        assert p.grad is grads[name]
+        assert torch.equal(p.grad, copies[name])
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_micro_batches_pool_exactly(case: LayerCase) -> None:
+    weights = []
+    for cuts in ([], [1], [1, 2]):
+        module, x = case.make()
+        optimizer = wrap(module, damping=0.01)
+        for part in torch.tensor_split(x, cuts):
+            module(part).square().sum().backward()
+        optimizer.step()
+        weights.append(module.weight.detach())
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], rtol=1e-9, atol=1e-11)
+
+
+def test_a_linear_regression_step_lands_on_least_squares() -> None:
+    torch.manual_seed(0)
+    z = torch.randn(50, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64)
+    y = torch.randn(50, 3, dtype=torch.float64)
+    layer = nn.Linear(6, 3, bias=False).double()
+    optimizer = wrap(layer, damping=0.0, unit_scale=False)
+    (0.5 * (layer(z) - y).square().sum() / 50).backward()
+    optimizer.step()
+    solution = torch.linalg.lstsq(z, y).solution.T
+    torch.testing.assert_close(layer.weight.detach(), solution, rtol=1e-9, atol=1e-10)
+
+
+def test_a_damped_step_contracts_the_error_by_the_damped_share() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 3, 3, bias=False).double()
+    x = torch.randn(4, 2, 5, 5, dtype=torch.float64)
+    target = torch.randn(3, 18, dtype=torch.float64)
+    z = reference.layer_rows(conv, x)[0]
+    sigma = reference.second_moment(z)
+    optimizer = wrap(conv, damping=0.3, unit_scale=False)
+    error = conv.weight.detach().flatten(1) - target
+    y = (z @ target.T).reshape(4, 3, 3, 3).movedim(-1, 1)
+    (0.5 * (conv(x) - y).square().sum() / len(z)).backward()
+    optimizer.step()
+    ridge = 0.3 * sigma.trace() / 18
+    share = ridge * torch.linalg.inv(reference.damped(sigma, 0.3))
+    after = conv.weight.detach().flatten(1) - target
+    torch.testing.assert_close(after, error @ share, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_any_linear_map_of_the_input_leaves_the_outputs_trajectory(
+    momentum: float, weight_decay: float
+) -> None:
+    torch.manual_seed(0)
+    change = torch.randn(5, 5, dtype=torch.float64) + 2 * torch.eye(5, dtype=torch.float64)
+    z = torch.randn(30, 5, dtype=torch.float64)
+    start = torch.randn(3, 5, dtype=torch.float64)
+    outputs = []
+    for matrix in (torch.eye(5, dtype=torch.float64), change):
+        layer = nn.Linear(5, 3, bias=False).double()
+        with torch.no_grad():
+            layer.weight.copy_(start @ torch.linalg.inv(matrix))
+        gp = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=momentum, weight_decay=0.0)
+        optimizer = DoPr(gp, layer, damping=0.0, cov_decay=0.0, refresh_every=1, unit_scale=False)
+        for _ in range(5):
+            optimizer.zero_grad()
+            y = layer(z @ matrix.T)
+            (y.sin().sum() + y.square().mean()).backward()
+            optimizer.step()
+            with torch.no_grad():
+                layer.weight.mul_(1 - 0.1 * weight_decay)
+        outputs.append(layer(z @ matrix.T).detach())
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-8, atol=1e-9)
+
+
+def test_an_infinite_damping_is_the_bare_optimizer_up_to_a_scalar() -> None:
+    updates = []
+    for damping in (None, 1e12):
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 4).double()
+        gp = torch.optim.SGD(layer.parameters(), lr=1.0 if damping is None else damping)
+        optimizer = gp if damping is None else DoPr(gp, layer, damping=damping)
+        before = layer.weight.detach().clone()
+        layer(torch.randn(9, 6, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+        updates.append(layer.weight.detach() - before)
+    torch.testing.assert_close(updates[1], updates[0], rtol=1e-9, atol=1e-9)
+
+
+def test_an_identity_sigma_is_the_bare_optimizer_bitwise() -> None:
+    weights = []
+    for wrapped in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 3)
+        gp = torch.optim.AdamW(layer.parameters(), lr=0.1)
+        optimizer = DoPr(gp, layer, damping=0.0) if wrapped else gp
+        for _ in range(4):
+            optimizer.zero_grad()
+            layer(2 * torch.eye(4)).sin().sum().backward()
+            optimizer.step()
+        weights.append(layer.weight.detach())
+    assert torch.equal(weights[0], weights[1])
