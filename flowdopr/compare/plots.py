@@ -21,7 +21,7 @@ from flowdopr.compare.statistics import ArmSummary, Cell
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
-WIDTH, HEIGHT, DPI = 6.4, 4.2, 160
+WIDTH, HEIGHT, DPI = 5.4, 3.8, 180
 
 Series = list[tuple[float, float]]
 
@@ -47,15 +47,15 @@ def draw_all(metric: str, summaries: Sequence[ArmSummary]) -> dict[str, Figure]:
     """Every plot that the study has numbers for, by file name without its ending."""
     figures = {
         "scatter": scatter(metric, summaries),
-        "training": training(metric, summaries),
         "nfe": by_nfe(metric, summaries),
+        "training": training(metric, summaries),
         "learning-rate": by_learning_rate(metric, summaries),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def scatter(metric: str, summaries: Sequence[ArmSummary]) -> Figure | None:
-    """FD against one-step loss: one marker a run; runs beside the tuned learning rate are hollow."""
+    """FD against one-step loss: one marker a run, hollow where the learning rate is not the tuned."""
     figure, (axes,) = _figure(1)
     drawn = False
     for arm in summaries:
@@ -130,7 +130,7 @@ def by_learning_rate(metric: str, summaries: Sequence[ArmSummary]) -> Figure | N
 
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:
-    width = WIDTH if columns == 1 else 1.6 * WIDTH
+    width = WIDTH if columns == 1 else 1.85 * WIDTH
     figure = Figure(figsize=(width, HEIGHT), dpi=DPI, layout="constrained")
     drawn = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
     for axes in drawn:

@@ -22,11 +22,12 @@ from flowdopr.compare.plots import draw_all, looks
 from flowdopr.compare.results import RunResult
 from flowdopr.compare.statistics import ArmSummary, spread, summarise
 from flowdopr.compare.table import rows, shared_values, shown_rows, to_csv, to_results
-from flowdopr.compare.verdict import metric_name, verdict
+from flowdopr.compare.verdict import Verdict, metric_name, verdict
 from flowdopr.config import Config, to_yaml
 
 CAPTIONS = {
-    "scatter": "Rollout quality against one-step loss. One marker a run; down and left is better.",
+    "scatter": "Rollout quality against one-step loss, one marker a run: down and left is better. "
+    "Hollow: not at the tuned learning rate.",
     "training": "Both over training: the mean of each arm, its seeds thin.",
     "nfe": "Rollout quality by model calls per image, last checkpoint.",
     "learning-rate": "Rollout quality by learning rate; the tuned one is filled.",
@@ -38,8 +39,8 @@ METRIC_WORDS = {
 }
 
 
-def write_report(config: Config, runs: Sequence[RunResult]) -> Path:
-    """Write every file of the study's report into its folder; returns report.html's path."""
+def write_report(config: Config, runs: Sequence[RunResult]) -> Verdict:
+    """Write every file of the study's report into its folder; returns what it says in words."""
     folder = study_path(config)
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     summaries = summarise(runs)
@@ -54,7 +55,7 @@ def write_report(config: Config, runs: Sequence[RunResult]) -> Path:
     write_bytes(folder / "table.csv", to_csv(rows(runs, summaries)).encode())
     page = render(config, runs, summaries, pictures)
     write_bytes(folder / "report.html", page.encode())
-    return folder / "report.html"
+    return said
 
 
 def render(
@@ -135,12 +136,13 @@ def _samples(summaries: Sequence[ArmSummary]) -> list[dict[str, str]]:
 
 
 def _settings(config: Config, runs: Sequence[RunResult]) -> dict[str, str]:
-    train, model = config.train, config.model
+    train = config.train
+    chosen = {"name": config.model.name} | config.model.model_dump(exclude_defaults=True)
     evaluated = next((run for run in runs if run.final), None)
     seeds = sorted({run.seed for run in runs})
     shown = {
         "data": config.data.name,
-        "model": ", ".join(f"{key} {value}" for key, value in model if value is not None),
+        "model": ", ".join(f"{key} {value}" for key, value in chosen.items()),
         "training": f"{train.steps:,} steps of {train.global_batch_size} images, "
         f"EMA {train.ema_decay:g}, learning rate {train.lr_decay} "
         f"after {count(train.warmup_steps, 'warm-up step')}",
@@ -155,7 +157,7 @@ def _run_row(run: RunResult) -> list[str]:
     return [
         run.name,
         run.status,
-        number(run.fd),
+        number(run.fd, 3),
         number(run.one_step_loss),
         percent(spread([run.label_accuracy])),
         seconds(run.seconds_per_step),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 
 from flowdopr.compare.formats import (
     NONE,
-    count,
     learning_rate,
     mean_sd,
     memory,
@@ -96,8 +96,8 @@ def shown_rows(metric: str, table: Sequence[Row]) -> list[Row]:
     return [
         {
             "optimizer": row["arm"],
-            "learning rate (of)": _shown_rate(row),
-            f"{metric} ↓": mean_sd(_spread(row, "fd")),
+            "learning rate": _shown_rate(row),
+            f"{metric} ↓": mean_sd(_spread(row, "fd"), 3),
             "one-step loss ↓": mean_sd(_spread(row, "one_step_loss")),
             "label accuracy ↑": percent(_spread(row, "label_accuracy")),
             "seeds": row["seeds"],
@@ -120,13 +120,15 @@ def shared_values(metric: str, table: Sequence[Row]) -> dict[str, str]:
         "images seen": shared("images_seen", lambda n: f"{n:,}"),
         "global batch": shared("global_batch_size"),
         "hardware": shared("hardware"),
-        "commit": shared("commit"),
+        "commit": shared(
+            "commit", lambda commit: re.sub(r"[0-9a-f]{40}", lambda m: m[0][:12], commit)
+        ),
     }
 
 
 def _shown_rate(row: Row) -> str:
     rate = NONE if row["lr"] is None else learning_rate(row["lr"])
-    return f"{rate} (of {count(row['lr_grid_size'], 'rate')})"
+    return f"{rate} (of {row['lr_grid_size']})"
 
 
 def _spread(row: Row, name: str) -> Spread | None:

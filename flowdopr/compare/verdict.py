@@ -62,10 +62,10 @@ def _headline(metric: str, summaries: Sequence[ArmSummary]) -> str:
         return "No run is finished yet, so there is nothing to compare."
     ranked.sort(key=lambda pair: pair[0].mean)
     (best, winner), *others = ranked
-    sentence = f"{winner.arm} had the lowest {metric}: {mean_sd(best)}"
+    sentence = f"The samples of {winner.arm} came closest to the data: {metric} {mean_sd(best, 3)}"
     if not others:
         return f"{sentence} ({count(best.n, 'seed')})."
-    field = listing([f"{cell.arm} ({mean_sd(spread)})" for spread, cell in others])
+    field = listing([f"{cell.arm} ({mean_sd(spread, 3)})" for spread, cell in others])
     fewest = min(spread.n for spread, _ in ranked)
     caution = (
         f" With {count(fewest, 'seed')} an arm this is an observation, not a claim."

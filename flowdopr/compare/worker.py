@@ -10,9 +10,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from flowdopr.compare.evaluations import make_missing_cards
+from flowdopr.compare.evaluations import missing_cards
 from flowdopr.compare.plan import expand
 from flowdopr.config import load_config
+from flowdopr.evaluate import evaluate
 from flowdopr.train import Interrupted, TrainingFailed, train
 
 
@@ -20,7 +21,8 @@ def work(study_file: str | Path, name: str) -> None:
     """Train and evaluate the run `name` of the study, going on where it was cut."""
     plan = {plan.name: plan for plan in expand(load_config(study_file))}[name]
     train(plan.config, resume=True)
-    make_missing_cards(plan)
+    for request in missing_cards(plan):
+        evaluate(plan.path, request.overrides, step=request.step)
 
 
 def main() -> None:

@@ -107,7 +107,9 @@ def study_of(pairs, seeds):
 def test_verdict_names_winner_and_disagreement():
     runs = study_of([("adamw", 5.0, 0.4), ("dopr-adamw", 3.0, 0.5)], seeds=2)
     said = verdict(runs, summarise(runs))
-    assert said.headline.startswith("dopr-adamw had the lowest FD: 3.005 ± 0.007")
+    assert said.headline.startswith(
+        "The samples of dopr-adamw came closest to the data: FD 3.00 ± 0.01, ahead of adamw"
+    )
     assert "lowest one-step loss was adamw's: 0.4000, against 0.5000" in said.headline
     assert "not a claim" in said.headline
     assert said.pairs == [

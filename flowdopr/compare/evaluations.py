@@ -1,0 +1,106 @@
+"""Which evaluation cards a run of a study needs, which are there, and making the others.
+
+The last checkpoint is evaluated with every metric of the config, and with FD alone at each number
+of solver steps; the checkpoints before it with FD alone, for the curves over training.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from flowdopr.compare.plan import RunPlan
+from flowdopr.config import Config, apply_overrides
+from flowdopr.train import RunFolder
+
+Card = dict[str, Any]
+FD_ONLY = "evaluate.metrics=[fd]"
+CARD_KEYS = {"fd": ("fd", "fid"), "kid": ("kid_mean",), "isc": ("isc_mean",), "prc": ("precision",)}
+"""Metric of `evaluate.metrics` -> the entries of a card that prove it was measured."""
+
+
+@dataclass(frozen=True)
+class CardRequest:
+    """One evaluation: a checkpoint and what differs from the run's own settings."""
+
+    step: int
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WantedCards:
+    """The cards a run needs, by what they are for."""
+
+    final: CardRequest
+    curve: tuple[CardRequest, ...]
+    """By step; without the last checkpoint, which `final` covers."""
+    by_nfe: tuple[CardRequest, ...]
+    """By solver steps; where they are the run's own, it is `final`."""
+
+    def all(self) -> list[CardRequest]:
+        return list(dict.fromkeys([self.final, *self.curve, *self.by_nfe]))
+
+
+def wanted_cards(plan: RunPlan) -> WantedCards:
+    train, own_steps = plan.config.train, plan.config.sample.steps
+    final = CardRequest(train.steps)
+    earlier = range(train.checkpoint_every or train.steps, train.steps, train.checkpoint_every or 1)
+    kept = train.keep_checkpoints
+    if kept is not None:
+        earlier = earlier[max(0, len(earlier) - kept + 1) :]
+    return WantedCards(
+        final=final,
+        curve=tuple(CardRequest(step, (FD_ONLY,)) for step in earlier),
+        by_nfe=tuple(
+            final
+            if steps == own_steps
+            else CardRequest(train.steps, (FD_ONLY, f"sample.steps={steps}"))
+            for steps in sorted(plan.nfe_steps)
+        ),
+    )
+
+
+def known_cards(plan: RunPlan) -> dict[CardRequest, Card]:
+    """The wanted cards that are in the run folder, whoever made them."""
+    paths = sorted((plan.path / "evaluation").glob("*.json"))
+    cards = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    found = {}
+    for request in wanted_cards(plan).all():
+        config = apply_overrides(plan.config, request.overrides)
+        match = next((card for card in cards if _answers(card, request.step, config)), None)
+        if match is not None:
+            found[request] = match
+    return found
+
+
+def missing_cards(plan: RunPlan) -> list[CardRequest]:
+    """The wanted cards that are not there though their checkpoint is, in the order to make them."""
+    known, steps = known_cards(plan), RunFolder.open(plan.path).steps()
+    wanted = wanted_cards(plan).all()
+    return [request for request in wanted if request not in known and request.step in steps]
+
+
+def is_finished(plan: RunPlan) -> bool:
+    """Whether nothing is left to do: trained to the last step, and evaluated."""
+    if not (plan.path / "config.yaml").exists():
+        return False
+    trained = plan.config.train.steps in RunFolder.open(plan.path).steps()
+    return trained and not missing_cards(plan)
+
+
+def _answers(card: Card, step: int, config: Config) -> bool:
+    """Whether `card` was made of checkpoint `step` with exactly these settings."""
+    settings = {
+        "num_images": config.evaluate.fid_num_images,
+        "labels": config.evaluate.labels,
+        "seed": config.evaluate.seed,
+        **config.sample.model_dump(exclude={"num_images", "batch_size"}),
+    }
+    sampling, metrics = card["sampling"], card["metrics"]
+    # A fixed-step solver's card leaves out the tolerances, an adaptive one's the steps.
+    same = all(sampling.get(key) in (None, value) for key, value in settings.items())
+    measured = all(
+        any(key in metrics for key in CARD_KEYS[metric]) for metric in config.evaluate.metrics
+    )
+    return (card["step"], card["weights"]) == (step, config.evaluate.weights) and same and measured

@@ -1,0 +1,105 @@
+"""Runs are started some at a time, failures are told, signals are passed on, nothing is lost."""
+
+import io
+import os
+import signal
+import sys
+import threading
+import time
+from itertools import pairwise
+
+import pytest
+from rich.console import Console
+
+from flowdopr.compare.execute import Executor, failure_path, usable_cores, worker_environment
+from flowdopr.compare.plan import expand
+from flowdopr.compare.progress import Display, last_step
+
+FAIL = "import sys; print('first words'); sys.exit('the last words')"
+WAIT = """
+import pathlib, signal, sys, time
+def leave(number, frame):
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, leave)
+pathlib.Path(sys.argv[1]).write_text("started")
+time.sleep(60)
+"""
+
+
+def run(study, tmp_path, code_of, workers=2):
+    """Execute the tiny study with `python -c` in place of its worker; what it printed."""
+    plans = expand(study)
+    written = io.StringIO()
+    display = Display(len(plans), 0, Console(file=written, width=200))
+
+    def command(plan):
+        return [sys.executable, "-c", code_of(plan), str(tmp_path / plan.name)]
+
+    executor = Executor(tmp_path / "study", command, workers=workers)
+    with display:
+        outcome = executor.execute(plans, display)
+    return outcome, written.getvalue()
+
+
+def test_a_failing_run_does_not_stop_the_others(study, tmp_path):
+    bad = "AdamW-lr0.001-s0"
+    touch = "import pathlib, sys; pathlib.Path(sys.argv[1]).touch()"
+    outcome, printed = run(study, tmp_path, lambda plan: FAIL if plan.name == bad else touch)
+    assert (outcome.failed, outcome.signum) == ([bad], 0)
+    assert "the last words" in printed
+    assert "[4/4]" in printed
+    done = {plan.name for plan in expand(study) if (tmp_path / plan.name).exists()}
+    assert done == {plan.name for plan in expand(study)} - {bad}
+    plan = expand(study)[0]
+    kept = failure_path(tmp_path / "study" / "logs", plan).read_text()
+    assert kept == "first words\nthe last words\n"
+
+
+def test_a_run_that_is_tried_again_is_no_longer_failed(study, tmp_path):
+    run(study, tmp_path, lambda plan: FAIL)
+    outcome, _ = run(study, tmp_path, lambda plan: "")
+    assert outcome.failed == []
+    assert not list((tmp_path / "study" / "logs").glob("*.failed"))
+
+
+def test_never_more_than_workers_at_a_time(study, tmp_path):
+    code = "import sys, time; t = time.time(); time.sleep(0.5); print(t, time.time())"
+    run(study, tmp_path, lambda plan: code, workers=1)
+    logs = (tmp_path / "study" / "logs").glob("*.log")
+    spans = sorted(tuple(map(float, log.read_text().split())) for log in logs)
+    assert all(before[1] <= after[0] for before, after in pairwise(spans))
+
+
+def test_a_signal_reaches_the_runs_and_starts_no_more(study, tmp_path):
+    first, second, *others = [tmp_path / plan.name for plan in expand(study)]
+
+    def interrupt():
+        while not (first.exists() and second.exists()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    outcome, printed = run(study, tmp_path, lambda plan: WAIT)
+    assert outcome.signum == signal.SIGTERM
+    assert outcome.failed == []
+    assert first.read_text() == second.read_text() == "saved"
+    assert not any(path.exists() for path in others)
+    assert printed.count("stopped") == 2
+
+
+def test_workers_share_the_cores(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    environments = [worker_environment(slot, 2) for slot in range(3)]
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in environments] == ["3", "5", "3"]
+    assert int(environments[0]["OMP_NUM_THREADS"]) == max(1, usable_cores() // 2)
+    assert worker_environment(0, 10_000)["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("text", "step"), [('{"step": 2}\n{"step": 4}\n', 4), ('{"step": 2}\n{"st', 2), ("", 0)]
+)
+def test_last_step_leaves_out_a_line_that_is_being_written(tmp_path, text, step):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert last_step(tmp_path) == step
+    assert last_step(tmp_path / "nowhere") == 0
