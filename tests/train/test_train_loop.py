@@ -1,0 +1,131 @@
+"""What a run leaves behind, and the settings that shape its steps."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from tiny import again, tiny, weights
+
+from flowdopr.cli import run_command
+from flowdopr.config import ConfigError, to_yaml
+from flowdopr.models import build_model
+from flowdopr.train import EMA, RunFolder, TrainingFailed, train
+from flowdopr.train.schedule import lr_factor
+
+
+def test_a_run_leaves_everything_its_readers_need(tmp_path):
+    path = train(tiny(tmp_path, "train.checkpoint_every=3", "train.validate_every=4"))
+    run = RunFolder.open(path)
+    assert run.steps() == [3, 6, 8]
+    logged = [line for line in run.metrics() if "loss" in line]
+    assert [line["step"] for line in logged] == [2, 4, 6, 8]
+    assert all(line["seconds_per_step"] > 0 for line in logged)
+    assert logged[-1]["images"] == 8 * 16
+    held_out = {line["step"]: line["held_out_loss"] for line in run.metrics() if "loss" not in line}
+    assert list(held_out) == [4, 8]
+    assert 0 < held_out[8] < 3
+    assert Image.open(path / "samples" / "step-00000008.png").size == (22, 22)
+    versions = json.loads((path / "versions.json").read_text())
+    assert versions["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert "blocks.0.attention.qkv.weight" in (path / "log.txt").read_text()
+    assert (path / "config.yaml").read_text() == to_yaml(run.config)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    path = train(tiny(tmp_path, "train.checkpoint_every=2", "train.keep_checkpoints=2"))
+    assert RunFolder.open(path).steps() == [6, 8]
+
+
+def test_loaded_models_are_the_saved_weights(tmp_path):
+    run = RunFolder.open(train(tiny(tmp_path)))
+    for which, name in (("ema", "ema"), ("raw", "model")):
+        model, step = run.load_model(weights=which)
+        assert step == 8
+        assert not model.training
+        saved = weights(run.path, 8, name)
+        assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
+    with pytest.raises(ConfigError, match="no checkpoint at step 5; there are: 8"):
+        run.load_model(5)
+    with pytest.raises(ConfigError, match="not a run folder: it has no config.yaml"):
+        RunFolder.open(tmp_path)
+
+
+def test_seeds_decide(tmp_path):
+    runs = [train(tiny(tmp_path, f"name=r{i}", f"seed={seed}")) for i, seed in enumerate((0, 0, 1))]
+    first, same, other = (weights(run, 8)["final.weight"] for run in runs)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    "setting", ["train.compile=true", "train.precision=bf16", "train.precision=fp16"]
+)
+def test_faster_ways_train_nearly_the_same(tmp_path, setting):
+    config = tiny(tmp_path, "train.steps=4")
+    plain = train(again(config, "name=plain"))
+    other = train(again(config, "name=other", setting))
+    losses = [RunFolder.open(run).metrics()[1]["loss"] for run in (plain, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert weights(other, 4).keys() == weights(plain, 4).keys()
+    assert all(value.dtype == torch.float32 for value in weights(other, 4).values())
+
+
+def test_unconditional_training(tmp_path):
+    run = RunFolder.open(train(tiny(tmp_path, "model.class_conditional=false")))
+    assert run.load_model()[0].num_classes == 0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    config = tiny(tmp_path, "optimizer.name=sgd", "optimizer.lr=1e30", "train.max_grad_norm=null")
+    with pytest.raises(TrainingFailed, match=r"by step \d; lower optimizer.lr"):
+        train(config)
+
+
+def test_learning_rate_over_a_run():
+    def factors(decay):
+        return [lr_factor(s, steps=10, warmup_steps=4, decay=decay) for s in range(10)]
+
+    assert factors("constant") == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]
+    assert factors("linear")[4:] == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert factors("cosine")[7] == pytest.approx(0.5)
+    assert lr_factor(0, steps=1, warmup_steps=0, decay="cosine") == 1
+
+
+def test_ema_equals_its_definition(tmp_path):
+    model = build_model(tiny(tmp_path), (1, 8, 8), 10)
+    ema = EMA(model, 0.6)
+    expected = model.final.weight.detach().double().clone()
+    for step in range(1, 12):
+        with torch.no_grad():
+            model.final.weight.add_(torch.randn_like(model.final.weight))
+        ema.update(step)
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.final.weight.detach().double()
+    torch.testing.assert_close(ema.average["final.weight"].double(), expected, rtol=1e-5, atol=1e-6)
+    own = model.final.weight.detach().clone()
+    with ema.applied(model):
+        assert torch.equal(model.final.weight, ema.average["final.weight"])
+    assert torch.equal(model.final.weight, own)
+
+
+def test_the_command_line_says_one_line(tmp_path, capsys):
+    config = tmp_path / "tiny.yaml"
+    tiny(tmp_path)
+    assert run_command(["train", str(config), f"output={tmp_path}/runs", "train.steps=1"]) == 0
+    assert capsys.readouterr().out.strip() == f"{tmp_path}/runs/tiny"
+    assert run_command(["train", str(config), f"output={tmp_path}/runs"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "go on with it by --resume" in error
+    assert run_command(["train", str(config), "--print-config"]) == 0
+    assert capsys.readouterr().out == to_yaml(again(tiny(tmp_path), "output=runs"))
+    assert run_command(["nonsense"]) == 2
+    assert run_command([]) == 0
+
+
+def test_log_lines_read_as_numbers(tmp_path):
+    run = RunFolder.open(train(tiny(tmp_path, "train.max_grad_norm=null")))
+    assert all(math.isfinite(line["loss"]) for line in run.metrics() if "loss" in line)
+    assert all("grad_norm" not in line for line in run.metrics())

@@ -1,0 +1,114 @@
+"""A run that was stopped, killed or extended equals the run that never was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny import again, assert_same_checkpoint, tiny, tiny_file
+
+from flowdopr.config import ConfigError
+from flowdopr.train import RunFolder, train
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "dopr-adamw", "muon", "dopr-muon", "dopr-sgd"])
+def test_resumed_run_equals_the_straight_one(tmp_path, optimizer):
+    config = tiny(tmp_path, f"optimizer.name={optimizer}", "train.steps=20", "train.warmup_steps=3")
+    if optimizer.startswith("dopr"):
+        config = again(config, "optimizer.refresh_every=4")
+    straight = train(again(config, "name=straight"))
+    train(again(config, "name=cut", "train.steps=7"))
+    resumed = train(again(config, "name=cut"), resume=True)
+    assert_same_checkpoint(straight, resumed, 20)
+    losses = [
+        [(line["step"], line["loss"]) for line in RunFolder.open(run).metrics() if "loss" in line]
+        for run in (straight, resumed)
+    ]
+    assert losses[0][-3:] == losses[1][-3:]
+
+
+def test_steps_cannot_change_under_a_decaying_rate(tmp_path):
+    config = tiny(tmp_path, "train.lr_decay=cosine")
+    train(config)
+    with pytest.raises(ConfigError, match=r"train.steps was 8, now 9: it shapes the cosine"):
+        train(again(config, "train.steps=9"), resume=True)
+
+
+def test_an_existing_run_is_refused_or_must_match(tmp_path):
+    config = tiny(tmp_path, "train.steps=2")
+    path = train(config)
+    with pytest.raises(ConfigError, match="a run is here already; go on with it by --resume"):
+        train(config)
+    with pytest.raises(ConfigError, match=r"optimizer.lr was 0.003, now 0.1"):
+        train(again(config, "optimizer.lr=0.1"), resume=True)
+    before = (path / "metrics.jsonl").read_text()
+    train(config, resume=True)  # nothing is left to do, and nothing is done
+    assert (path / "metrics.jsonl").read_text() == before
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    (tmp_path / "runs" / "tiny" / "thesis.tex").write_text("precious")
+    with pytest.raises(ConfigError, match="holds files that are no run"):
+        train(tiny(tmp_path))
+
+
+def launch(path, settings, *more):
+    command = [sys.executable, "-m", "flowdopr", "train", str(path), *settings, *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_checkpoint(folder, process):
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoints/step-????????")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_stopped_at_any_moment(tmp_path, signum, code):
+    settings = [
+        "optimizer.name=dopr-adamw",
+        "optimizer.refresh_every=4",
+        "train.checkpoint_every=5",
+    ]
+    config = tiny(tmp_path, *settings, "train.steps=40")
+    path, shared = tiny_file(tmp_path, *settings, "name=stopped")
+    process = launch(path, shared, "train.steps=100000")
+    run = tmp_path / "runs" / "stopped"
+    wait_for_checkpoint(run, process)
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    if signum != signal.SIGKILL:
+        assert "go on with the same command and --resume" in stderr.strip().split("\n")[-1]
+    stopped_at = RunFolder.open(run).steps()[-1]
+    total = stopped_at + 10
+    straight = train(again(config, "name=straight", f"train.steps={total}"))
+    resumed = train(again(config, "name=stopped", f"train.steps={total}"), resume=True)
+    assert_same_checkpoint(straight, resumed, total)
+    steps = [line["step"] for line in RunFolder.open(resumed).metrics() if "loss" in line]
+    assert steps == sorted(set(steps))
+
+
+def test_a_torn_checkpoint_or_metrics_line_does_no_harm(tmp_path):
+    config = tiny(tmp_path, "train.steps=4")
+    path = train(config)
+    (path / "checkpoints" / "step-00000006.part").mkdir()
+    with open(path / "metrics.jsonl", "a") as handle:
+        handle.write('{"step": 6, "lo')
+    train(again(config, "train.steps=8"), resume=True)
+    lines = (path / "metrics.jsonl").read_text().strip().split("\n")
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == [2, 4, 4, 6, 8, 8]
+    assert RunFolder.open(path).steps() == [4, 8]

@@ -1,0 +1,66 @@
+"""A run on the digits that takes a second, shared by the tests of this folder."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from flowdopr.config import Config, apply_overrides, load_config
+
+YAML = """
+name: tiny
+data: {name: digits}
+model: {name: dit, size: XXS, depth: 1, hidden_size: 16, num_heads: 2, patch_size: 4}
+optimizer: {name: adamw, lr: 3e-3}
+train: {steps: 8, global_batch_size: 16, ema_decay: 0.9, log_every: 2}
+sample: {solver: euler, steps: 2, num_images: 4}
+"""
+
+
+def tiny_file(folder: Path, *overrides: str) -> tuple[Path, list[str]]:
+    """A config file in `folder`, and overrides that put its runs there too."""
+    path = folder / "tiny.yaml"
+    path.write_text(YAML)
+    return path, [f"output={folder}/runs", *overrides]
+
+
+def tiny(folder: Path, *overrides: str) -> Config:
+    path, settings = tiny_file(folder, *overrides)
+    return load_config(path, settings)
+
+
+def again(config: Config, *overrides: str) -> Config:
+    return apply_overrides(config, overrides)
+
+
+def weights(run: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+
+
+def assert_same_checkpoint(run: Path, other: Path, step: int) -> None:
+    """Raw and averaged weights and the whole optimizer state are bitwise equal."""
+    for name in ("model", "ema"):
+        mine, theirs = weights(run, step, name), weights(other, step, name)
+        assert mine.keys() == theirs.keys()
+        for key in mine:
+            assert torch.equal(mine[key], theirs[key]), f"{name}: {key}"
+    states = [
+        torch.load(path / "checkpoints" / f"step-{step:08d}" / "state.pt", weights_only=True)
+        for path in (run, other)
+    ]
+    assert_equal(*states)
+
+
+def assert_equal(a, b) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
