@@ -26,7 +26,8 @@ def test_a_run_leaves_everything_its_readers_need(tmp_path):
     held_out = {line["step"]: line["held_out_loss"] for line in run.metrics() if "loss" not in line}
     assert list(held_out) == [4, 8]
     assert 0 < held_out[8] < 3
-    assert Image.open(path / "samples" / "step-00000008.png").size == (22, 22)
+    with Image.open(path / "samples" / "step-00000008.png") as grid:
+        assert grid.size == (22, 22)
     versions = json.loads((path / "versions.json").read_text())
     assert versions["versions"]["torch"] == torch.__version__.split("+")[0]
     assert "blocks.0.attention.qkv.weight" in (path / "log.txt").read_text()
@@ -48,7 +49,7 @@ def test_loaded_models_are_the_saved_weights(tmp_path):
         assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
     with pytest.raises(ConfigError, match="no checkpoint at step 5; there are: 8"):
         run.load_model(5)
-    with pytest.raises(ConfigError, match="not a run folder: it has no config.yaml"):
+    with pytest.raises(ConfigError, match=r"not a run folder: it has no config\.yaml"):
         RunFolder.open(tmp_path)
 
 

@@ -54,5 +54,5 @@ def test_accumulation_equals_the_whole_batch(tmp_path, optimizer):
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="not a multiple of train.accumulation_steps 3"):
+    with pytest.raises(ConfigError, match=r"not a multiple of train\.accumulation_steps 3"):
         tiny(tmp_path, "train.accumulation_steps=3")
