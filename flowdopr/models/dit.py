@@ -16,6 +16,7 @@ from flowdopr.models.layers import (
     Attention,
     Condition,
     FusedLinear,
+    Linear,
     Mlp,
     SwiGLU,
     gated_sum,
@@ -116,7 +117,7 @@ class DiT(nn.Module):
         self.num_classes = num_classes
         self.patch_size = patch_size
         grid = height // patch_size, width // patch_size
-        self.embed = nn.Linear(channels * patch_size**2, dim)
+        self.embed = Linear(channels * patch_size**2, dim)
         self.condition = Condition(dim, num_classes)
         self.blocks = nn.ModuleList(
             DiTBlock(dim, heads, int(dim * mlp_ratio), mlp=mlp, norm=norm, qk_norm=qk_norm)
@@ -124,7 +125,7 @@ class DiT(nn.Module):
         )
         self.final_norm = make_norm(norm, dim)
         self.final_modulation = FusedLinear(dim, dim, 2)
-        self.final = nn.Linear(dim, channels * patch_size**2)
+        self.final = Linear(dim, channels * patch_size**2)
         # Tables follow from the sizes, so checkpoints need not hold them.
         angles = rotary_angles(*grid, dim // heads) if rope else None
         self.register_buffer("positions", sincos_positions(*grid, dim), persistent=False)
