@@ -114,10 +114,8 @@ class KFAC(MatrixOptimizer):
         else:
             z, g = inputs.flatten(0, -2), grad.flatten(0, -2)
         z, g = z.to(weight.dtype), g.to(weight.dtype)
-        pair = (z.mT @ z, g.mT @ g, z.shape[0])
-        if weight in self._sums:
-            pair = tuple(a + b for a, b in zip(self._sums[weight], pair, strict=True))
-        self._sums[weight] = pair
+        a, b, rows = self._sums.get(weight, (0, 0, 0))
+        self._sums[weight] = (a + z.mT @ z, b + g.mT @ g, rows + z.shape[0])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; what was gathered with the gradients goes with them."""
@@ -157,7 +155,9 @@ class KFAC(MatrixOptimizer):
 
 def _supported_layers(model: nn.Module) -> dict[Tensor, nn.Module]:
     """Weights that exactly one Linear or ungrouped convolution of `model` owns, and that owner."""
-    owners = Counter(p for m in model.modules() for p in m.parameters(recurse=False))
+    owners: Counter[Tensor] = Counter()
+    for module in model.modules():
+        owners.update(module.parameters(recurse=False))
     return {
         module.weight: module
         for module in model.modules()
