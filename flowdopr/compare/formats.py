@@ -15,7 +15,8 @@ def number(value: float | None, digits: int = 4) -> str:
         return NONE
     if not math.isfinite(value):
         return str(value)
-    return f"{value:,.{_decimals(value, digits)}f}" if _plain(value) else f"{value:.{digits - 1}e}"
+    shown = f",.{_decimals(value, digits)}f" if _plain(value) else f".{digits - 1}e"
+    return format(value, shown).replace("-", "−")
 
 
 def mean_sd(spread: Spread | None, digits: int = 4) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogFormatter, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogFormatter, NullLocator, ScalarFormatter
 
 from flowdopr.compare.formats import learning_rate
 from flowdopr.compare.results import Evaluation, RunResult
@@ -30,7 +31,7 @@ Series = list[tuple[float, float]]
 class Look:
     colour: str
     marker: str
-    line: str
+    line: Literal["-", "--"]
 
 
 def looks(summaries: Sequence[ArmSummary]) -> dict[str, Look]:
@@ -55,7 +56,7 @@ def draw_all(metric: str, summaries: Sequence[ArmSummary]) -> dict[str, Figure]:
 
 
 def scatter(metric: str, summaries: Sequence[ArmSummary]) -> Figure | None:
-    """FD against one-step loss: one marker a run, hollow where the learning rate is not the tuned."""
+    """FD against one-step loss: one marker a run, hollow where not at the tuned learning rate."""
     figure, (axes,) = _figure(1)
     drawn = False
     for arm in summaries:
@@ -219,7 +220,7 @@ def _log_when_wide(axes: Axes) -> None:
 
 def _ticks_at(axes: Axes, places: Sequence[float], labels: Sequence[str]) -> None:
     axes.set_xticks(places, labels)
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _legend(axes: Axes, summaries: Sequence[ArmSummary], lines: bool = True) -> None:

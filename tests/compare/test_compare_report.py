@@ -1,0 +1,205 @@
+"""The report, table and JSON say what the run folders hold, inside one file."""
+
+import csv
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowdopr.compare import compare
+from flowdopr.compare.collect import collect
+from flowdopr.compare.evaluations import is_finished, missing_cards, wanted_cards
+from flowdopr.compare.plan import expand, study_path
+from flowdopr.compare.plots import looks
+from flowdopr.compare.statistics import summarise
+from flowdopr.config import ConfigError, apply_overrides
+from flowdopr.data import DatasetInfo
+from flowdopr.train import RunFolder
+
+DIGITS = DatasetInfo("digits", (1, 8, 8), 10, tuple("0123456789"), 1600, 197, "f" * 64)
+MADE_BY = {
+    "versions": {"python": "3.11.7", "torch": "2.13.0"},
+    "commit": "0123456789abcdef0123456789abcdef01234567",
+    "hardware": "abacus, 1 thread",
+}
+FD = {("AdamW", 0): 5.0, ("AdamW", 1): 6.0, ("DoPr-AdamW", 0): 3.0, ("DoPr-AdamW", 1): 3.5}
+
+
+def card(plan, step, fd, config):
+    return {
+        "step": step,
+        "weights": "ema",
+        "metrics": {"one_step_loss": 0.5 + fd / 100, "fd": fd, "label_accuracy": 0.9},
+        "sampling": {
+            "solver": "euler",
+            "steps": config.sample.steps,
+            "nfe": config.sample.steps,
+            "guidance_scale": 1.0,
+            "num_images": 40,
+            "labels": "balanced",
+            "seed": 0,
+        },
+        "extractor": {"name": "classifier", "held_out_accuracy": 0.98},
+    }
+
+
+def make_run(plan, fd):
+    """A finished run folder, as training and evaluation leave it."""
+    run = RunFolder.create(plan.config, DIGITS, MADE_BY, resume=False)
+    tensor = {"w": torch.zeros(1)}
+    for step in (4, 8):
+        run.save_checkpoint(step, model=tensor, ema=tensor, state={}, note={})
+    # The first window is slow, as first windows are; the median of the others is 0.020.
+    for step, seconds in zip((2, 4, 6, 8), (9.0, 0.02, 0.01, 0.03), strict=True):
+        run.append_metrics(
+            {
+                "step": step,
+                "loss": 1.0,
+                "seconds_per_step": seconds,
+                "peak_memory_mib": 100.0 + step,
+            }
+        )
+    run.append_metrics({"step": 8, "held_out_loss": 0.5})
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(run.path / "samples" / "step-00000008.png")
+    for number, request in enumerate(wanted_cards(plan).all()):
+        config = apply_overrides(plan.config, request.overrides)
+        scale = (8 / request.step) * (2 / config.sample.steps)
+        text = json.dumps(card(plan, request.step, fd * scale, config))
+        (run.path / "evaluation" / f"card-{number}.json").write_text(text)
+
+
+@pytest.fixture
+def finished(study):
+    for plan in expand(study):
+        make_run(plan, FD[plan.arm, plan.seed])
+    return study
+
+
+def test_numbers_of_the_table(finished, capsys):
+    folder = compare(finished, report_only=True)
+    printed = capsys.readouterr().out
+    assert str(folder / "report.html") in printed
+    assert "DoPr-AdamW came closest" in printed
+    plain, dopr = csv.DictReader(io.StringIO((folder / "table.csv").read_text()))
+    assert (plain["arm"], plain["optimizer"]) == ("AdamW", "adamw")
+    assert (dopr["arm"], dopr["optimizer"]) == ("DoPr-AdamW", "dopr-adamw")
+    assert float(plain["fd_mean"]) == 5.5
+    assert float(plain["fd_sd"]) == pytest.approx(0.5**0.5)
+    assert float(dopr["one_step_loss_mean"]) == pytest.approx(0.5325)
+    expected = {
+        "lr": 0.001,
+        "lr_grid_size": 1,
+        "seeds": 2,
+        "fd_images": 40,
+        "nfe": 2,
+        "images_seen": 8 * 16,
+        "seconds_per_step": 0.02,
+        "peak_memory_bytes": 108 * 2**20,
+        "global_batch_size": 16,
+        "label_accuracy_mean": 0.9,
+    }
+    assert {key: float(plain[key]) for key in expected} == pytest.approx(expected)
+    assert plain["commit"] == MADE_BY["commit"]
+    assert plain["hardware"] == MADE_BY["hardware"]
+    page = (folder / "report.html").read_text()
+    for shown in ("5.50 ± 0.71", "3.25 ± 0.35", "0.5550 ± 0.0071", "20 ms", "108 MiB", "abacus"):
+        assert shown in page
+
+
+def test_the_report_is_one_file(finished):
+    page = (compare(finished, report_only=True) / "report.html").read_text()
+    assert not re.search(r"https?:|<script|<link|@import|url\(", page)
+    images = re.findall(r'<img[^>]* src="([^"]*)"', page)
+    assert len(images) == 3 + 2  # scatter, NFE, training; a grid an arm
+    assert all(source.startswith("data:image/png;base64,") for source in images)
+    assert "DoPr-AdamW against AdamW" in page
+    assert "too few for a claim" in page
+
+
+def test_results_json_holds_every_run_and_difference(finished):
+    folder = compare(finished, report_only=True)
+    results = json.loads((folder / "results.json").read_text())
+    fd, loss = results["paired_differences"]
+    assert (fd["first"], fd["second"], fd["metric"]) == ("DoPr-AdamW", "AdamW", "FD")
+    assert fd["by_seed"] == {"0": -2.0, "1": -2.5}
+    assert (fd["mean"], fd["enough_seeds"], fd["shown"]) == (-2.25, False, False)
+    assert loss["mean"] == pytest.approx(-0.0225)
+    table = list(csv.DictReader(io.StringIO((folder / "table.csv").read_text())))
+    for row, arm in zip(table, results["arms"], strict=True):
+        assert row == {key: "" if value is None else str(value) for key, value in arm.items()}
+    assert len(results["runs"]) == 4
+    curve = results["runs"][0]["curve"]
+    assert [(point["step"], point["fd"]) for point in curve] == [(4, 10.0), (8, 5.0)]
+    by_nfe = results["runs"][0]["by_nfe"]
+    assert [(point["nfe"], point["fd"]) for point in by_nfe] == [(1, 10.0), (2, 5.0)]
+
+
+def test_the_report_is_a_pure_function_of_the_run_folders(finished):
+    names = ("report.html", "table.csv", "results.json", "plots/scatter.png", "plots/nfe.png")
+    folder = compare(finished, report_only=True)
+    before = [(folder / name).read_bytes() for name in names]
+    compare(finished, report_only=True)
+    after = [(folder / name).read_bytes() for name in names]
+    assert before == after
+    assert not list(study_path(finished).rglob("*.part"))
+
+
+def test_names_are_escaped(study):
+    arms = "[{name: AdamW, lrs: [1e-3]}]"
+    config = apply_overrides(study, [f"compare.arms={arms}", "data.root='<b>&'"])
+    for plan in expand(config):
+        make_run(plan, 1.0)
+    page = (compare(config, report_only=True) / "report.html").read_text()
+    assert "<b>&" not in page
+    assert "&lt;b&gt;&amp;" in page
+
+
+def test_unfinished_and_failed_runs_are_listed(study):
+    first, second, third, _ = expand(study)
+    make_run(first, 5.0)
+    RunFolder.create(second.config, DIGITS, MADE_BY, resume=False)
+    logs = study_path(study) / "logs"
+    logs.mkdir()
+    (logs / f"{third.name}.failed").write_text("RuntimeError: <boom>\n")
+    assert [run.status for run in collect(study_path(study), expand(study))] == [
+        "done",
+        "unfinished",
+        "failed",
+        "not started",
+    ]
+    page = (compare(study, report_only=True) / "report.html").read_text()
+    assert f"1 run not finished: {second.name}." in page
+    assert "RuntimeError: &lt;boom&gt;" in page
+
+
+def test_a_report_before_any_run(study):
+    page = (compare(study, report_only=True) / "report.html").read_text()
+    assert "nothing to compare" in page
+
+
+def test_other_evaluation_settings_need_other_cards(finished):
+    assert all(is_finished(plan) for plan in expand(finished))
+    changed = apply_overrides(finished, ["evaluate.fid_num_images=80"])
+    plan = expand(changed)[0]
+    assert missing_cards(plan) == wanted_cards(plan).all()
+    more = apply_overrides(finished, ["compare.nfe_steps=[1, 2, 4]"])
+    assert [request.overrides[-1] for request in missing_cards(expand(more)[0])] == [
+        "sample.steps=4"
+    ]
+
+
+def test_a_run_folder_of_another_config_is_refused(finished):
+    with pytest.raises(ConfigError, match="another config") as caught:
+        compare(apply_overrides(finished, ["train.global_batch_size=32"]))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_arm_looks_the_same_in_every_plot(finished):
+    summaries = summarise(collect(study_path(finished), expand(finished)))
+    found = looks(summaries)
+    assert found["AdamW"].colour != found["DoPr-AdamW"].colour
+    assert (found["AdamW"].line, found["DoPr-AdamW"].line) == ("--", "-")
