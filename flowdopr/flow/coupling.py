@@ -89,10 +89,10 @@ class Entropic:
     def __call__(self, x_0: Tensor, x_1: Tensor, y: Tensor | None, u: Tensor) -> Tensor:
         """`x_0` reordered; `u` (B,) uniform numbers choose within the rows of the plan."""
         cumulative = self.plan(x_0, x_1, y).cumsum(1)
-        # Scaling u by the row's sum keeps a rounding error from choosing a forbidden last column.
-        target = u.to(cumulative)[:, None] * cumulative[:, -1:]
-        columns = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-        return x_0[columns.clamp(max=len(x_0) - 1)]
+        # Within (0, sum of the row] whatever the rounding, so that a column without mass, such as
+        # one of another class, is never chosen.
+        target = u.to(cumulative).clamp(min=1e-7)[:, None] * cumulative[:, -1:]
+        return x_0[torch.searchsorted(cumulative, target).squeeze(1)]
 
 
 def make_coupling(

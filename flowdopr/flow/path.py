@@ -102,8 +102,8 @@ class TrigonometricPath(Path):
     """
 
     def _coefficients(self, t: Tensor) -> Coefficients:
-        angle = math.pi / 2 * t
-        alpha, sigma = angle.sin(), angle.cos()
+        # Sines of t and 1 - t: a rounded cosine would be below zero at t = 1.
+        alpha, sigma = (math.pi / 2 * t).sin(), (math.pi / 2 * (1 - t)).sin()
         return Coefficients(alpha, sigma, math.pi / 2 * sigma, -math.pi / 2 * alpha)
 
 
@@ -160,7 +160,7 @@ class CosinePath(Path):
         last = speed * self.offset
         theta = speed * (1 - t) + last
         scale = math.cos(last)
-        alpha = theta.cos() / scale
+        alpha = (speed * t).sin() / scale  # theta is pi / 2 - speed t
         # sin(a - b) sin(a + b) = cos^2 b - cos^2 a: no cancellation when sigma_t is small.
         sigma = ((speed * (1 - t)).sin() * (theta + last).sin()).sqrt() / scale
         d_alpha = speed * theta.sin() / scale

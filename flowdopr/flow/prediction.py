@@ -129,6 +129,8 @@ def loss_weight(
 ) -> Tensor:
     """The factor (B,) on the squared error of a prediction at times `t` (B,).
 
+    Most weights diverge at an end of time: they keep their value at SAFE_TIME from it.
+
     >>> from flowdopr.flow import LinearPath
     >>> loss_weight("velocity", torch.tensor([0.5]), LinearPath(), "data")
     tensor([4.])
@@ -144,7 +146,5 @@ def loss_weight(
     check_prediction(prediction)
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting={weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
-    t = _times(t, path, prediction)
-    if weighting == "likelihood":
-        t = t.clamp(max=1 - SAFE_TIME)  # diverges with 1 / sigma_t at the data
+    t = t.clamp(SAFE_TIME, 1 - SAFE_TIME)
     return WEIGHTINGS[weighting](path(t), prediction, sigma_data)

@@ -23,6 +23,9 @@ ODE_SOLVERS = ONE_STEP_SOLVERS + MULTISTEP_SOLVERS + ADAPTIVE_SOLVERS
 # corrector iterations (implicit Adams) are chosen for the batch as a whole.
 BATCH_DEPENDENT_SOLVERS = (*ADAPTIVE_SOLVERS, "implicit_adams", "fixed_adams")
 
+MAX_ADAPTIVE_STEPS = 10_000  # beyond this the tolerance is below the precision of the state
+SOLVER_FAILURES = ("underflow in dt", "non-finite values", "max_num_steps exceeded")
+
 
 class Rollout(NamedTuple):
     """The state at the last time (B, ...) and the number of model calls."""
@@ -98,26 +101,44 @@ def solve(
     x_0 = x_0.to(torch.promote_types(x_0.dtype, torch.float32))
     grid = grid.to(x_0)
     grid = grid.flip(0) if end < start else grid
-    # torchdiffeq would keep the state at every time it is asked for, so ask only for the ends.
-    fixed = solver not in ADAPTIVE_SOLVERS
-    options = {"grid_constructor": lambda func, y0, t: grid} if fixed else {}
     counter = counted(velocity)
     before = calls_of(counter)
 
     def derivative(t: Tensor, x: Tensor) -> Tensor:
-        return counter(x, t)
+        # A first trial step of an adaptive solver may reach beyond the span; models know only it.
+        return counter(x, t.clamp(low, high))
 
+    # torchdiffeq would keep the state at every time it is asked for, so ask only for the ends.
     ends = grid[[0, -1]]
     try:
         states: Any = odeint(
-            derivative, x_0, ends, method=solver, atol=atol, rtol=rtol, options=options
+            derivative,
+            x_0,
+            ends,
+            method=solver,
+            atol=atol,
+            rtol=rtol,
+            options=_options(solver, grid),
         )
     except AssertionError as error:
+        reason = str(error).split("`")[0].strip()
+        if not reason.startswith(SOLVER_FAILURES):
+            raise
         raise ValueError(
-            f"solver={solver!r} failed ({error}): raise atol={atol} and rtol={rtol}, "
+            f"solver={solver!r} failed ({reason}): raise atol={atol} and rtol={rtol}, "
             "or use a fixed-step solver"
         ) from error
     return Rollout(states[-1], calls_of(counter) - before)
+
+
+def _options(solver: str, grid: Tensor) -> dict[str, Any]:
+    """torchdiffeq's options: the grid of a fixed-step solver, the last step of an adaptive one."""
+    if solver == "scipy_solver":
+        return {}
+    if solver in ADAPTIVE_SOLVERS:
+        # Left alone they step over the end and interpolate back.
+        return {"step_t": grid[-1:], "max_num_steps": MAX_ADAPTIVE_STEPS}
+    return {"grid_constructor": lambda func, y0, t: grid}
 
 
 def counted(velocity: Velocity) -> Velocity:

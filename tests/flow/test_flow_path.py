@@ -1,0 +1,116 @@
+"""Paths against finite differences, the continuity equation and exact transport of a mixture."""
+
+import pytest
+import torch
+from analytic import PATH_CASES, Mixture
+
+from flowdopr.flow import (
+    CosinePath,
+    LinearPath,
+    Path,
+    PolynomialPath,
+    TrigonometricPath,
+    VariancePreservingPath,
+    guided_velocity,
+    solve,
+)
+
+cases = pytest.mark.parametrize("path", PATH_CASES.values(), ids=PATH_CASES)
+
+
+@cases
+def test_derivatives_equal_finite_differences(path):
+    t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    h = 1e-6
+    before, here, after = path(t - h), path(t), path(t + h)
+    slope_alpha = (after.alpha - before.alpha) / (2 * h)
+    slope_sigma = (after.sigma - before.sigma) / (2 * h)
+    assert torch.allclose(here.d_alpha, slope_alpha, rtol=1e-6, atol=1e-8)
+    assert torch.allclose(here.d_sigma, slope_sigma, rtol=1e-6, atol=1e-8)
+
+
+@cases
+def test_ends_are_noise_and_data(path):
+    start, end = path(torch.tensor(0.0)), path(torch.tensor(1.0))
+    assert start.sigma.item() == pytest.approx(1, abs=1e-4)
+    assert abs(start.alpha.item()) < 0.007  # variance preserving keeps exp(-5.025) of the data
+    assert end.alpha.item() == pytest.approx(1, abs=1e-4)
+    assert 0 <= end.sigma.item() + 1e-6 < 0.004
+
+
+@cases
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_coefficients_are_finite_on_all_of_time_and_at_least_float32(path, dtype):
+    c = path(torch.linspace(0, 1, 1001).to(dtype))
+    for value in c:
+        assert value.isfinite().all()
+        assert value.dtype == torch.promote_types(dtype, torch.float32)
+    assert (c.alpha >= 0).all()
+    assert (c.sigma >= 0).all()
+    assert (c.determinant[1:-1] > 0).all()
+
+
+@pytest.mark.parametrize("path", [TrigonometricPath(), VariancePreservingPath(), CosinePath()])
+def test_variance_preserving_paths_preserve_variance(path):
+    c = path(torch.linspace(0, 1, 101, dtype=torch.float64))
+    assert torch.allclose(c.alpha**2 + c.sigma**2, torch.ones(()).double(), atol=1e-12)
+
+
+@cases
+def test_sample_broadcasts_times_and_matches_its_definition(path):
+    x_0, x_1 = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    t = torch.tensor([0.1, 0.5, 0.9])
+    x_t, dx_t = path.sample(x_0, x_1, t)
+    for i in range(3):
+        c = path(t[i])
+        assert torch.allclose(x_t[i], c.alpha * x_1[i] + c.sigma * x_0[i])
+        assert torch.allclose(dx_t[i], c.d_alpha * x_1[i] + c.d_sigma * x_0[i])
+        assert torch.equal(path.sample(x_0, x_1, t[i]).x_t[i], x_t[i])
+
+
+def test_half_precision_images_are_mixed_in_float32():
+    x_0, x_1 = torch.randn(2, 5, dtype=torch.bfloat16), torch.randn(2, 5, dtype=torch.bfloat16)
+    x_t, dx_t = LinearPath().sample(x_0, x_1, torch.rand(2))
+    assert x_t.dtype == dx_t.dtype == torch.float32
+
+
+@cases
+def test_marginals_of_a_mixture_obey_the_continuity_equation(path):
+    """d/dt p_t(x) + d/dx (p_t(x) v(x, t)) = 0, derivatives by autograd in float64."""
+    mixture = Mixture()
+    t, x = torch.meshgrid(
+        torch.linspace(0.02, 0.98, 25, dtype=torch.float64),
+        torch.linspace(-2.5, 2.5, 41, dtype=torch.float64),
+        indexing="ij",
+    )
+    t, x = t.clone().requires_grad_(), x.clone().requires_grad_()
+    density = mixture.log_density(x, t, path).exp()
+    (change,) = torch.autograd.grad(density.sum(), t, retain_graph=True)
+    flux = density * mixture.velocity(x, t.detach(), path)
+    (outflow,) = torch.autograd.grad(flux.sum(), x)
+    scale = change.abs().max()
+    assert (change + outflow).abs().max() < 1e-10 * scale
+
+
+@cases
+def test_rollout_transports_a_mixture_exactly(path):
+    """In one dimension a flow keeps quantiles: F_start(x(start)) = F_end(x(end))."""
+    mixture = Mixture()
+    start, end = 0.0, min(path.end, 0.999)
+    x_start = torch.linspace(-2, 2, 33, dtype=torch.float64)[:, None]
+    velocity = guided_velocity(mixture.model(path), path=path)
+    x_end, _ = solve(velocity, x_start, solver="dopri5", start=start, end=end, atol=1e-8, rtol=1e-8)
+    before = mixture.cdf(x_start, torch.full_like(x_start, start), path)
+    after = mixture.cdf(x_end, torch.full_like(x_end, end), path)
+    assert torch.allclose(before, after, atol=2e-5)
+
+
+def test_impossible_paths_are_refused():
+    with pytest.raises(ValueError, match="beta_min"):
+        VariancePreservingPath(beta_min=0)
+    with pytest.raises(ValueError, match="offset"):
+        CosinePath(offset=0)
+    with pytest.raises(ValueError, match="power"):
+        PolynomialPath(power=0.5)
+    with pytest.raises(TypeError, match="defines no coefficients"):
+        Path()(torch.tensor(0.5))

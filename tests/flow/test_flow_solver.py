@@ -1,0 +1,149 @@
+"""Solvers against a known solution, their true number of calls, and their independence of batch."""
+
+import math
+
+import pytest
+import torch
+
+from flowdopr.flow import ADAPTIVE_SOLVERS, BATCH_DEPENDENT_SOLVERS, ODE_SOLVERS, solve
+
+CALLS_A_STEP = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
+FIXED = [name for name in ODE_SOLVERS if name not in ADAPTIVE_SOLVERS]
+
+
+class Field:
+    """dx/dt = cos(3 t) x, x(1) = x(0) exp(sin(3) / 3); notes the times it is asked for."""
+
+    def __init__(self):
+        self.times = []
+
+    def __call__(self, x, t):
+        assert t.ndim == 0
+        self.times.append(t.item())
+        return torch.cos(3 * t) * x
+
+
+START = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64)
+END = START * math.exp(math.sin(3) / 3)
+
+
+@pytest.mark.parametrize("solver", ODE_SOLVERS)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_every_solver_finds_the_solution_and_counts_its_calls(solver, backwards):
+    field = Field()
+    start, end = (END, START) if backwards else (START, END)
+    span = {"start": 1.0, "end": 0.0} if backwards else {}
+    x, nfe = solve(field, start, solver=solver, steps=200, atol=1e-7, rtol=1e-7, **span)
+    assert torch.allclose(x, end, rtol=1e-2 if solver == "euler" else 2e-4)
+    assert nfe == len(field.times)
+    assert min(field.times) >= 0
+    assert max(field.times) <= 1
+    if solver in CALLS_A_STEP:
+        assert nfe == 200 * CALLS_A_STEP[solver]
+
+
+@pytest.mark.parametrize(
+    ("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun2", 2), ("heun3", 3), ("rk4", 4)]
+)
+@pytest.mark.parametrize("grid", ["uniform", "shifted"])
+def test_error_falls_with_the_order_of_the_solver(solver, order, grid):
+    def error(steps):
+        return (solve(Field(), START, solver=solver, steps=steps, time_grid=grid)[0] - END).norm()
+
+    coarse, fine = (20, 40) if order < 3 else (8, 16)
+    assert math.log2(error(coarse) / error(fine)) > order - 0.6
+
+
+@pytest.mark.parametrize("solver", CALLS_A_STEP)
+def test_one_step_solvers_are_right_on_the_rho_grid(solver):
+    x, _ = solve(Field(), START, solver=solver, steps=200, time_grid="edm")
+    assert torch.allclose(x, END, rtol=3e-2 if solver == "euler" else 1e-3)
+
+
+@pytest.mark.parametrize("solver", [name for name in FIXED if name in BATCH_DEPENDENT_SOLVERS])
+def test_implicit_solvers_say_that_they_depend_on_the_batch(solver):
+    assert "adams" in solver
+
+
+@pytest.mark.parametrize("solver", [n for n in ODE_SOLVERS if n not in BATCH_DEPENDENT_SOLVERS])
+def test_an_image_does_not_depend_on_its_batch(solver):
+    def curved(x, t):
+        return torch.sin(5 * x + t) * 3
+
+    x_0 = torch.randn(6, 3)
+    together, _ = solve(curved, x_0, solver=solver, steps=20)
+    alone = torch.cat([solve(curved, x, solver=solver, steps=20)[0] for x in x_0.split(1)])
+    assert torch.allclose(together, alone, atol=1e-6)
+
+
+def test_adaptive_solvers_choose_steps_for_the_batch():
+    def stiff(x, t):
+        return -50 * x * x.abs()
+
+    easy, hard = torch.full((1, 1), 0.01), torch.full((1, 1), 3.0)
+    _, few = solve(stiff, easy, solver="dopri5")
+    _, many = solve(stiff, torch.cat([easy, hard]), solver="dopri5")
+    assert many > few
+
+
+def test_half_precision_is_integrated_in_float32():
+    x, _ = solve(lambda x, t: -x, torch.ones(2, 2, dtype=torch.bfloat16), solver="rk4", steps=20)
+    assert x.dtype == torch.float32
+    assert torch.allclose(x, torch.full((2, 2), math.exp(-1)), atol=1e-6)
+
+
+def test_a_grid_of_ones_own_is_followed():
+    field = Field()
+    solve(field, START, solver="euler", time_grid=[0.0, 0.5, 0.75, 1.0])
+    assert field.times == [0.0, 0.5, 0.75]
+
+
+def test_a_velocity_that_counts_is_believed():
+    class Double:
+        calls = 0
+
+        def __call__(self, x, t):
+            self.calls += 2
+            return -x
+
+    velocity = Double()
+    assert solve(velocity, START, solver="midpoint", steps=5).nfe == 20
+    assert solve(velocity, START, solver="midpoint", steps=5).nfe == 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"solver": "dpm"}, "choose one of euler"),
+        ({"solver": "dopri5", "time_grid": "edm"}, "chooses its own times"),
+        ({"solver": "explicit_adams", "time_grid": "edm"}, "equal steps"),
+        ({"solver": "euler", "steps": 0}, "at least 1"),
+        ({"solver": "euler", "time_grid": "log"}, "choose one of uniform"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_runs(settings, words):
+    def untouched(x, t):
+        raise AssertionError("the velocity was called")
+
+    with pytest.raises(ValueError, match=words) as error:
+        solve(untouched, START, **settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("velocity", "tolerance"),
+    [(lambda x, t: x * math.nan, 1e-5), (lambda x, t: torch.sin(1e4 * x), 1e-14)],
+)
+def test_an_adaptive_solver_that_cannot_go_on_says_so_in_one_line(velocity, tolerance, monkeypatch):
+    monkeypatch.setattr("flowdopr.flow.solver.MAX_ADAPTIVE_STEPS", 100)
+    with pytest.raises(ValueError, match="use a fixed-step solver") as error:
+        solve(velocity, torch.randn(50, 50), solver="bosh3", atol=tolerance, rtol=tolerance)
+    assert "\n" not in str(error.value)
+
+
+def test_an_assertion_of_the_model_stays_an_assertion():
+    def broken(x, t):
+        raise AssertionError("shapes differ")
+
+    with pytest.raises(AssertionError, match="shapes differ"):
+        solve(broken, START, solver="dopri5")
