@@ -6,7 +6,9 @@ shifted images, "sua" shares one channel Sigma among the kernel's offsets and "s
 it drops, the mean's cross terms between offsets. Convolutions of one, two and three axes alike.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,3 +70,145 @@ class PatchCase(Case):
     def rows(self, x: Tensor, max_rows: int | None) -> Tensor:
         patches = patch_rows(x, self.conv, max_rows)
         return patches.reshape(-1, self.groups, self.blocks, self.side)
+
+
+class OffsetCase(PatchCase):
+    """Full patches at stride 1 from shifted images: exact in the interior, and on a torus.
+
+    Sigma at offsets (o, o') depends on o' - o alone up to borders, so (2k-1)^2 / 2 products of
+    C x C stand for k^4: 13 for 81 in a 3x3 kernel. It is the patch Gram of the image in a frame of
+    zeros as wide as the kernel, hence never indefinite. `max_rows` keeps whole images.
+    """
+
+    def __init__(self, conv: _ConvNd) -> None:
+        super().__init__(conv, "offsets")
+        if any(step != 1 for step in conv.stride):
+            raise ValueError(f"mode 'offsets' needs stride 1, the layer has {conv.stride}")
+
+    def accumulate(self, sums: Tensor, x: Tensor, max_rows: int | None) -> int:
+        axes = len(self.conv.kernel_size)
+        x = x[None] if x.dim() == axes + 1 else x
+        pixels = math.prod(x.shape[2:])
+        images = None if max_rows is None else max(1, max_rows // pixels)
+        x = x[:: strided_rows(x.shape[0], images)].to(sums.dtype)
+        x = x.unflatten(1, (self.groups, -1)).transpose(0, 1).movedim(2, -1)  # (G, B, *axes, c)
+        offsets = list(itertools.product(*(range(size) for size in self.conv.kernel_size)))
+        blocks = sums.view(self.groups, -1, len(offsets), x.shape[-1], len(offsets))
+        products: dict[tuple[int, ...], Tensor] = {}
+        for (i, first), (j, second) in itertools.product(enumerate(offsets), repeat=2):
+            lag = tuple(b - a for a, b in zip(first, second, strict=True))
+            mirror = tuple(-step for step in lag)
+            if mirror in products:
+                blocks[:, :, i, :, j] += products[mirror].mT
+                continue
+            if lag not in products:
+                products[lag] = self._lagged_product(x, lag)
+            blocks[:, :, i, :, j] += products[lag]
+        return x.shape[1] * pixels
+
+    def _lagged_product(self, x: Tensor, lag: tuple[int, ...]) -> Tensor:
+        """sum_p x_p x_{p + lag}^T of (G, B, *axes, c), as (G, c, c)."""
+        shifted = x
+        for axis, steps in enumerate(lag, start=2):
+            shift, size = steps * self.conv.dilation[axis - 2], x.shape[axis]
+            if self.conv.padding_mode == "circular":
+                shifted = shifted.roll(-shift, axis)
+                continue
+            if abs(shift) >= size:
+                return x.new_zeros(x.shape[0], x.shape[-1], x.shape[-1])
+            x = x.narrow(axis, max(0, -shift), size - abs(shift))
+            shifted = shifted.narrow(axis, max(0, shift), size - abs(shift))
+        return x.flatten(1, -2).mT @ shifted.flatten(1, -2)
+
+
+def channel_rows(x: Tensor, axes: int, max_rows: int | None) -> Tensor:
+    """The channel vectors of all pixels of (B, C, *axes), (n, C); only kept ones copied."""
+    x = (x[None] if x.dim() == axes + 1 else x).flatten(2)
+    total = x.shape[0] * x.shape[2]
+    step = strided_rows(total, max_rows)
+    if step == 1:
+        return x.transpose(1, 2).reshape(-1, x.shape[1])
+    kept = torch.arange(0, total, step, device=x.device)
+    image, pixel = torch.unravel_index(kept, (x.shape[0], x.shape[2]))
+    return x[image, :, pixel]
+
+
+class SharedOffsetsCase(Case):
+    """SUA: z is the channel vector, one Sigma for all kernel offsets (arXiv 1602.01407).
+
+    The kernel's offsets become rows of the gradient matrix.
+    """
+
+    kind = "channels"
+
+    def __init__(self, conv: _ConvNd, mode: str = "sua", blocks: int = 1, extra: int = 0) -> None:
+        self.axes, self.offsets = len(conv.kernel_size), math.prod(conv.kernel_size)
+        super().__init__(mode, conv.groups, conv.in_channels // conv.groups + extra, blocks)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (*super().key, self.offsets if self.mode == "sua-mean" else 0)
+
+    def rows(self, x: Tensor, max_rows: int | None) -> Tensor:
+        flat = channel_rows(x, self.axes, max_rows)
+        return flat.reshape(-1, self.groups, self.blocks, self.side)
+
+    def matrix(self, grads: Sequence[Tensor]) -> Tensor:
+        weight = grads[0].flatten(2).transpose(1, 2)  # (C_out, k*k, c)
+        return weight.reshape(self.groups, -1, self.blocks, self.side).transpose(1, 2)
+
+    def gradients(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        weight = like[0]
+        offsets_first = matrix.transpose(1, 2).reshape(weight.shape[0], self.offsets, -1)
+        product = offsets_first.transpose(1, 2).reshape(weight.shape)
+        return [product.to(weight.dtype)]
+
+
+class MeanOffsetsCase(SharedOffsetsCase):
+    """SUA with the mean: Sigma = I (x) C + 1 1^T (x) mu mu^T over kernel offsets (x) channels.
+
+    C is the centred channel covariance. The mean over offsets sees C + k^2 mu mu^T and the
+    deviations from it see C, which is what Sherman and Morrison's formula comes to; any power and
+    the Cholesky factor follow as well. Gathered with a homogeneous coordinate for mu.
+    """
+
+    def __init__(self, conv: _ConvNd) -> None:
+        super().__init__(conv, "sua-mean", extra=1)
+
+    def rows(self, x: Tensor, max_rows: int | None) -> Tensor:
+        flat = channel_rows(x, self.axes, max_rows)
+        flat = flat.reshape(-1, self.groups, 1, self.side - 1)
+        return nn.functional.pad(flat, (0, 1), value=1.0)
+
+    def stack(self, sigma: Tensor) -> Tensor:
+        """(G, 2, c, c): what the mean over offsets sees, and what the deviations see."""
+        mu = sigma[..., -1:, :-1]
+        outer = mu.mT * mu
+        centred = sigma[..., :-1, :-1] - outer
+        return torch.cat([centred + self.offsets * outer, centred], 1)
+
+    def mean_eigenvalue(self, stack: Tensor) -> Tensor:
+        traces = stack.diagonal(dim1=-2, dim2=-1).mean(-1)
+        mean = (traces[:, 0] + (self.offsets - 1) * traces[:, 1]) / self.offsets
+        return mean[:, None, None, None]
+
+    def multiply(self, grads: Sequence[Tensor], stack: Tensor) -> list[Tensor]:
+        weight = grads[0].flatten(2).transpose(1, 2).to(stack.dtype)
+        weight = weight.unflatten(0, (self.groups, -1))  # (G, C_out / G, k*k, c)
+        mean = weight.mean(2)
+        product = weight.flatten(1, 2) @ stack[:, 1]
+        product = product.view(weight.shape) + (mean @ (stack[:, 0] - stack[:, 1]))[:, :, None]
+        return self.gradients(product.flatten(1, 2)[:, None], grads)
+
+
+class TransposedCase(SharedOffsetsCase):
+    """A transposed convolution: z is the channel vector, W is (C_in, C_out * k * k). Exact."""
+
+    kind = "transposed"
+
+    def matrix(self, grads: Sequence[Tensor]) -> Tensor:
+        weight = grads[0].reshape(self.groups, self.blocks, self.side, -1)
+        return weight.transpose(2, 3)
+
+    def gradients(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        return [matrix.transpose(2, 3).reshape(like[0].shape).to(like[0].dtype)]

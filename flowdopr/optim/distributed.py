@@ -4,6 +4,8 @@ Every rank puts every statistic into the bucket, zeros where a layer did not run
 the collective is the same on all ranks whatever gradients are present.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,7 +23,7 @@ def sum_piles(statistics: list[Statistic], piles: list[Pile]) -> None:
     if world_size() == 1 or not statistics:
         return
     device = statistics[0].device
-    dtype = max((s.dtype for s in statistics), key=lambda kind: torch.finfo(kind).bits)
+    dtype = _widest([statistic.dtype for statistic in statistics])
     parts = [torch.tensor([pile.count for pile in piles], dtype=dtype, device=device)]
     for statistic, pile in zip(statistics, piles, strict=True):
         if pile.sums is None:
@@ -40,7 +42,53 @@ def sum_piles(statistics: list[Statistic], piles: list[Pile]) -> None:
             pile.sums = None
 
 
+def shares(sides: Sequence[int]) -> list[int]:
+    """Which matrices, of these sides, this rank factors: every rank as many of each size."""
+    by_size = sorted(range(len(sides)), key=lambda i: (sides[i], i))
+    world, rank = world_size(), dist.get_rank() if world_size() > 1 else 0
+    return sorted(by_size[rank::world])
+
+
+def exchange(matrices: list[Tensor], mine: Sequence[int]) -> None:
+    """Give every rank the matrices that the others have made, in place, with one all-reduce."""
+    if world_size() == 1 or not matrices:
+        return
+    device, dtype = matrices[0].device, _widest([matrix.dtype for matrix in matrices])
+    own = set(mine)
+    bucket = torch.cat(
+        [
+            (m if i in own else torch.zeros_like(m)).flatten().to(device, dtype)
+            for i, m in enumerate(matrices)
+        ]
+    )
+    dist.all_reduce(bucket)
+    parts = bucket.split([matrix.numel() for matrix in matrices])
+    for i, (matrix, part) in enumerate(zip(matrices, parts, strict=True)):
+        matrices[i] = part.view_as(matrix).to(matrix)
+
+
+def _widest(kinds: Sequence[torch.dtype]) -> torch.dtype:
+    return max(kinds, key=lambda kind: torch.finfo(kind).bits)
+
+
 def local(tensor: Tensor) -> Tensor:
     """The rows of a sharded tensor (DTensor) that this process holds; others unchanged."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
+
+
+def like_shard(rows: Tensor, tensor: Tensor) -> Tensor:
+    """The inverse of `local`: `rows` as the shard of a DTensor placed as `tensor` is."""
+    if not hasattr(tensor, "to_local"):
+        return rows
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(tensor, DTensor)
+    return DTensor.from_local(
+        rows,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )

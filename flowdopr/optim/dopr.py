@@ -4,42 +4,53 @@
 
 For every layer y = W z the gradient G is replaced by M = G (Sigma + gamma tr(Sigma)/d I)^-1, with
 Sigma the second moment of z, and the wrapped optimizer, the gradient preconditioner (GP), steps
-on M. `preconditioner` holds the matrices, `layers` and `conv` the layers, `statistics` the hooks.
+on M. This file says when; `plan` says which layer how, `layers` and `conv` know the layers,
+`statistics` has the hooks, `preconditioner` and `inverse` the matrices.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flowdopr.optim.distributed import local, sum_piles
-from flowdopr.optim.plan import LayerRule, make_plan
-from flowdopr.optim.preconditioner import Form, full_precision, invert
-from flowdopr.optim.statistics import Pile, Statistic, Statistics
+from flowdopr.optim.distributed import like_shard, local
+from flowdopr.optim.inverse import Form, full_precision
+from flowdopr.optim.plan import Layer, LayerRule, make_plan
+from flowdopr.optim.preconditioner import Preconditioner
+from flowdopr.optim.statistics import Statistic, Statistics
 
-logger = logging.getLogger("flowdopr.optim")
+FORMS = ("inverse", "sandwich")
 
 
 class DoPr(torch.optim.Optimizer):
     """Wraps a constructed optimizer over `model`'s parameters with activation preconditioning.
 
-    optimizer: the GP. Its param_groups and state are shared: schedulers, GradScaler and
-        accelerate see one optimizer.
-    model: whose Linear, Conv and Embedding layers are preconditioned; every other parameter
-        gets the GP alone. Wrap the model before torch.compile, DDP or after FSDP2's fully_shard.
-    damping: gamma, relative to the mean eigenvalue of Sigma.
-    cov_decay: decay of the average of Sigma per refresh; 0 keeps the last refresh alone.
-    refresh_every: steps between refreshes of Sigma and its inverse. Statistics are gathered on
-        refresh steps only, the first step always.
-    max_rows: rows of z one forward contributes to a layer, evenly spread; None takes all.
-    max_side: side of the widest Sigma; wider layers fall into equal diagonal blocks.
-    rules: `LayerRule`s by name, the first match wins.
-    max_nonfinite: consecutive refreshes with a non-finite Sigma after which step raises.
+    Args:
+        optimizer: the GP. Its param_groups and state are shared: schedulers, GradScaler and
+            accelerate see one optimizer.
+        model: its Linear, Conv, ConvTranspose and Embedding layers are preconditioned, all other
+            parameters get the GP alone. Give the bare model, before torch.compile and DDP, and
+            after FSDP2's fully_shard.
+        damping: gamma, relative to the mean eigenvalue of Sigma; or (first, last, steps), which
+            goes geometrically from first to last.
+        cov_decay: decay of the average of Sigma per refresh; 0 keeps the last refresh alone.
+        refresh_every: steps between refreshes of Sigma and its inverse. Statistics are gathered
+            on refresh steps only, the first step always.
+        form: "inverse", M = GP(G S^-power), or "sandwich", GP(G L^-T) L^-1 with S = L L^T, whose
+            steps do not depend on the coordinates of z where the GP is Muon or row
+            normalisation. Under the sandwich weight decay is decoupled, whatever the GP's own.
+        power: alpha of S^-alpha; 1 is the paper's.
+        anneal: (first, last) steps between which AP fades linearly into the bare GP; None never.
+        max_rows: rows of z one forward contributes to a layer, evenly spread; None takes all.
+        max_side: side of the widest Sigma; wider layers fall into equal diagonal blocks.
+        rules: `LayerRule`s by name, the first match wins.
+        unit_scale: divide Sigma by its mean eigenvalue before it is inverted.
+        max_nonfinite: consecutive refreshes with non-finite inputs after which `step` raises.
 
-    Raises ValueError for settings out of range, a trainable layer weight that the optimizer lacks,
-    a rule that decides nothing, and a model without a layer to precondition.
+    Raises:
+        ValueError: a setting out of range, a trainable layer weight that the optimizer lacks, a
+            rule that decides nothing, or a model without a layer to precondition.
     """
 
     def __init__(
@@ -47,44 +58,52 @@ class DoPr(torch.optim.Optimizer):
         optimizer: torch.optim.Optimizer,
         model: nn.Module,
         *,
-        damping: float = 0.1,
+        damping: float | tuple[float, float, int] = 0.1,
         cov_decay: float = 0.95,
         refresh_every: int = 16,
+        form: str = "inverse",
+        power: float = 1.0,
+        anneal: tuple[int, int] | None = None,
         max_rows: int | None = 4096,
         max_side: int = 1280,
         rules: Sequence[LayerRule] = (),
         unit_scale: bool = True,
         max_nonfinite: int = 10,
     ) -> None:
-        _check_range("damping", damping, damping >= 0, "0 or more")
-        _check_range("cov_decay", cov_decay, 0 <= cov_decay < 1, "0 or more and below 1")
-        _check_range("refresh_every", refresh_every, refresh_every >= 1, "1 or more")
-        _check_range("max_rows", max_rows, max_rows is None or max_rows >= 1, "1 or more, or None")
-        _check_range("max_side", max_side, max_side >= 1, "1 or more")
+        self._damping = _damping_schedule(damping)
+        _check("cov_decay", cov_decay, 0 <= cov_decay < 1, "0 or more and below 1")
+        _check("refresh_every", refresh_every, refresh_every >= 1, "1 or more")
+        _check("form", form, form in FORMS, f"one of {', '.join(FORMS)}")
+        _check("power", power, power > 0, "above 0")
+        _check("power", power, power == 1 or form == "inverse", "1 with form 'sandwich'")
+        in_order = anneal is None or 0 <= anneal[0] < anneal[1]
+        _check("anneal", anneal, in_order, "(first, last) steps, first below last")
+        self._anneal = anneal
+        _check("max_rows", max_rows, max_rows is None or max_rows >= 1, "1 or more, or None")
+        _check("max_side", max_side, max_side >= 1, "1 or more")
         super().__init__([dict(group) for group in optimizer.param_groups], {})
-        self.optimizer = optimizer
+        self.optimizer, self.refresh_every = optimizer, refresh_every
         self._share()
-        self.damping, self.cov_decay, self.refresh_every = damping, cov_decay, refresh_every
-        self.max_nonfinite = max_nonfinite
-        self.form = Form(unit_scale=unit_scale)
-        self.steps = 0
-        self.raised_damping: dict[str, float] = {}
-        self.skipped_refreshes: dict[str, int] = {}
+        self.steps = self._refreshed_at = 0
         optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        plan = make_plan(model, optimized, rules, max_side)
-        self._roles, self._layers = plan.roles, plan.layers
+        self.plan = make_plan(model, optimized, rules, max_side)
         self.statistics = Statistics()
-        self._transforms: list[Tensor | None] = [None] * len(plan.layers)
-        for layer in plan.layers:
+        for layer in self.plan.layers:
             rows = max_rows if layer.rule.max_rows is None else layer.rule.max_rows
             statistic = Statistic(layer.name, layer.case, layer.parameters[0], rows)
             self.statistics.all.append(statistic)
             for module, case in layer.readers:
                 self.statistics.watch(module, layer.parameters[0], statistic, case)
+        self.preconditioner = Preconditioner(
+            self.statistics.all,
+            Form(power, form == "sandwich", unit_scale),
+            cov_decay,
+            max_nonfinite,
+        )
 
     def roles(self) -> list[tuple[str, tuple[int, ...], str, str]]:
         """(name, shape, AP mode or "none", reason) of every parameter of the model."""
-        return list(self._roles)
+        return list(self.plan.roles)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -99,15 +118,12 @@ class DoPr(torch.optim.Optimizer):
                 loss = closure()
         with full_precision():
             if self.statistics.gathering:
-                self._refresh()
-            originals = self._precondition()
-        try:
-            self.optimizer.step()
-        finally:
-            for parameter, grad in originals:
-                parameter.grad = grad
+                self._refreshed_at = self.steps
+                piles = self.statistics.close()
+                self.preconditioner.refresh(piles, *self._schedule(self.steps))
+            self._step_preconditioned()
         self.steps += 1
-        self.statistics.gathering = self.steps % self.refresh_every == 0
+        self._set_gathering()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -132,45 +148,32 @@ class DoPr(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The GP's state dict with one more entry, "dopr": the averages of Sigma, by layer name.
 
-        What was gathered since the last step is not part of it: save between steps.
+        It is the same on every rank and for any number of ranks. What was gathered since the last
+        step is not part of it: save between steps.
         """
-        averages = {}
-        for statistic in self.statistics.all:
-            if statistic.sigma is not None:
-                averages[statistic.name] = {
-                    "sigma": _pack(statistic.sigma),
-                    "weight": statistic.weight,
-                }
-        own = {"steps": self.steps, "averages": averages}
+        own = {
+            "steps": self.steps,
+            "refreshed_at": self._refreshed_at,
+            "averages": self.preconditioner.state_dict(),
+        }
         return {**self.optimizer.state_dict(), "dopr": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave. ValueError if it is not of a DoPr of these layers."""
         inner = dict(state_dict)
-        if "dopr" not in inner:
+        own = inner.pop("dopr", None)
+        if own is None:
             raise ValueError(
                 "the optimizer state has no entry 'dopr': it was saved by a bare optimizer; "
                 "load it into that one, or start the run anew"
             )
-        own = inner.pop("dopr")
-        names = {statistic.name for statistic in self.statistics.all}
-        unknown = sorted(set(own["averages"]) - names)
-        if unknown:
-            raise ValueError(
-                f"the optimizer state has statistics of layer {unknown[0]!r}, which this model "
-                "lacks: load it into the model and rules it was saved with"
-            )
+        self.preconditioner.load_state_dict(own["averages"])
         self.optimizer.load_state_dict(inner)
         self._share()
-        self.steps = own["steps"]
-        self.statistics.gathering = self.steps % self.refresh_every == 0
-        for statistic in self.statistics.all:
-            saved = own["averages"].get(statistic.name)
-            statistic.close()
-            statistic.sigma = None if saved is None else _unpack(saved["sigma"], statistic)
-            statistic.weight = 0.0 if saved is None else saved["weight"]
+        self.steps, self._refreshed_at = own["steps"], own["refreshed_at"]
+        self._set_gathering()
         with full_precision(), torch.no_grad():
-            self._invert()
+            self.preconditioner.invert(*self._schedule(self._refreshed_at), share=False)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -182,85 +185,72 @@ class DoPr(torch.optim.Optimizer):
         self.defaults = self.optimizer.defaults
         self.state, self.param_groups = self.optimizer.state, self.optimizer.param_groups
 
-    def _refresh(self) -> None:
-        """End the window, average its Sigma over ranks and time, and invert."""
-        statistics = self.statistics.all
-        piles = self.statistics.close()
-        sum_piles(statistics, piles)
-        self._average(statistics, piles)
-        self._invert()
+    def _schedule(self, step: int) -> tuple[float, float]:
+        """(damping, strength of AP) at a step."""
+        first, last, steps = self._damping
+        damping = first * (last / first) ** min(1.0, step / steps) if first else first
+        if self._anneal is None:
+            return damping, 1.0
+        begin, end = self._anneal
+        return damping, min(1.0, max(0.0, (end - step) / (end - begin)))
 
-    def _average(self, statistics: list[Statistic], piles: list[Pile]) -> None:
-        """Fold finite sums into the running averages. One host synchronisation."""
-        ran = [(s, p, p.sums) for s, p in zip(statistics, piles, strict=True) if p.sums is not None]
-        if not ran:
-            return
-        totals = [sums.diagonal(dim1=-2, dim2=-1).sum().double() for _, _, sums in ran]
-        finite = torch.stack([total.to(totals[0].device) for total in totals]).isfinite().tolist()
-        for (statistic, pile, sums), good in zip(ran, finite, strict=True):
-            if good:
-                statistic.average(sums.div_(pile.count), self.cov_decay)
-                statistic.skipped_in_a_row = 0
+    def _set_gathering(self) -> None:
+        _, strength = self._schedule(self.steps)
+        self.statistics.gathering = strength > 0 and self.steps % self.refresh_every == 0
+
+    def _step_preconditioned(self) -> None:
+        """Put M in place of G, let the GP step, give G back."""
+        ready = []
+        _, strength = self._schedule(self.steps)
+        for layer, statistic in zip(self.plan.layers, self.statistics.all, strict=True):
+            has_grads = all(parameter.grad is not None for parameter in layer.parameters)
+            if statistic.transform is not None and has_grads and strength > 0:
+                ready.append((layer, statistic.transform))
+        originals = [(p, p.grad) for layer, _ in ready for p in layer.parameters]
+        for layer, transform in ready:
+            grads = [p.grad for p in layer.parameters if p.grad is not None]
+            products = layer.case.multiply([local(grad) for grad in grads], transform)
+            for parameter, grad, product in zip(layer.parameters, grads, products, strict=True):
+                parameter.grad = like_shard(product, grad)
+        try:
+            if self.preconditioner.form.sandwich:
+                self._step_sandwich(ready)
             else:
-                self._skip(statistic)
+                self.optimizer.step()
+        finally:
+            for parameter, grad in originals:
+                parameter.grad = grad
 
-    def _skip(self, statistic: Statistic) -> None:
-        name = statistic.name
-        statistic.skipped_in_a_row += 1
-        self.skipped_refreshes[name] = self.skipped_refreshes.get(name, 0) + 1
-        logger.warning(
-            "layer %s: inputs are not finite, refresh at step %d skipped", name, self.steps
-        )
-        if statistic.skipped_in_a_row >= self.max_nonfinite:
-            raise FloatingPointError(
-                f"layer {name!r}: inputs were not finite on {self.max_nonfinite} refreshes in a "
-                "row; lower the learning rate or check the data"
-            )
+    def _step_sandwich(self, ready: list[tuple[Layer, Tensor]]) -> None:
+        """W <- (1 - lr wd) W - lr GP(G L^-T) L^-1.
 
-    def _invert(self) -> None:
-        ready = [i for i, s in enumerate(self.statistics.all) if s.sigma is not None]
-        stacks = []
-        for i in ready:
-            statistic = self.statistics.all[i]
-            assert statistic.sigma is not None
-            stacks.append(statistic.case.stack(statistic.sigma / statistic.weight))
-        inverses = invert(stacks, self.damping, self.form)
-        for position, i in enumerate(ready):
-            self._transforms[i] = inverses.transforms[position]
-        for position, damping in inverses.raised.items():
-            name = self.statistics.all[ready[position]].name
-            if self.raised_damping.get(name) != damping:
-                logger.warning("layer %s: damping raised to %.1e to factor Sigma", name, damping)
-            self.raised_damping[name] = damping
-
-    def _precondition(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Put M in place of G; returns the gradients to give back."""
-        originals = []
-        for layer, transform in zip(self._layers, self._transforms, strict=True):
-            grads = [parameter.grad for parameter in layer.parameters]
-            present = [grad for grad in grads if grad is not None]
-            if transform is None or len(present) < len(grads):
-                continue
-            products = layer.case.multiply([local(grad) for grad in present], transform)
-            for parameter, grad, product in zip(layer.parameters, present, products, strict=True):
-                originals.append((parameter, grad))
-                parameter.grad = product
-        return originals
+        The GP steps from W = 0, where its weight decay does nothing and what it leaves is its
+        direction, exactly.
+        """
+        held = [[p.clone() for p in layer.parameters] for layer, _ in ready]
+        for layer, _ in ready:
+            for parameter in layer.parameters:
+                parameter.zero_()
+        self.optimizer.step()
+        kept = {
+            id(p): 1 - group["lr"] * group.get("weight_decay", 0.0)
+            for group in self.param_groups
+            for p in group["params"]
+        }
+        for (layer, transform), before in zip(ready, held, strict=True):
+            moved = layer.case.multiply([local(p) for p in layer.parameters], transform.mT)
+            for parameter, old, move in zip(layer.parameters, before, moved, strict=True):
+                parameter.copy_(old.mul_(kept[id(parameter)]))
+                local(parameter).add_(move)
 
 
-def _check_range(name: str, value: object, good: bool, allowed: str) -> None:
+def _damping_schedule(damping: float | tuple[float, float, int]) -> tuple[float, float, int]:
+    first, last, steps = damping if isinstance(damping, tuple | list) else (damping, damping, 1)
+    _check("damping", damping, min(first, last) >= 0 and steps >= 1, "0 or more")
+    _check("damping", damping, first == last or min(first, last) > 0, "above 0 to be scheduled")
+    return first, last, steps
+
+
+def _check(name: str, value: object, good: bool, allowed: str) -> None:
     if not good:
         raise ValueError(f"DoPr: {name} is {value}, it must be {allowed}")
-
-
-def _pack(sigma: Tensor) -> Tensor:
-    """The lower triangles of (G, B, s, s), all that the inversion reads, as (G, B, s(s+1)/2)."""
-    rows, columns = torch.tril_indices(*sigma.shape[-2:], device=sigma.device)
-    return sigma[:, :, rows, columns]
-
-
-def _unpack(packed: Tensor, statistic: Statistic) -> Tensor:
-    sigma = torch.zeros(statistic.case.shape, dtype=statistic.dtype, device=statistic.device)
-    rows, columns = torch.tril_indices(*sigma.shape[-2:], device=sigma.device)
-    sigma[:, :, rows, columns] = packed.to(sigma)
-    return sigma

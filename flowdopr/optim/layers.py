@@ -82,6 +82,10 @@ class Case:
         """The symmetric matrices to invert, from the averaged sums."""
         return sigma
 
+    def mean_eigenvalue(self, stack: Tensor) -> Tensor:
+        """tr(Sigma) / d of each group, (G, 1, 1, 1)."""
+        return stack.diagonal(dim1=-2, dim2=-1).mean((-2, -1))[:, None, None, None]
+
     def matrix(self, grads: Sequence[Tensor]) -> Tensor:
         """The gradients of the layer's parameters as (G, B, r, s)."""
         return grads[0].reshape(self.groups, -1, self.blocks, self.side).transpose(1, 2)

@@ -1,23 +1,35 @@
 """Which layer is preconditioned how: rules, defaults, and one role for every parameter."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
-from flowdopr.optim.conv import PatchCase
+from flowdopr.optim.conv import (
+    MeanOffsetsCase,
+    OffsetCase,
+    PatchCase,
+    SharedOffsetsCase,
+    TransposedCase,
+)
 from flowdopr.optim.layers import Case, EmbeddingCase, LinearBiasCase, LinearCase, number_of_blocks
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-LAYERS = (nn.Linear, nn.Embedding, *CONVS)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Linear, nn.Embedding, *CONVS, *TRANSPOSED)
+STACKED = ("full", "blocks", "diagonal")
+MAX_PATCH = 576  # widest patch that "auto" preconditions in full: 64 channels in a 3x3 kernel
 
 
 @dataclass(frozen=True)
 class LayerRule:
     """How to precondition the layers whose module name a regular expression matches in full.
 
-    mode: "auto" (the default of the layer's kind and size), "none", "full", "blocks", "diagonal".
+    mode: "auto" (by the layer's kind and size), "none" (GP alone), "full", "blocks" (equal, of at
+        most max_side), "diagonal"; for convolutions also "offsets", "sua" and "sua-mean".
     bias: give a Linear its bias as one more coordinate.
     max_side: side of the widest Sigma "auto" and "blocks" may use; None takes DoPr's.
     max_rows: rows of z a forward contributes; None takes DoPr's.
@@ -141,25 +153,68 @@ def make_plan(
 
 
 def make_case(module: nn.Module, rule: LayerRule, max_side: int) -> Case | str:
-    """The case of a layer under a rule, or the reason why it is left to the GP alone."""
+    """The case of a layer under a rule, or the reason why it is left to the GP alone.
+
+    Raises ValueError for a mode that this kind of layer does not have.
+    """
     if rule.mode == "none":
         return f"rule {rule.pattern!r}"
     side = rule.max_side or max_side
     if isinstance(module, nn.Linear):
         return _linear_case(module, rule, side)
     if isinstance(module, nn.Embedding):
-        if module.sparse:
-            return "sparse gradients"
-        return EmbeddingCase(module.num_embeddings)
+        _check_mode(rule, "an Embedding", ("auto", "diagonal"))
+        return "sparse gradients" if module.sparse else EmbeddingCase(module.num_embeddings)
+    if isinstance(module, TRANSPOSED):
+        blocks = _blocks(rule, module.in_channels // module.groups, side)
+        _check_mode(rule, "a transposed convolution", ("auto", *STACKED))
+        return TransposedCase(module, _stacked_mode(rule, blocks), blocks)
     assert isinstance(module, CONVS)
-    blocks = number_of_blocks(PatchCase(module).side, side)
-    return PatchCase(module, "blocks" if blocks > 1 else "full", blocks)
+    return _conv_case(module, rule, side)
 
 
 def _linear_case(module: nn.Linear, rule: LayerRule, side: int) -> Case:
+    _check_mode(rule, "a Linear", ("auto", *STACKED))
     dim = module.in_features
-    blocks = {"full": 1, "diagonal": dim}.get(rule.mode, number_of_blocks(dim, side))
+    blocks = _blocks(rule, dim, side)
     if rule.bias and module.bias is not None and blocks == 1:
         return LinearBiasCase("full", 1, dim + 1)
-    mode = {1: "full", dim: "diagonal"}.get(blocks, "blocks") if dim > 1 else "full"
-    return LinearCase(mode, 1, dim, blocks)
+    return LinearCase(_stacked_mode(rule, blocks), 1, dim, blocks)
+
+
+def _conv_case(module: _ConvNd, rule: LayerRule, side: int) -> Case:
+    _check_mode(rule, "a convolution", ("auto", *STACKED, "offsets", "sua", "sua-mean"))
+    channels = module.in_channels // module.groups
+    patch = channels * math.prod(module.kernel_size)
+    wide = number_of_blocks(channels, side)
+    mode = rule.mode
+    if mode == "auto" and patch > MAX_PATCH:
+        mode = "sua-mean" if wide == 1 else "sua"
+    if mode == "offsets":
+        return OffsetCase(module)
+    if mode == "sua-mean":
+        return MeanOffsetsCase(module)
+    if mode == "sua":
+        return SharedOffsetsCase(module, "sua", wide)
+    blocks = _blocks(rule, patch, side)
+    return PatchCase(module, _stacked_mode(rule, blocks), blocks)
+
+
+def _blocks(rule: LayerRule, dim: int, side: int) -> int:
+    if rule.mode == "full":
+        return 1
+    return dim if rule.mode == "diagonal" else number_of_blocks(dim, side)
+
+
+def _stacked_mode(rule: LayerRule, blocks: int) -> str:
+    if rule.mode == "diagonal":
+        return "diagonal"
+    return "blocks" if blocks > 1 else "full"
+
+
+def _check_mode(rule: LayerRule, kind: str, modes: tuple[str, ...]) -> None:
+    if rule.mode not in modes:
+        raise ValueError(
+            f"layer rule {rule.pattern!r}: mode {rule.mode!r} is not one {kind} has, which are "
+            f"none, {', '.join(modes)}"
+        )

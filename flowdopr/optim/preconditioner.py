@@ -1,126 +1,130 @@
-"""The damped inverse of Sigma, in batches of one size.
+"""From gathered sums to the matrix T of every layer: averages, inverses, reports, state."""
 
-Every form of activation preconditioning is a matrix T multiplied from the right:
-  M = G T with T = (Sigma / m + gamma I)^-alpha, m the mean eigenvalue tr(Sigma) / d, alpha = 1
-      in the paper (arXiv 2606.06418); and
-  D = GP(G T) T^T with T = L^-T, L L^T = Sigma / m + gamma I: the Cholesky "sandwich".
-Dividing by m gives every layer a Sigma of unit mean eigenvalue, so that gamma alone and not the
-scale of the activations decides the size of M; `unit_scale=False` multiplies m back.
-Factors are taken in the precision of the statistics, without TF32.
-"""
-
-import contextlib
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import logging
+from typing import Any
 
 import torch
 from torch import Tensor
 
-MAX_RAISES = 12
+from flowdopr.optim.distributed import exchange, shares, sum_piles
+from flowdopr.optim.inverse import Form, invert
+from flowdopr.optim.statistics import Pile, Statistic
+
+logger = logging.getLogger("flowdopr.optim")
 
 
-@dataclass(frozen=True)
-class Form:
-    """What T is: the power alpha of the inverse, or the sandwich's triangular factor."""
+class Preconditioner:
+    """Owns T of every statistic.
 
-    power: float = 1.0
-    sandwich: bool = False
-    unit_scale: bool = True
-
-
-@dataclass
-class Inverses:
-    """T of every layer, (G, B, s, s), and the damping of those that needed more than asked."""
-
-    transforms: list[Tensor]
-    raised: dict[int, float]
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Matrix products in true float32, whatever the program has set for its own."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def invert(stacks: Sequence[Tensor], damping: float, form: Form, strength: float = 1.0) -> Inverses:
-    """T for each symmetric stack (G, B, s, s), of which only the lower triangles are read.
-
-    Matrices of one size are factored together. `strength` blends T with the identity: 1 is the
-    full form, 0 leaves the gradient alone. A matrix that cannot be factored gets ten times its
-    damping until it can; one with a value that is not finite raises ValueError.
+    form: which matrix T is.
+    cov_decay: decay of the average of Sigma per refresh.
+    max_nonfinite: refreshes in a row with non-finite inputs of one layer before it gives up.
+    raised_damping: layer name -> damping, where more was needed than asked.
+    skipped_refreshes: layer name -> number of refreshes skipped for non-finite inputs.
     """
-    batches: dict[tuple[int, torch.dtype, torch.device], list[int]] = defaultdict(list)
-    for index, stack in enumerate(stacks):
-        batches[stack.shape[-1], stack.dtype, stack.device].append(index)
-    done: dict[int, Tensor] = {}
-    raised: dict[int, float] = {}
-    for members in batches.values():
-        scales = [mean_eigenvalue(stacks[i]) for i in members]
-        unit = torch.cat(
-            [(stacks[i] / m).flatten(0, 1) for i, m in zip(members, scales, strict=True)]
-        )
-        transforms, gammas = _transform(unit, damping, form)
-        if strength != 1.0:
-            transforms.mul_(strength).diagonal(dim1=-2, dim2=-1).add_(1 - strength)
-        sizes = [stacks[i].shape[0] * stacks[i].shape[1] for i in members]
-        for k, (i, part) in enumerate(zip(members, transforms.split(sizes), strict=True)):
-            part = part.view_as(stacks[i])
-            if not form.unit_scale:
-                part = part * scales[k] ** (-0.5 if form.sandwich else -form.power)
-            done[i] = part
-            if gammas is not None:
-                first = sum(sizes[:k])
-                worst = max(gammas[first : first + sizes[k]])
-                if worst > damping:
-                    raised[i] = worst
-    return Inverses([done[i] for i in range(len(stacks))], raised)
+
+    def __init__(
+        self, statistics: list[Statistic], form: Form, cov_decay: float, max_nonfinite: int
+    ):
+        self.statistics, self.form = statistics, form
+        self.cov_decay, self.max_nonfinite = cov_decay, max_nonfinite
+        self.raised_damping: dict[str, float] = {}
+        self.skipped_refreshes: dict[str, int] = {}
+
+    def refresh(self, piles: list[Pile], damping: float, strength: float) -> None:
+        """Sum over ranks, fold finite sums into the averages and invert.
+
+        Raises FloatingPointError after `max_nonfinite` skips in a row. One host synchronisation
+        here and one in each size of matrix.
+        """
+        sum_piles(self.statistics, piles)
+        ran = [
+            (statistic, pile.count, pile.sums)
+            for statistic, pile in zip(self.statistics, piles, strict=True)
+            if pile.sums is not None
+        ]
+        traces = [sums.diagonal(dim1=-2, dim2=-1).sum().float() for _, _, sums in ran]
+        finite = torch.stack([t.to(traces[0].device) for t in traces]).isfinite() if ran else None
+        good = [] if finite is None else finite.tolist()
+        for (statistic, count, sums), is_finite in zip(ran, good, strict=True):
+            if is_finite:
+                statistic.average(sums.div_(count), self.cov_decay)
+                statistic.skipped_in_a_row = 0
+            else:
+                self._skip(statistic)
+        self.invert(damping, strength, share=True)
+
+    def invert(self, damping: float, strength: float, *, share: bool) -> None:
+        """Make T from the averages as they are; `share` the work among ranks, or do it all."""
+        ready = [statistic for statistic in self.statistics if statistic.sigma is not None]
+        stacks = [s.case.stack(s.sigma / s.weight) for s in ready if s.sigma is not None]
+        mine = shares([stack.shape[-1] for stack in stacks]) if share else range(len(stacks))
+        scales = [ready[i].case.mean_eigenvalue(stacks[i]) for i in mine]
+        inverses = invert([stacks[i] for i in mine], scales, damping, self.form, strength)
+        for i, transform in zip(mine, inverses.transforms, strict=True):
+            stacks[i] = transform
+        if share:
+            exchange(stacks, mine)
+        for statistic, transform in zip(ready, stacks, strict=True):
+            statistic.transform = transform
+        for position, raised in inverses.raised.items():
+            self._report_raised(ready[mine[position]].name, raised)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Layer name -> the lower triangles of the average of Sigma, and its weight."""
+        return {
+            statistic.name: {"sigma": _pack(statistic.sigma), "weight": statistic.weight}
+            for statistic in self.statistics
+            if statistic.sigma is not None
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Restore the averages. Raises ValueError for a layer or a shape that is not here."""
+        shapes = {s.name: s.case.shape for s in self.statistics}
+        for name, entry in saved.items():
+            shape = shapes.get(name)
+            if shape is None or entry["sigma"].shape != _packed_shape(shape):
+                raise ValueError(
+                    f"the optimizer state has statistics of layer {name!r}, which this model lacks "
+                    "or treats in another mode: load it into the model and rules it was saved with"
+                )
+        for statistic in self.statistics:
+            entry = saved.get(statistic.name)
+            statistic.close()
+            statistic.transform = None
+            statistic.sigma = None if entry is None else _unpack(entry["sigma"], statistic)
+            statistic.weight = 0.0 if entry is None else entry["weight"]
+
+    def _skip(self, statistic: Statistic) -> None:
+        name = statistic.name
+        statistic.skipped_in_a_row += 1
+        self.skipped_refreshes[name] = self.skipped_refreshes.get(name, 0) + 1
+        logger.warning("layer %s: inputs are not finite, refresh skipped", name)
+        if statistic.skipped_in_a_row >= self.max_nonfinite:
+            raise FloatingPointError(
+                f"layer {name!r}: inputs were not finite on {self.max_nonfinite} refreshes in a "
+                "row; lower the learning rate or check the data"
+            )
+
+    def _report_raised(self, name: str, damping: float) -> None:
+        if self.raised_damping.get(name) != damping:
+            logger.warning("layer %s: damping raised to %.1e to factor Sigma", name, damping)
+        self.raised_damping[name] = damping
 
 
-def mean_eigenvalue(stack: Tensor) -> Tensor:
-    """tr(Sigma) / d of each group, (G, 1, 1, 1); one where Sigma is zero (a dead input)."""
-    mean = stack.diagonal(dim1=-2, dim2=-1).mean((-2, -1))[:, None, None, None]
-    return torch.where(mean > 0, mean, torch.ones_like(mean))
+def _packed_shape(shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
+    groups, blocks, side, _ = shape
+    return groups, blocks, side * (side + 1) // 2
 
 
-def _transform(unit: Tensor, damping: float, form: Form) -> tuple[Tensor, list[float] | None]:
-    """T of (N, s, s) matrices of unit scale, and the gammas used where they had to be raised."""
-    if unit.shape[-1] == 1:
-        power = 0.5 if form.sandwich else form.power
-        return (unit + max(damping, torch.finfo(unit.dtype).eps)) ** -power, None
-    damped, factors, gammas = _factor(unit, damping)
-    if form.sandwich:
-        eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
-        return torch.linalg.solve_triangular(factors, eye, upper=False).mT, gammas
-    if form.power == 1:
-        return torch.cholesky_inverse(factors), gammas
-    values, vectors = torch.linalg.eigh(damped)
-    return (vectors * values.clamp_min(_floor(unit))[:, None] ** -form.power) @ vectors.mT, gammas
+def _pack(sigma: Tensor) -> Tensor:
+    """The lower triangles of (G, B, s, s), all that the inversion reads, as (G, B, s(s+1)/2)."""
+    rows, columns = torch.tril_indices(*sigma.shape[-2:], device=sigma.device)
+    return sigma[:, :, rows, columns]
 
 
-def _factor(unit: Tensor, damping: float) -> tuple[Tensor, Tensor, list[float] | None]:
-    """(Sigma + gamma I, its Cholesky factor, gammas if raised). One host synchronisation."""
-    gammas = unit.new_full((unit.shape[0], 1), damping)
-    for attempt in range(MAX_RAISES):
-        damped = unit.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(gammas)
-        factors, info = torch.linalg.cholesky_ex(damped)
-        pivots = factors.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-        failed = (info != 0) | ~(pivots > _floor(unit))
-        if not failed.any():
-            return damped, factors, gammas[:, 0].tolist() if attempt else None
-        gammas = torch.where(failed[:, None], (10 * gammas).clamp_min(_floor(unit)), gammas)
-    raise ValueError(
-        f"no Cholesky factor of a second-moment matrix with damping up to {gammas.max():.0e}: "
-        "its values are not finite"
-    )
-
-
-def _floor(unit: Tensor) -> float:
-    """The smallest pivot that is more than rounding, for matrices of unit mean eigenvalue."""
-    return 10 * torch.finfo(unit.dtype).eps
+def _unpack(packed: Tensor, statistic: Statistic) -> Tensor:
+    sigma = torch.zeros(statistic.case.shape, dtype=statistic.dtype, device=statistic.device)
+    rows, columns = torch.tril_indices(*sigma.shape[-2:], device=sigma.device)
+    sigma[:, :, rows, columns] = packed.to(sigma)
+    return sigma

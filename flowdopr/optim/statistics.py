@@ -39,7 +39,7 @@ class Statistic:
     """One Sigma: the layer case that feeds it, its piles, and its running average.
 
     `sigma` is the exponential average of the batch second moments and `weight` that of the ones,
-    so `sigma / weight` is unbiased from the first refresh on.
+    so `sigma / weight` is unbiased from the first refresh on. `transform` is T, made from it.
     """
 
     def __init__(self, name: str, case: Case, weight: Tensor, max_rows: int | None) -> None:
@@ -49,6 +49,7 @@ class Statistic:
         self.fresh, self.used = Pile(), Pile()
         self.ran_outside_backward = False
         self.sigma: Tensor | None = None
+        self.transform: Tensor | None = None
         self.weight = 0.0
         self.skipped_in_a_row = 0
 

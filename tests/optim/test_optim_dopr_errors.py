@@ -37,9 +37,9 @@ def test_nonfinite_activations_are_skipped_counted_and_end_in_a_stop(caplog) -> 
             layer(torch.randn(4, 3) + poison).square().sum().backward()
             layer.zero_grad()
             optimizer.step()
-        assert optimizer.skipped_refreshes == {"": 2}
+        assert optimizer.preconditioner.skipped_refreshes == {"": 2}
         assert "not finite" in caplog.text
-        assert torch.isfinite(optimizer._transforms[0]).all()
+        assert torch.isfinite(optimizer.statistics.all[0].transform).all()
         layer(torch.full((4, 3), float("nan"))).sum().backward()
         with pytest.raises(FloatingPointError, match="3 refreshes in a row"):
             optimizer.step()
@@ -51,6 +51,6 @@ def test_a_failing_factorisation_raises_the_damping_and_says_so(caplog) -> None:
     with caplog.at_level(logging.WARNING, "flowdopr.optim"):
         layer(torch.randn(3, 40)).square().sum().backward()
         optimizer.step()
-    assert optimizer.raised_damping[""] > 0
+    assert optimizer.preconditioner.raised_damping[""] > 0
     assert "damping raised" in caplog.text
     assert torch.isfinite(layer.weight).all()
