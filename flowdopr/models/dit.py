@@ -160,7 +160,8 @@ class DiT(nn.Module):
         shift, scale = self.final_modulation(c).unsqueeze(1).chunk(2, dim=-1)
         h = self.final(modulate(self.final_norm(h), shift, scale))
         height = x.shape[2] // p
-        return rearrange(h, "b (h w) (c p q) -> b c (h p) (w q)", h=height, p=p, q=p)
+        x = rearrange(h, "b (h w) (c p q) -> b c (h p) (w q)", h=height, p=p, q=p)
+        return x.contiguous()
 
 
 def make_norm(norm: str, dim: int) -> nn.Module:

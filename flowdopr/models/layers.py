@@ -32,9 +32,9 @@ class Linear(nn.Linear):
             ONEDNN_IS_FAST and input.ndim == 3 and input.dtype == torch.float32 and input.is_cpu
         ):
             return super().forward(input)
-        pixels = rearrange(input, "b n d -> b d 1 n")
-        out = F.conv2d(pixels, self.weight[:, :, None, None], self.bias)
-        return rearrange(out, "b d 1 n -> b n d")
+        # Tokens are the pixels of a channels-last image one pixel high: views, no copies.
+        pixels = input.mT.unsqueeze(2)
+        return F.conv2d(pixels, self.weight[:, :, None, None], self.bias).squeeze(2).mT
 
 
 class FusedLinear(Linear):
@@ -146,6 +146,14 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` in the precision of its input, so that autocast keeps the fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over tokens (B, N, D) -> (B, N, D).
 
@@ -161,8 +169,8 @@ class Attention(nn.Module):
             raise ValueError(f"num_heads {num_heads} does not divide the width {dim}")
         self.num_heads = num_heads
         self.qkv = FusedLinear(dim, dim, 3)
-        self.q_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
@@ -171,7 +179,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype))
+        out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(out, "b h n e -> b n (h e)"))
 
 
