@@ -1,0 +1,74 @@
+"""The card that goes with every number: what was measured, of what, against what, and how.
+
+run, step, weights, checkpoint {step, sha256}, metrics {...}, proxy,
+sampling {solver, steps | atol, rtol, ..., nfe, num_images, labels, seed},
+extractor {name, space, weights_sha256, held_out_accuracy},
+reference {name, fingerprint, num_images}, uint8, versions, commit, seconds
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flowdopr.config import Config
+from flowdopr.data import UINT8_RULE
+from flowdopr.evaluate.classifier import file_sha256
+from flowdopr.flow import ADAPTIVE_SOLVERS, BATCH_DEPENDENT_SOLVERS, Sampling
+from flowdopr.train.provenance import commit, versions
+from flowdopr.train.run_folder import RunFolder, write_atomically
+
+WEIGHT_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
+
+
+def origin(run: RunFolder, step: int, weights: str) -> dict[str, Any]:
+    """Which weights, and which code made the images of them."""
+    file = run.checkpoint_path(step) / WEIGHT_FILES[weights]
+    return {
+        "run": run.config.name,
+        "step": step,
+        "weights": weights,
+        "checkpoint": {"step": step, "sha256": file_sha256(file)},
+        "uint8": UINT8_RULE,
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def sampling_settings(config: Config, sampling: Sampling) -> dict[str, Any]:
+    """What decides the rollouts: section `sample` without what this solver ignores."""
+    settings = {"time_grid": sampling.time_grid}
+    settings |= config.sample.model_dump(mode="json", exclude={"num_images"})
+    if sampling.solver in ADAPTIVE_SOLVERS:
+        del settings["steps"]
+    if sampling.solver not in BATCH_DEPENDENT_SOLVERS:
+        del settings["atol"], settings["rtol"], settings["batch_size"]
+    return settings
+
+
+def card_path(folder: Path, step: int, settings: Mapping[str, Any]) -> Path:
+    """`step-00000500-<hash of the settings>.json`: same settings, same name."""
+    text = json.dumps(settings, sort_keys=True)
+    return folder / f"step-{step:08d}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+
+
+def read_card(path: Path) -> dict[str, Any] | None:
+    """The card at `path`, None if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def write_card(path: Path, card: Mapping[str, Any]) -> None:
+    """Write `card` whole or not at all; a number that is not finite becomes null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_finite(card), indent=2, allow_nan=False)
+    write_atomically(path, text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,181 @@
+"""A small classifier of the data set itself, whose features stand in for Inception's.
+
+Inception knows photographs; on digits, or where its weights are not at hand, the features of a
+network trained on the very data set judge better and cost a minute. It is trained once for each
+data set, always on one CPU thread and from one seed, and kept in a cache under the data set's
+fingerprint. A distance between its features is an FD in that data set's own space, comparable with
+others that name the same weights, and with nothing else.
+
+Shapes: images uint8 `(B, C, H, W)`, features `(B, 64)`, logits `(B, num_classes)`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowdopr.data import Datasets, ImageDataset, from_uint8
+from flowdopr.data.loader import picks_between
+
+RECIPE = 1  # part of the cache key: raise it with any change of the network or its training
+NUM_FEATURES = 64
+LARGEST_SIDE = 32  # larger images are averaged down to it
+STEPS, BATCH_SIZE, PEAK_LR = 400, 128, 5e-3
+MAX_HELD_OUT = 10_000
+
+
+class Classifier(nn.Module):
+    """Four convolutions and two linear layers: uint8 images -> features and logits."""
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int):
+        super().__init__()
+        channels, height, width = image_shape
+        self.image_shape, self.num_classes = image_shape, num_classes
+        self.size = (min(height, LARGEST_SIDE), min(width, LARGEST_SIDE))
+        halvings = 3 if min(self.size) >= 16 else 1
+        widths = [channels, 32, 48, 64, 96]
+        blocks: list[nn.Module] = []
+        for number, (c_in, c_out) in enumerate(pairwise(widths)):
+            stride = 2 if 1 <= number <= halvings else 1
+            blocks += [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out)]
+            blocks += [nn.ReLU()]
+        self.body = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.features = nn.Linear(4 * widths[-1], NUM_FEATURES)
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(NUM_FEATURES, num_classes))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 `(B, C, H, W)` -> features `(B, 64)`, logits `(B, num_classes)`."""
+        x = F.adaptive_avg_pool2d(from_uint8(images), self.size)
+        features = self.features(self.body(x))
+        return features, self.head(features)
+
+
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """A classifier on disk: `path` of its weights, their sha256, its accuracy on held-out data."""
+
+    path: Path
+    weights_sha256: str
+    held_out_accuracy: float
+
+
+def cache_folder() -> Path:
+    """`$FLOWDOPR_CACHE`, or `flowdopr` in the user's cache folder."""
+    named = os.environ.get("FLOWDOPR_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(named) if named else Path(base) / "flowdopr"
+
+
+def trained_classifier(datasets: Datasets) -> TrainedClassifier:
+    """The classifier of this data set, from the cache or trained now.
+
+    Two processes that train it at once write the same file; neither sees the other's half.
+
+    Raises:
+        ValueError: the data set has no classes.
+    """
+    info = datasets.info
+    if info.num_classes < 2:
+        raise ValueError(
+            f"evaluate.extractor: the data set '{info.name}' has no classes to train a classifier "
+            "on; use evaluate.extractor=inception"
+        )
+    path = cache_folder() / f"classifier-{info.fingerprint[:24]}-r{RECIPE}.safetensors"
+    if not path.is_file():
+        with _same_everywhere():
+            model = train_classifier(Classifier(info.image_shape, info.num_classes), datasets.train)
+        _save(path, model, accuracy(model, datasets.held_out))
+    return TrainedClassifier(path, file_sha256(path), _notes(path)["held_out_accuracy"])
+
+
+def load_classifier(path: str | Path) -> Classifier:
+    """A classifier written by `trained_classifier`, on the CPU, in evaluation mode."""
+    notes = _notes(path)
+    model = Classifier(tuple(notes["image_shape"]), notes["num_classes"])
+    model.load_state_dict(load_file(path))
+    return model.eval().requires_grad_(False)
+
+
+def train_classifier(model: Classifier, dataset: ImageDataset, steps: int = STEPS) -> Classifier:
+    """A fixed number of AdamW steps on the CPU, under a one-cycle learning rate."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
+    for step in range(steps):
+        picks = picks_between(0, len(dataset), step * BATCH_SIZE, (step + 1) * BATCH_SIZE)
+        images, labels = dataset.batch(picks.indices)
+        loss = F.cross_entropy(model(images)[1], labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: Classifier, dataset: ImageDataset) -> float:
+    """Share of (at most the first 10,000) images whose largest logit is their label's."""
+    right = total = 0
+    for indices in _chunks(min(len(dataset), MAX_HELD_OUT)):
+        images, labels = dataset.batch(indices)
+        right += int((predict(model, images) == labels).sum())
+        total += len(labels)
+    return right / total
+
+
+@torch.no_grad()
+def predict(model: Classifier, images: Tensor) -> Tensor:
+    """Labels `(N,)` of uint8 images `(N, C, H, W)`, on the CPU."""
+    return torch.cat([model(images[part])[1].argmax(1) for part in _chunks(len(images))])
+
+
+def file_sha256(path: str | Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _same_everywhere() -> Iterator[None]:
+    """One seed and one thread: sums split over threads would round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _chunks(total: int, size: int = 500) -> Iterator[Tensor]:
+    yield from torch.arange(total).split(size)
+
+
+def _save(path: Path, model: Classifier, held_out_accuracy: float) -> None:
+    notes = {
+        "image_shape": model.image_shape,
+        "num_classes": model.num_classes,
+        "held_out_accuracy": held_out_accuracy,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    save_file(model.state_dict(), part, metadata={"flowdopr": json.dumps(notes)})
+    os.replace(part, path)
+
+
+def _notes(path: str | Path) -> dict:
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["flowdopr"])

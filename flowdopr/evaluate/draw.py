@@ -1,0 +1,129 @@
+"""`sample`: images of a run as files."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from accelerate import PartialState
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from flowdopr.config import apply_overrides
+from flowdopr.evaluate.card import origin, sampling_settings, write_card
+from flowdopr.evaluate.fidelity import float32_is_float32
+from flowdopr.evaluate.generate import (
+    balanced_labels,
+    device_of,
+    generate_images,
+    repeated_labels,
+)
+from flowdopr.evaluate.progress import counting
+from flowdopr.flow import build_sampling
+from flowdopr.flow.objective import num_classes_of
+from flowdopr.train.run_folder import RunFolder
+
+MAX_IN_GRID = 100
+SMALLEST_IN_GRID = 32  # pixels; smaller images are magnified
+
+
+def sample(
+    run: str | Path,
+    *,
+    num: int,
+    out: str | Path,
+    labels: Sequence[int] | None = None,
+    seed: int = 0,
+    step: int | None = None,
+    weights: Literal["ema", "raw"] = "ema",
+    npz: bool = False,
+    **settings: Any,
+) -> Path:
+    """Draw `num` images into the folder `out`, which is returned.
+
+    `out` holds 000000.png, ..., grid.png (the first 100), sampling.json and, if `npz`, samples.npz
+    (arr_0: uint8 (N, H, W, C); labels (N,) where there are any). It appears whole or not at all.
+    Image i depends on (`seed`, i), its label and the settings alone.
+
+    Args:
+        labels: repeated over the images; None: all classes in turn.
+        settings: settings of section `sample` that differ from the run's: solver, steps, atol, ...
+
+    Raises:
+        ConfigError, ValueError: `out` holds files, no such run or checkpoint, unknown labels,
+            settings that cannot be used.
+    """
+    out, state = Path(out), PartialState()
+    if num < 1:
+        raise ValueError(f"num={num}: at least one image must be asked for")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: holds files already; give a new or an empty folder")
+    folder = RunFolder.open(run)
+    changes = [f"sample.{key}={json.dumps(value)}" for key, value in settings.items()]
+    config = apply_overrides(folder.config, changes)
+    sampling = build_sampling(config)
+    model, step = folder.load_model(step, weights, device_of(state))
+    y, num_classes = None, num_classes_of(model) or 0
+    if labels is not None:
+        y = repeated_labels(num, labels, num_classes)
+    elif num_classes:
+        y = balanced_labels(num, num_classes)
+    share = num // state.num_processes
+    with (
+        counting("sampling", share, shown=state.is_main_process) as progress,
+        float32_is_float32(),
+    ):
+        images, nfe = generate_images(
+            model,
+            y,
+            num,
+            sampling=sampling,
+            seed=seed,
+            batch_size=config.sample.batch_size,
+            state=state,
+            progress=progress,
+        )
+    if state.is_main_process:
+        described = sampling_settings(config, sampling)
+        described |= {"nfe": nfe, "num_images": num, "seed": seed}
+        described["labels"] = list(labels) if labels else "balanced" if num_classes else None
+        card = origin(folder, step, weights) | {"sampling": described}
+        _write_folder(out, images, y, card, npz=npz)
+    state.wait_for_everyone()
+    return out
+
+
+def _write_folder(
+    out: Path, images: Tensor, labels: Tensor | None, card: Mapping[str, Any], *, npz: bool
+) -> None:
+    """Fill a folder beside `out`, then give it its name."""
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for number, image in enumerate(images):
+        to_pil_image(image).save(part / f"{number:06d}.png")
+    to_pil_image(grid(images)).save(part / "grid.png")
+    if npz:
+        arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy()}
+        if labels is not None:
+            arrays["labels"] = labels.numpy()
+        np.savez(part / "samples.npz", allow_pickle=False, **arrays)
+    write_card(part / "sampling.json", card)
+    if out.exists():
+        out.rmdir()
+    os.replace(part, out)
+
+
+def grid(images: Tensor) -> Tensor:
+    """The first 100 of uint8 images (N, C, H, W) beside each other, uint8 (3, H', W')."""
+    images = images[:MAX_IN_GRID]
+    factor = math.ceil(SMALLEST_IN_GRID / min(images.shape[-2:]))
+    if factor > 1:
+        images = interpolate(images, scale_factor=factor, mode="nearest")
+    return make_grid(images, nrow=math.ceil(math.sqrt(len(images))), pad_value=255)

@@ -1,0 +1,79 @@
+"""The images of a run, shared out over processes, the same whatever their number.
+
+Shapes: images uint8 `(N, C, H, W)`, labels `(N,)` int64.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from flowdopr.data import to_uint8
+from flowdopr.data.loader import picks_between
+from flowdopr.flow import Sampling, generate
+
+
+def balanced_labels(num: int, num_classes: int) -> Tensor:
+    """`(num,)`: the classes in turn, so that label i does not depend on `num`."""
+    return torch.arange(num) % num_classes
+
+
+def labels_like_data(num: int, labels: Tensor) -> Tensor:
+    """`(num,)` of the training labels in a fixed shuffled order, each once before any twice."""
+    return labels[picks_between(0, len(labels), 0, num).indices]
+
+
+def repeated_labels(num: int, labels: Sequence[int], num_classes: int) -> Tensor:
+    """`(num,)`: the given labels over and over.
+
+    Raises:
+        ValueError: a label that the model does not have.
+    """
+    wrong = [label for label in labels if not 0 <= label < num_classes]
+    if wrong or not labels:
+        known = f"0 to {num_classes - 1}" if num_classes else "none, it is unconditional"
+        raise ValueError(f"labels {list(labels)}: the model's labels are {known}")
+    return torch.tensor(list(labels))[torch.arange(num) % len(labels)]
+
+
+def generate_images(
+    model: nn.Module,
+    labels: Tensor | None,
+    num: int,
+    *,
+    sampling: Sampling,
+    seed: int,
+    batch_size: int,
+    state: PartialState,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Tensor, int | float]:
+    """`num` images as uint8 `(num, C, H, W)` on the CPU of every process, and the NFE an image.
+
+    Each process rolls out one contiguous range. Image i depends on (seed, i) and its label alone.
+    `progress` is called with the number of images that this process has just made.
+    """
+    rank, world = state.process_index, state.num_processes
+    first, last = rank * num // world, (rank + 1) * num // world
+    share: list[tuple[Tensor, float]] = []
+    if last > first:
+        samples = generate(
+            model,
+            None if labels is None else labels[first:last],
+            num_images=last - first,
+            seed=seed,
+            first_index=first,
+            batch_size=batch_size,
+            sampling=sampling,
+            progress=progress,
+        )
+        share = [(to_uint8(samples.images), samples.nfe * (last - first))]
+    shares = gather_object(share) if world > 1 else share
+    nfe = sum(calls for _, calls in shares) / num
+    return torch.cat([images for images, _ in shares]), int(nfe) if nfe.is_integer() else nfe
+
+
+def device_of(state: PartialState) -> torch.device:
+    """The device of this process."""
+    return state.device or torch.device("cpu")

@@ -1,0 +1,209 @@
+"""`evaluate`: one checkpoint of a run, measured into a card."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from flowdopr.config import Config, ConfigError, apply_overrides
+from flowdopr.data import Datasets, ImageTensor, build_datasets, plain_batches
+from flowdopr.evaluate.card import (
+    card_path,
+    origin,
+    read_card,
+    sampling_settings,
+    write_card,
+)
+from flowdopr.evaluate.classifier import RECIPE, load_classifier, predict
+from flowdopr.evaluate.extractors import (
+    CLASSIFIER,
+    Extractor,
+    classifier_extractor,
+    inception_extractor,
+)
+from flowdopr.evaluate.fidelity import fidelity, float32_is_float32
+from flowdopr.evaluate.generate import (
+    balanced_labels,
+    device_of,
+    generate_images,
+    labels_like_data,
+)
+from flowdopr.evaluate.progress import counting
+from flowdopr.flow import build_objective, build_sampling, one_step_loss
+from flowdopr.flow.objective import num_classes_of
+from flowdopr.train.run_folder import RunFolder
+
+CLAIM = 50_000  # generated images below which a Frechet distance is a proxy
+ONE_STEP_BATCH = 128  # fixed, because noise and times are drawn batch by batch
+CHANGEABLE = ("sample.", "evaluate.", "data.root=", "data.download=", "data.num_workers=")
+
+
+def build_extractor(config: Config, datasets: Datasets) -> Extractor:
+    """The feature space that `evaluate.extractor` names.
+
+    Raises:
+        ValueError: no classes to train a classifier on, or no Inception weights.
+    """
+    if config.evaluate.extractor == "classifier":
+        return classifier_extractor(datasets)
+    return inception_extractor(config.evaluate.inception_weights)
+
+
+def evaluate(
+    run: str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    step: int | None = None,
+    force: bool = False,
+) -> Path:
+    """Measure checkpoint `step` (default: the newest) of `run` and return the path of its card.
+
+    A card of the same settings and the same weights is not made again unless `force`. Under
+    `accelerate launch` the rollouts are shared out over the processes.
+
+    Args:
+        overrides: `a.b=value` for the sections sample and evaluate, and where the data lies.
+
+    Raises:
+        ConfigError, ValueError: no such run or checkpoint, other data than the run's, settings that
+            cannot be used, missing Inception weights; one line each.
+    """
+    started, state = time.perf_counter(), PartialState()
+    folder = RunFolder.open(run)
+    config = _changed(folder.config, overrides)
+    weights = config.evaluate.weights
+    model, step = folder.load_model(step, weights, device_of(state))
+    made_of = origin(folder, step, weights)
+    settings = _settings(config, model, folder.dataset.fingerprint, state)
+    path = card_path(folder.path / "evaluation", step, settings)
+    known = None if force else read_card(path)
+    if known is not None and known["checkpoint"] == made_of["checkpoint"]:
+        return path
+    with state.main_process_first():
+        datasets = build_datasets(config)
+        if datasets.info.fingerprint != folder.dataset.fingerprint:
+            raise ConfigError(
+                f"{folder.path}: the images in data.root={config.data.root} are not those it was "
+                "trained on; give data.root=FOLDER_OF_THOSE"
+            )
+        extractor = build_extractor(config, datasets)
+    measurement = Measurement(config, model, datasets, extractor, state)
+    images, labels, nfe = measurement.images()
+    if state.is_main_process:
+        measured = measurement.card(images, labels)
+        settings["sampling"] |= {"nfe": nfe}
+        seconds = {"seconds": round(time.perf_counter() - started, 3)}
+        write_card(path, made_of | {"sampling": settings["sampling"]} | measured | seconds)
+    state.wait_for_everyone()
+    return path
+
+
+@dataclass
+class Measurement:
+    """Everything one evaluation works with; `images` on all processes, `card` on the main one."""
+
+    config: Config
+    model: nn.Module
+    datasets: Datasets
+    extractor: Extractor
+    state: PartialState
+
+    def images(self) -> tuple[Tensor, Tensor | None, float]:
+        """Generated images uint8 (N, C, H, W), their labels (N,) or None, and the NFE an image."""
+        settings, num = self.config.evaluate, self.config.evaluate.fid_num_images
+        labels, num_classes = None, num_classes_of(self.model)
+        if num_classes and settings.labels == "balanced":
+            labels = balanced_labels(num, num_classes)
+        elif num_classes:
+            labels = labels_like_data(num, self.datasets.train.labels)
+        share = num // self.state.num_processes
+        with (
+            counting("sampling", share, shown=self.state.is_main_process) as progress,
+            float32_is_float32(),
+        ):
+            images, nfe = generate_images(
+                self.model,
+                labels,
+                num,
+                sampling=build_sampling(self.config),
+                seed=settings.seed,
+                batch_size=self.config.sample.batch_size,
+                state=self.state,
+                progress=progress,
+            )
+        return images, labels, nfe
+
+    def card(self, images: Tensor, labels: Tensor | None) -> dict[str, Any]:
+        """All that is measured, and against what."""
+        info, settings = self.datasets.info, self.config.evaluate
+        metrics: dict[str, Any] = self._one_step()
+        metrics |= fidelity(
+            ImageTensor(images, self.datasets.train.labels.new_zeros(len(images))),
+            self.datasets.reference,
+            self.extractor,
+            settings.metrics,
+            reference_fingerprint=info.fingerprint,
+            device=device_of(self.state),
+        )
+        if labels is not None and settings.labels == "balanced":
+            metrics |= self._label_accuracy(images, labels)
+        return {
+            "metrics": metrics,
+            "proxy": settings.fid_num_images < CLAIM,
+            "extractor": self.extractor.to_dict(),
+            "reference": {
+                "name": f"{info.name} train",
+                "fingerprint": info.fingerprint,
+                "num_images": info.num_train,
+            },
+        }
+
+    def _one_step(self) -> dict[str, Any]:
+        held_out = plain_batches(self.datasets.held_out, ONE_STEP_BATCH, device_of(self.state))
+        objective, seed = build_objective(self.config), self.config.evaluate.seed
+        with float32_is_float32():
+            result = one_step_loss(objective, self.model, held_out, seed=seed)
+        return {"one_step_loss": result.mean, "one_step_loss_by_time": result.by_time}
+
+    def _label_accuracy(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """Share of images that the classifier takes for what they were meant to be."""
+        if self.extractor.name != CLASSIFIER:
+            return {}
+        found = predict(load_classifier(self.extractor.weights), images)
+        return {"label_accuracy": (found == labels).double().mean().item()}
+
+
+def _settings(
+    config: Config, model: nn.Module, fingerprint: str, state: PartialState
+) -> dict[str, Any]:
+    """What a card's name is a hash of: every setting that its numbers depend on."""
+    chosen = config.evaluate
+    sampling = sampling_settings(config, build_sampling(config))
+    if "batch_size" in sampling:
+        sampling["processes"] = state.num_processes
+    sampling["num_images"] = chosen.fid_num_images
+    sampling["labels"] = chosen.labels if num_classes_of(model) else None
+    sampling["seed"] = chosen.seed
+    return {
+        "weights": chosen.weights,
+        "sampling": sampling,
+        "metrics": sorted(chosen.metrics),
+        "extractor": [chosen.extractor, chosen.inception_weights, RECIPE],
+        "reference": fingerprint,
+    }
+
+
+def _changed(config: Config, overrides: Iterable[str]) -> Config:
+    """The run's config with `overrides`, which may not touch what the weights depend on."""
+    overrides = list(overrides)
+    for override in overrides:
+        if not override.startswith(CHANGEABLE):
+            raise ConfigError(
+                f"override '{override}': the run is trained; only sample.*, evaluate.*, data.root, "
+                "data.download and data.num_workers can still change"
+            )
+    return apply_overrides(config, overrides)
