@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,8 +23,7 @@ def collect(study: Path, plans: Sequence[RunPlan]) -> list[RunResult]:
 
 def _collect_run(study: Path, plan: RunPlan) -> RunResult:
     status = _status(study, plan)
-    failure = failure_path(study / "logs", plan)
-    return RunResult(
+    result = RunResult(
         arm=plan.arm,
         lr=plan.lr,
         seed=plan.seed,
@@ -32,9 +32,15 @@ def _collect_run(study: Path, plan: RunPlan) -> RunResult:
         optimizer=plan.config.optimizer.name,
         setting=plan.setting,
         status=status,
-        reason=failure.read_text(encoding="utf-8").strip() if status == "failed" else "",
         **(_training(plan) | _evaluations(plan) if status == "done" else {}),
     )
+    if status == "failed":
+        reason = failure_path(study / "logs", plan).read_text(encoding="utf-8").strip()
+        return replace(result, reason=reason)
+    if status == "done" and result.fd is None:
+        reason = f"the {result.metric} of its samples is not finite"
+        return replace(result, status="failed", reason=reason)
+    return result
 
 
 def _status(study: Path, plan: RunPlan) -> Status:
@@ -80,7 +86,7 @@ def _evaluations(plan: RunPlan) -> dict[str, Any]:
         "final": _evaluation(card),
         "curve": tuple(_evaluation(one) for one in curve),
         "by_nfe": tuple(_evaluation(one) for one in by_nfe),
-        "extractor": f"{extractor['name']}{accuracy}",
+        "extractor": f"{extractor['space']}{accuracy}",
         "sampling": _sampling(card),
     }
 

@@ -16,8 +16,9 @@ from flowdopr.train import RunFolder
 
 Card = dict[str, Any]
 FD_ONLY = "evaluate.metrics=[fd]"
-CARD_KEYS = {"fd": ("fd", "fid"), "kid": ("kid_mean",), "isc": ("isc_mean",), "prc": ("precision",)}
-"""Metric of `evaluate.metrics` -> the entries of a card that prove it was measured."""
+DISTANCES = {"classifier": "fd", "inception": "fid"}
+CARD_KEYS = {"kid": "kid_mean", "isc": "isc_mean", "prc": "precision"}
+"""Metric of `evaluate.metrics` -> the entry of a card that proves it was measured."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,11 @@ def is_finished(plan: RunPlan) -> bool:
 
 def _answers(card: Card, step: int, config: Config) -> bool:
     """Whether `card` was made of checkpoint `step` with exactly these settings."""
-    settings = {
-        "num_images": config.evaluate.fid_num_images,
-        "labels": config.evaluate.labels,
-        "seed": config.evaluate.seed,
-        **config.sample.model_dump(exclude={"num_images", "batch_size"}),
-    }
-    sampling, metrics = card["sampling"], card["metrics"]
-    # A fixed-step solver's card leaves out the tolerances, an adaptive one's the steps.
+    chosen, sampling = config.evaluate, card["sampling"]
+    settings = config.sample.model_dump(mode="json", exclude={"num_images", "batch_size"})
+    settings |= {"num_images": chosen.fid_num_images, "labels": chosen.labels, "seed": chosen.seed}
+    # A card leaves out what its solver ignores, and the labels of an unconditional model.
     same = all(sampling.get(key) in (None, value) for key, value in settings.items())
-    measured = all(
-        any(key in metrics for key in CARD_KEYS[metric]) for metric in config.evaluate.metrics
-    )
-    return (card["step"], card["weights"]) == (step, config.evaluate.weights) and same and measured
+    keys = CARD_KEYS | {"fd": DISTANCES[chosen.extractor]}
+    measured = all(keys[metric] in card["metrics"] for metric in chosen.metrics)
+    return (card["step"], card["weights"]) == (step, chosen.weights) and same and measured

@@ -61,10 +61,12 @@ def expand(config: Config) -> list[RunPlan]:
     """All runs of the study, seed by seed, so that each arm has a result early.
 
     Raises:
-        ConfigError: no `compare` section, an arm's overrides are wrong (the arm is named), or two
-            runs would share a folder.
+        ConfigError: no `compare` section, no FD among the metrics, an arm's overrides are wrong
+            (the arm is named), or two runs would share a folder.
     """
     study = study_settings(config)
+    if "fd" not in config.evaluate.metrics:
+        raise ConfigError("evaluate.metrics: a study compares by fd; add fd")
     bases = {arm.name: _arm_config(config, arm) for arm in study.arms}
     plans = [
         RunPlan(arm.name, lr, seed, _run_config(bases[arm.name], arm, lr, seed), study.nfe_steps)

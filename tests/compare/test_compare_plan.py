@@ -59,6 +59,11 @@ def test_two_runs_never_share_a_folder(study):
         expand(arms(study, "[{name: a, lrs: [1e-3, 0.001000000001]}]"))
 
 
+def test_a_study_needs_a_rollout_metric(study):
+    with pytest.raises(ConfigError, match=r"evaluate\.metrics"):
+        expand(apply_overrides(study, ["evaluate.metrics=[kid]"]))
+
+
 def test_a_config_without_a_study_is_refused(study):
     with pytest.raises(ConfigError, match=r"compare\.arms"):
         expand(apply_overrides(study, ["compare=null"]))

@@ -43,7 +43,7 @@ def card(plan, step, fd, config):
             "labels": "balanced",
             "seed": 0,
         },
-        "extractor": {"name": "classifier", "held_out_accuracy": 0.98},
+        "extractor": {"name": "own", "space": "own features", "held_out_accuracy": 0.98},
     }
 
 
@@ -174,6 +174,16 @@ def test_unfinished_and_failed_runs_are_listed(study):
     page = (compare(study, report_only=True) / "report.html").read_text()
     assert f"1 run not finished: {second.name}." in page
     assert "RuntimeError: &lt;boom&gt;" in page
+
+
+def test_samples_without_a_finite_distance_are_a_failure(study):
+    first, *_ = expand(study)
+    make_run(first, float("inf"))
+    for path in (first.path / "evaluation").iterdir():
+        path.write_text(path.read_text().replace("Infinity", "null"))
+    result = collect(study_path(study), [first])[0]
+    assert (result.status, result.done) == ("failed", False)
+    assert "not finite" in result.reason
 
 
 def test_a_report_before_any_run(study):
