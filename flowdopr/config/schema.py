@@ -143,8 +143,12 @@ class TrainConfig(Section):
     """Steps over which the learning rate rises linearly to `optimizer.lr`."""
     lr_decay: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after warm-up; linear and cosine end at 0."""
-    ema_decay: Fraction = 0.9999
-    """Decay a step of the weight average used for sampling; early steps use (1+k)/(10+k)."""
+    ema_decays: tuple[Fraction, ...] = (0.9999,)
+    """Decays of exponential weight averages; the first one is sampled from. Step k uses at most
+    (1 + k) / (10 + k)."""
+    ema_lengths: tuple[Annotated[float, Field(gt=0, le=0.28)], ...] = ()
+    """Relative lengths (sigma_rel) of power-function averages (EDM2). With two or more, any other
+    length can be sampled from afterwards: weights `posthoc-LENGTH`."""
     log_every: Count = 50
     """Steps between lines of metrics.jsonl."""
     validate_every: Count | None = None
@@ -163,6 +167,8 @@ class TrainConfig(Section):
                 f"train.global_batch_size {self.global_batch_size} is not a multiple of "
                 f"train.accumulation_steps {self.accumulation_steps}"
             )
+        if not (self.ema_decays or self.ema_lengths):
+            raise ValueError("train.ema_decays and train.ema_lengths are both empty: give one")
         if self.warmup_steps > self.steps:
             raise ValueError(
                 f"train.warmup_steps {self.warmup_steps} is more than train.steps {self.steps}"

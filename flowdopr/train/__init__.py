@@ -1,6 +1,6 @@
 """Training: the loop, the weight average, checkpoints and the run folder."""
 
-from flowdopr.train.ema import EMA
+from flowdopr.train.ema import EMA, Average
 from flowdopr.train.loop import Trainer, TrainingFailed
 from flowdopr.train.run_folder import RunFolder
 from flowdopr.train.signals import Interrupted, StopSignal
@@ -8,6 +8,7 @@ from flowdopr.train.start import train
 
 __all__ = [
     "EMA",
+    "Average",
     "Interrupted",
     "RunFolder",
     "StopSignal",

@@ -29,7 +29,7 @@ from flowdopr.optim import build_optimizer, format_roles
 from flowdopr.train.ema import EMA
 from flowdopr.train.log import StepProgress
 from flowdopr.train.meter import Meter
-from flowdopr.train.run_folder import RunFolder
+from flowdopr.train.run_folder import RunFolder, averages_of
 from flowdopr.train.schedule import lr_factor
 from flowdopr.train.signals import Interrupted, StopSignal
 
@@ -75,7 +75,7 @@ class Trainer:
             self.model.compile()
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-        self.ema = EMA(self.bare, config.train.ema_decay)
+        self.ema = EMA(self.bare, averages_of(config))
         self.step = self._restore()
         self.meter = Meter(accelerator)
 
@@ -260,7 +260,7 @@ class Trainer:
             self.run.save_checkpoint(
                 self.step,
                 model=self.bare.state_dict(),
-                ema=self.ema.average,
+                averages=self.ema.values,
                 state=state,
                 note=note,
             )
@@ -276,7 +276,8 @@ class Trainer:
             return 0
         state = self.run.load_state(steps[-1])
         self.bare.load_state_dict(self.run.load_weights(steps[-1], "raw"))
-        self.ema.load(self.run.load_weights(steps[-1], "ema"))
+        for average in self.ema.averages:
+            self.ema.load(average.name, self.run.load_weights(steps[-1], average.name))
         self.inner.load_state_dict(state["optimizer"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])

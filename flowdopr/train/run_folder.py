@@ -4,7 +4,7 @@
     dataset.json     DatasetInfo                  log.txt         what was printed
     versions.json    versions, commit, hardware   samples/        step-00000500.png
     checkpoints/step-00000500/                    evaluation/     cards
-        model.safetensors, ema.safetensors, state.pt, checkpoint.json
+        model.safetensors, ema-0.9999.safetensors, ..., state.pt, checkpoint.json
 
 A checkpoint is written beside its place and renamed into it, so whatever bears its name is whole.
 """
@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from flowdopr.config import Config, ConfigError, load_config, to_dict, to_yaml
 from flowdopr.data import DatasetInfo
 from flowdopr.models import build_model
+from flowdopr.train.ema import Average, combine, posthoc_coefficients
 
 # Settings that may change when a run goes on: they do not change what the weights become.
 FREE_ON_RESUME = (
@@ -104,14 +105,15 @@ class RunFolder:
         step: int,
         *,
         model: dict[str, Tensor],
-        ema: dict[str, Tensor],
+        averages: dict[str, dict[str, Tensor]],
         state: dict[str, Any],
         note: dict[str, Any],
     ) -> Path:
         """Write one checkpoint whole, then drop those beyond `train.keep_checkpoints`.
 
         Args:
-            model, ema: weights by name.
+            model: weights by name.
+            averages: for each average's name, its weights by name.
             state: the rest of what training needs to go on; tensors and plain values only.
             note: plain values for checkpoint.json.
         """
@@ -119,12 +121,9 @@ class RunFolder:
         part = final.with_name(final.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save_file(
-            {name: value.contiguous() for name, value in model.items()}, part / "model.safetensors"
-        )
-        save_file(
-            {name: value.contiguous() for name, value in ema.items()}, part / "ema.safetensors"
-        )
+        for name, weights in {"model": model, **averages}.items():
+            whole = {key: value.contiguous() for key, value in weights.items()}
+            save_file(whole, part / f"{name}.safetensors")
         torch.save(state, part / "state.pt")
         (part / "checkpoint.json").write_text(json.dumps({"step": step, **note}, indent=2) + "\n")
         for file in part.iterdir():
@@ -143,20 +142,51 @@ class RunFolder:
             self.checkpoint_path(step) / "state.pt", map_location="cpu", weights_only=True
         )
 
-    def load_weights(self, step: int, weights: Literal["ema", "raw"]) -> dict[str, Tensor]:
-        name = {"ema": "ema.safetensors", "raw": "model.safetensors"}[weights]
-        return load_file(self.checkpoint_path(step) / name)
+    def load_weights(self, step: int, weights: str) -> dict[str, Tensor]:
+        """Weights of checkpoint `step` by name.
+
+        Args:
+            weights: "raw"; "ema", the average that is sampled from; an average's own name, such as
+                "ema-0.999" or "power-0.1"; "posthoc-LENGTH", made from all power-function averages
+                stored up to `step`.
+
+        Raises:
+            ConfigError: this run has no such weights.
+        """
+        if weights.startswith("posthoc-"):
+            return self._posthoc(step, weights)
+        names = [average.name for average in averages_of(self.config)]
+        files = {"raw": "model", "ema": names[0], **{name: name for name in names}}
+        if weights not in files:
+            raise ConfigError(
+                f"{self.path}: no weights '{weights}'; there are: {', '.join(files)}"
+                + (", posthoc-LENGTH" if self.config.train.ema_lengths else "")
+            )
+        return load_file(self.checkpoint_path(step) / f"{files[weights]}.safetensors")
+
+    def _posthoc(self, step: int, weights: str) -> dict[str, Tensor]:
+        lengths = self.config.train.ema_lengths
+        if not lengths:
+            raise ConfigError(f"{self.path}: {weights} needs a run with train.ema_lengths")
+        try:
+            snapshots = [(t, length) for t in self.steps() if t <= step for length in lengths]
+            length = float(weights.removeprefix("posthoc-"))
+            coefficients = posthoc_coefficients(snapshots, step, length)
+        except ValueError as error:
+            raise ConfigError(f"{self.path}: weights {weights}: {error}") from None
+        parts = (self.load_weights(t, Average(length=length).name) for t, length in snapshots)
+        return combine(parts, coefficients.tolist())
 
     def load_model(
         self,
         step: int | None = None,
-        weights: Literal["ema", "raw"] = "ema",
+        weights: str = "ema",
         device: str | torch.device = "cpu",
     ) -> tuple[nn.Module, int]:
         """The model of checkpoint `step` (default: the newest) in evaluation mode, and its step.
 
         Raises:
-            ConfigError: there is no such checkpoint.
+            ConfigError: there is no such checkpoint, or it has no such `weights` (`load_weights`).
         """
         steps = self.steps()
         if not steps:
@@ -186,6 +216,13 @@ class RunFolder:
         kept = [line for line in self.metrics() if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_atomically(self.path / "metrics.jsonl", text)
+
+
+def averages_of(config: Config) -> list[Average]:
+    """The weight averages that `config.train` asks for; the first is sampled from."""
+    settings = config.train
+    decays = [Average(decay=decay) for decay in settings.ema_decays]
+    return decays + [Average(length=length) for length in settings.ema_lengths]
 
 
 def check_same_run(run: RunFolder, config: Config, dataset: DatasetInfo) -> None:

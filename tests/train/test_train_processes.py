@@ -20,7 +20,7 @@ def free_port() -> int:
 
 
 def assert_close_weights(run, other, step):
-    for name in ("model", "ema"):
+    for name in ("model", "ema-0.9"):
         mine, theirs = weights(run, step, name), weights(other, step, name)
         for key in mine:
             torch.testing.assert_close(mine[key], theirs[key], rtol=1e-4, atol=1e-5, msg=key)

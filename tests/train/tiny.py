@@ -12,7 +12,7 @@ name: tiny
 data: {name: digits}
 model: {name: dit, size: XXS, depth: 1, hidden_size: 16, num_heads: 2, patch_size: 4}
 optimizer: {name: adamw, lr: 3e-3}
-train: {steps: 8, global_batch_size: 16, ema_decay: 0.9, log_every: 2}
+train: {steps: 8, global_batch_size: 16, ema_decays: [0.9], log_every: 2}
 sample: {solver: euler, steps: 2, num_images: 4}
 """
 
@@ -39,7 +39,7 @@ def weights(run: Path, step: int, name: str = "model") -> dict[str, torch.Tensor
 
 def assert_same_checkpoint(run: Path, other: Path, step: int) -> None:
     """Raw and averaged weights and the whole optimizer state are bitwise equal."""
-    for name in ("model", "ema"):
+    for name in ("model", "ema-0.9"):
         mine, theirs = weights(run, step, name), weights(other, step, name)
         assert mine.keys() == theirs.keys()
         for key in mine:
