@@ -102,6 +102,19 @@ def second_moment(rows: Tensor) -> Tensor:
     return total / rows.shape[0]
 
 
+def shared_offsets(channels: Tensor, offsets: int, *, mean: bool) -> Tensor:
+    """The patch Sigma that SUA assumes, from channel rows (n, c), ordered as a flat weight.
+
+    I (x) E[x x^T] over offsets (x) channels; with the mean I (x) C + 1 1^T (x) mu mu^T.
+    """
+    moment, mu = second_moment(channels), channels.double().mean(0)
+    eye, ones = torch.eye(offsets, dtype=torch.float64), torch.ones(offsets, offsets).double()
+    outer = torch.outer(mu, mu)
+    if not mean:
+        return torch.kron(moment, eye)
+    return torch.kron(moment - outer, eye) + torch.kron(outer, ones)
+
+
 def damped(sigma: Tensor, damping: float) -> Tensor:
     """Sigma + gamma tr(Sigma) / d I."""
     d = sigma.shape[0]

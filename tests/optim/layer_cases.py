@@ -49,6 +49,8 @@ CASES = [
     LayerCase("conv-circular", conv(2, 3, 3, padding=1, padding_mode="circular"), (3, 2, 4, 4)),
     LayerCase("conv-reflect", conv(2, 3, 3, padding=1, padding_mode="reflect"), (3, 2, 4, 4)),
     LayerCase("conv-replicate", conv(2, 3, 3, padding=2, padding_mode="replicate"), (2, 2, 4, 4)),
+    LayerCase("transposed", lambda: nn.ConvTranspose2d(4, 3, 3, stride=2), (3, 4, 4, 4)),
+    LayerCase("transposed-groups", lambda: nn.ConvTranspose2d(4, 6, 2, groups=2), (3, 4, 4, 3)),
     LayerCase("embedding", lambda: nn.Embedding(7, 3), (5, 6)),
 ]
 IDS = [case.name for case in CASES]

@@ -1,0 +1,241 @@
+"""The modes of a layer: blocks, diagonal, bias coordinate, offsets, SUA, row subsampling."""
+
+import math
+
+import pytest
+import torch
+from layer_cases import conv, small_model
+from torch import Tensor, nn
+
+from flowdopr.optim import reference
+from flowdopr.optim.conv import channel_rows, patch_rows
+from flowdopr.optim.dopr import DoPr
+from flowdopr.optim.layers import strided_rows
+from flowdopr.optim.plan import LayerRule
+
+
+def one_step(module: nn.Module, x: Tensor, **settings: object) -> list[Tensor]:
+    """The updates of all parameters in one step of DoPr around SGD with learning rate 1."""
+    rule = settings.pop("rule", LayerRule(""))
+    before = [p.detach().clone() for p in module.parameters()]
+    exact = {"max_rows": None, "cov_decay": 0.0, "damping": 0.1, **settings}
+    gp = torch.optim.SGD(module.parameters(), lr=1.0)
+    optimizer = DoPr(gp, module, rules=[rule], **exact)
+    module(x).sin().sum().backward()
+    optimizer.step()
+    return [old - new.detach() for old, new in zip(before, module.parameters(), strict=True)]
+
+
+def tokens(width: int, scale: float = 1.0) -> Tensor:
+    torch.manual_seed(2)
+    return (0.4 + torch.randn(50, width, dtype=torch.float64)) * scale
+
+
+@pytest.mark.parametrize(("mode", "side"), [("blocks", 3), ("diagonal", 1), ("full", 6)])
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_blocks_are_the_block_diagonal_of_sigma(mode: str, side: int, power: float) -> None:
+    z, layer = tokens(6), nn.Linear(6, 4).double()
+    update = one_step(layer, z, rule=LayerRule("", mode, max_side=3), power=power)[0]
+    mask = torch.block_diag(*[torch.ones(side, side)] * (6 // side)).double()
+    sigma = reference.second_moment(z) * mask
+    expected = reference.precondition(layer.weight.grad, sigma, 0.1, alpha=power)
+    torch.testing.assert_close(update, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.2])
+def test_the_bias_coordinate_is_centring(damping: float) -> None:
+    z, layer = tokens(5), nn.Linear(5, 3).double()
+    m_w, m_b = one_step(layer, z, rule=LayerRule("", bias=True), damping=damping, unit_scale=False)
+    rows = torch.cat([z, torch.ones(50, 1, dtype=torch.float64)], 1)
+    sigma = reference.second_moment(rows)
+    grad = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1)
+    expected = reference.precondition(grad, sigma, damping, unit_scale=False)
+    torch.testing.assert_close(torch.cat([m_w, m_b[:, None]], 1), expected)
+    if damping == 0:
+        mu = z.mean(0)
+        centred = reference.second_moment(z - mu)
+        by_hand = (layer.weight.grad - torch.outer(layer.bias.grad, mu)) @ centred.inverse()
+        torch.testing.assert_close(m_w, by_hand)
+        torch.testing.assert_close(m_b, layer.bias.grad - by_hand @ mu)
+
+
+def test_the_bias_coordinate_makes_translations_harmless() -> None:
+    outputs = []
+    for shift in (torch.zeros(4), torch.tensor([3.0, -1.0, 2.0, 5.0])):
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 2).double()
+        with torch.no_grad():
+            layer.bias -= layer.weight @ shift.double()
+        z = tokens(4) + shift
+        gp = torch.optim.SGD(layer.parameters(), lr=0.2, momentum=0.5)
+        rules = [LayerRule("", bias=True)]
+        optimizer = DoPr(gp, layer, damping=0.0, unit_scale=False, rules=rules, refresh_every=1)
+        for _ in range(4):
+            optimizer.zero_grad()
+            layer(z).square().mean().backward()
+            optimizer.step()
+        outputs.append(layer(z).detach())
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kernel", [3, (1, 3), 1])
+def test_offsets_are_exact_on_a_torus(kernel: int | tuple[int, int], groups: int) -> None:
+    build = conv(4, 6, kernel, groups=groups, padding="same", padding_mode="circular", bias=False)
+    if kernel == (2, 3):
+        build = conv(
+            4, 6, (1, 3), groups=groups, padding=(0, 2), dilation=2, padding_mode="circular"
+        )
+    x = torch.randn(3, 4, 6, 5, dtype=torch.float64) + 0.3
+    updates = []
+    for mode in ("full", "offsets"):
+        torch.manual_seed(0)
+        updates.append(one_step(build().double(), x, rule=LayerRule("", mode))[0])
+    torch.testing.assert_close(updates[1], updates[0], rtol=1e-9, atol=1e-11)
+
+
+def test_offsets_are_the_patches_of_an_image_in_a_frame_of_zeros() -> None:
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    layer = nn.Conv2d(3, 2, 3, padding=1).double()
+    framed = reference.layer_rows(nn.Conv2d(3, 2, 3, padding=2), x)[0]
+    update = one_step(layer, x, rule=LayerRule("", "offsets"))[0]
+    sigma = reference.second_moment(framed)
+    expected = reference.precondition(layer.weight.grad.flatten(1), sigma, 0.1)
+    torch.testing.assert_close(update.flatten(1), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_shared_offsets_are_their_kronecker_sigma(mean: bool, groups: int, power: float) -> None:
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64) + torch.arange(4.0).double()[:, None, None]
+    layer = nn.Conv2d(4, 6, 3, groups=groups, stride=2).double()
+    rule = LayerRule("", "sua-mean" if mean else "sua")
+    update = one_step(layer, x, rule=rule, power=power)[0]
+    pixels = x.movedim(1, -1).reshape(-1, 4)
+    for part, grad, channels in zip(
+        update.chunk(groups), layer.weight.grad.chunk(groups), pixels.chunk(groups, 1), strict=True
+    ):
+        sigma = reference.shared_offsets(channels, 9, mean=mean)
+        expected = reference.precondition(grad.flatten(1), sigma, 0.1, alpha=power)
+        torch.testing.assert_close(part.flatten(1), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_shared_offsets_of_a_1x1_kernel_are_its_patches() -> None:
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    updates = []
+    for mode in ("full", "sua", "sua-mean", "offsets"):
+        torch.manual_seed(0)
+        layer = nn.Conv2d(4, 6, 1).double()
+        updates.append(one_step(layer, x, rule=LayerRule("", mode))[0])
+    for update in updates[1:]:
+        torch.testing.assert_close(update, updates[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("total", [1, 7, 64, 100, 4096, 32768, 196608])
+@pytest.mark.parametrize("limit", [1, 5, 64, 1000, 4096])
+def test_kept_rows_are_few_spread_and_favour_no_column(total: int, limit: int) -> None:
+    step = strided_rows(total, limit)
+    kept = torch.arange(0, total, step)
+    assert len(kept) <= limit
+    assert total <= limit or total - kept[-1] <= step
+    if total == 32768 and limit >= 1000:  # 32 images of 32 x 32: every column equally often
+        counts = torch.bincount(kept % 32, minlength=32)
+        assert counts.max() - counts.min() <= 1
+
+
+def test_subsampled_rows_are_rows_of_the_whole() -> None:
+    layer = nn.Conv2d(2, 3, 3, padding=1, stride=2)
+    x = torch.randn(5, 2, 7, 8)
+    for whole, part in (
+        (patch_rows(x, layer, None), patch_rows(x, layer, 17)),
+        (channel_rows(x, 2, None), channel_rows(x, 2, 17)),
+    ):
+        step = strided_rows(len(whole), 17)
+        assert math.gcd(step, len(whole)) == 1
+        assert torch.equal(whole[::step], part)
+
+
+def test_convolutions_of_one_and_three_axes() -> None:
+    torch.manual_seed(0)
+    flat, x = nn.Conv2d(2, 3, (1, 3), padding=(0, 1)).double(), torch.randn(4, 2, 6).double()
+    line, cube = (
+        nn.Conv1d(2, 3, 3, padding=1).double(),
+        nn.Conv3d(2, 3, (1, 1, 3), padding=(0, 0, 1)),
+    )
+    cube = cube.double()
+    for other in (line, cube):
+        with torch.no_grad():
+            other.weight.copy_(flat.weight.view_as(other.weight))
+            other.bias.copy_(flat.bias)
+    expected = one_step(flat, x[:, :, None])[0]
+    torch.testing.assert_close(one_step(line, x)[0].flatten(), expected.flatten())
+    torch.testing.assert_close(one_step(cube, x[:, :, None, None])[0].flatten(), expected.flatten())
+
+
+def test_rules_go_by_name_and_the_first_match_wins() -> None:
+    model = small_model()
+    rules = [LayerRule(r"^3$", "none"), LayerRule(r"^[34]$", "diagonal"), LayerRule("0", "sua")]
+    optimizer = DoPr(torch.optim.SGD(model.parameters()), model, rules=rules)
+    modes = {name: mode for name, _, mode, _ in optimizer.roles()}
+    assert modes["0.weight"] == "sua"
+    assert modes["3.weight"] == "none"
+    assert modes["4.weight"] == "diagonal"
+
+
+@pytest.mark.parametrize(
+    ("module", "mode"),
+    [
+        (nn.Linear(2, 2), "sua"),
+        (nn.Embedding(2, 2), "full"),
+        (nn.Conv2d(2, 2, 3), "dual"),
+        (nn.Conv2d(2, 2, 3, stride=2), "offsets"),
+        (nn.ConvTranspose2d(2, 2, 3), "sua"),
+    ],
+)
+def test_a_mode_the_layer_lacks_is_one_clear_line(module: nn.Module, mode: str) -> None:
+    with pytest.raises(ValueError, match="mode") as error:
+        DoPr(torch.optim.SGD(module.parameters()), module, rules=[LayerRule("", mode)])
+    assert "\n" not in str(error.value)
+
+
+class Tied(nn.Module):
+    """A layer used twice through two modules, and an embedding tied to the output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.first, self.second = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 9, bias=False)
+        self.second.weight, self.head.weight = self.first.weight, self.table.weight
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.head(self.second(self.first(self.table(index)).tanh()))
+
+
+def test_tied_weights_pool_or_are_left_to_the_gp() -> None:
+    torch.manual_seed(0)
+    model = Tied().double()
+    gp = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = DoPr(gp, model, max_rows=None, cov_decay=0.0)
+    roles = {name: (mode, reason) for name, _, mode, reason in optimizer.roles()}
+    assert roles["table.weight"][0] == "none"
+    assert "tied" in roles["table.weight"][1]
+    index, before = torch.arange(9), model.first.weight.detach().clone()
+    with torch.no_grad():
+        first = model.table(index)
+        second = model.first(first).tanh()
+    model(index).sin().sum().backward()
+    optimizer.step()
+    sigma = reference.second_moment(torch.cat([first, second]))
+    expected = reference.precondition(model.first.weight.grad, sigma, 0.1)
+    torch.testing.assert_close(before - model.first.weight.detach(), expected)
+
+
+def test_multihead_attention_is_said_to_be_left_to_the_gp() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    optimizer = DoPr(torch.optim.SGD(model.parameters()), model)
+    roles = {name: (mode, reason) for name, _, mode, reason in optimizer.roles()}
+    for name in ("self_attn.in_proj_weight", "self_attn.out_proj.weight"):
+        assert roles[name][0] == "none"
+        assert "bypasses" in roles[name][1]
+    assert roles["linear1.weight"][0] == "full"
