@@ -6,9 +6,9 @@ mixture of N Gaussians and Bayes' rule gives the posterior over images and its m
     p(i | x_t) = softmax_i( -|x_t - alpha_t X_i|^2 / (2 sigma_t^2) )                       (11)
     E[x_1 | x_t] = sum_i p(i | x_t) X_i                                                    (12)
 
-which converts (prediction.py) to the velocity v* = E[dx_t | x_t] that minimises the training loss
-exactly. No model can go below its loss; what a model's loss exceeds it by is an error that training
-could still remove, though v* itself leads every rollout to a training image:
+and with it the velocity v* = E[dx_t | x_t] that minimises the training loss exactly. No model can
+go below its loss; what a model's loss exceeds it by is an error that training could still remove,
+though v* itself leads every rollout to a training image:
 
     E|v - dx_t|^2  =  E|v - v*|^2  +  E|v* - dx_t|^2       over the training set           (13)
        loss            excess          irreducible
@@ -26,10 +26,14 @@ from torch import Tensor, nn
 from flowdopr.flow.noise import ImageNoise
 from flowdopr.flow.objective import FlowMatching, Model, labels_for
 from flowdopr.flow.one_step import OneStepLoss, TimeBins, path_points, squared_error
-from flowdopr.flow.path import LinearPath, Path, batch_times
-from flowdopr.flow.prediction import SAFE_TIME, convert
+from flowdopr.flow.path import Coefficients, LinearPath, Path, batch_times
+from flowdopr.flow.prediction import convert
 from flowdopr.flow.sampler import Sampling
 from flowdopr.flow.solver import Velocity, calls_of
+
+# How near to t = 1, where sigma_t is 0 and v* infinite off the training set, float32 still serves.
+LAST = 1e-5
+SPACES = ("velocity", "data")
 
 
 class EmpiricalVelocity(nn.Module):
@@ -86,14 +90,14 @@ class EmpiricalVelocity(nn.Module):
 
     @torch.no_grad()
     def posterior_mean(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """E[x_1 | x_t, y], equations (11) and (12), with times up to 1 - SAFE_TIME.
+        """E[x_1 | x_t, y], equations (11) and (12), at times up to 1 - LAST.
 
         Raises:
             ValueError: for labels without training images, or labels where the oracle has none.
         """
         if y is not None and self.labels is None:
             raise ValueError("oracle: labels given, but it was made without: make it with labels")
-        c = self.path.at(batch_times(t, x_t).clamp(max=1 - SAFE_TIME), x_t)
+        c = self._coefficients(x_t, t)
         with full_precision(x_t.device):
             x = (x_t - c.alpha * self.mean).flatten(1)
             alpha, sigma = c.alpha.reshape(-1, 1), c.sigma.reshape(-1, 1)
@@ -126,9 +130,13 @@ class EmpiricalVelocity(nn.Module):
         return mean / total
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """The velocity v*(x_t, t, y)."""
+        """The velocity v*(x_t, t, y), equation (5) of prediction.py."""
+        c = self._coefficients(x_t, t)
         x_1 = self.posterior_mean(x_t, t, y)
-        return convert(x_1, x_t, batch_times(t, x_t), self.path, "data", "velocity")
+        return c.d_alpha * x_1 + c.d_sigma * (x_t - c.alpha * x_1) / c.sigma
+
+    def _coefficients(self, x_t: Tensor, t: Tensor) -> Coefficients:
+        return self.path.at(batch_times(t, x_t).clamp(max=1 - LAST), x_t)
 
 
 @contextmanager
@@ -192,12 +200,15 @@ def rollout_excess(
     *,
     num_images: int | None = None,
     seed: int,
+    space: str = "velocity",
     sampling: Sampling | None = None,
     device: torch.device | str = "cpu",
 ) -> OneStepLoss:
     """|v - v*|^2 where the model's own rollout goes, at each time its solver asks for the velocity.
 
-    Beside `excess_error(...).excess.by_time` it shows how much worse a model is off the path.
+    Beside `excess_error(...).excess.by_time` it shows how much worse a model is off the path. Off
+    the training set v* grows like 1 / (1 - t), so the mean is ruled by the last times: read
+    `by_time`, or measure in the space "data", |E[x_1 | x_t] of the model - that of the oracle|^2.
 
     >>> oracle = EmpiricalVelocity(torch.rand(10, 1, 4, 4))
     >>> rollout_excess(oracle, oracle, num_images=3, seed=0).mean
@@ -206,17 +217,20 @@ def rollout_excess(
     Args:
         labels: (N,) or None, then with `num_images`; rolled out as one batch, from the noise that
             `generate` would use.
+        space: "velocity" or "data".
         sampling: how to roll out; guidance, if any, is part of the model's velocity.
 
     Raises:
-        ValueError: as `generate`.
+        ValueError: for an unknown space, no images, or as `generate`.
     """
+    if space not in SPACES:
+        raise ValueError(f"space={space!r}: choose one of {', '.join(SPACES)}")
     sampling = sampling or Sampling()
     count = num_images if labels is None else len(labels)
     if not count:
         raise ValueError("rollout_excess: give labels, or num_images of at least 1")
     y = None if labels is None else labels.to(device)
-    probe = _ErrorProbe(sampling.velocity(model, y), oracle, labels_for(oracle, y))
+    probe = _ErrorProbe(sampling.velocity(model, y), oracle, labels_for(oracle, y), space)
     noise = ImageNoise(seed, 0, count, oracle.image_shape, device)
     with torch.no_grad():
         sampling.rollout(probe, noise.normal(), noise.normal)
@@ -226,8 +240,10 @@ def rollout_excess(
 class _ErrorProbe:
     """A velocity that notes its squared distance from the oracle wherever it is evaluated."""
 
-    def __init__(self, velocity: Velocity, oracle: EmpiricalVelocity, y: Tensor | None) -> None:
-        self.velocity, self.oracle, self.y = velocity, oracle, y
+    def __init__(
+        self, velocity: Velocity, oracle: EmpiricalVelocity, y: Tensor | None, space: str
+    ) -> None:
+        self.velocity, self.oracle, self.y, self.space = velocity, oracle, y, space
         self.bins = TimeBins()
 
     @property
@@ -236,5 +252,10 @@ class _ErrorProbe:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         v = self.velocity(x, t)
-        self.bins.add(batch_times(t, x), squared_error(v, self.oracle(x, t, self.y)))
+        if self.space == "data":
+            ours = convert(v, x, t, self.oracle.path, "velocity", "data")
+            error = squared_error(ours, self.oracle.posterior_mean(x, t, self.y))
+        else:
+            error = squared_error(v, self.oracle(x, t, self.y))
+        self.bins.add(batch_times(t, x), error)
         return v

@@ -15,10 +15,10 @@ from flowdopr.flow.time import time_grid as make_time_grid
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
-ONE_STEP_SOLVERS = ("euler", "midpoint", "heun2", "heun3", "rk4")
+CALLS_A_STEP = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
 MULTISTEP_SOLVERS = ("explicit_adams", "implicit_adams", "fixed_adams")
 ADAPTIVE_SOLVERS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
-ODE_SOLVERS = ONE_STEP_SOLVERS + MULTISTEP_SOLVERS + ADAPTIVE_SOLVERS
+ODE_SOLVERS = (*CALLS_A_STEP, *MULTISTEP_SOLVERS, *ADAPTIVE_SOLVERS)
 # One image's result depends on the others in its batch: step sizes (adaptive) and the number of
 # corrector iterations (implicit Adams) are chosen for the batch as a whole.
 BATCH_DEPENDENT_SOLVERS = (*ADAPTIVE_SOLVERS, "implicit_adams", "fixed_adams")

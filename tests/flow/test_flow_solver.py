@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flowdopr.flow import ADAPTIVE_SOLVERS, BATCH_DEPENDENT_SOLVERS, ODE_SOLVERS, solve
+from flowdopr.flow.solver import CALLS_A_STEP
 
-CALLS_A_STEP = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
 FIXED = [name for name in ODE_SOLVERS if name not in ADAPTIVE_SOLVERS]
 
 

@@ -1,0 +1,150 @@
+"""Likelihoods against Gaussians in closed form."""
+
+import math
+
+import pytest
+import torch
+from analytic import PATH_CASES, Mixture, gaussian
+
+from flowdopr.flow import LinearPath, Sampling, bits_per_dim, guided_velocity, log_likelihood
+from flowdopr.flow.likelihood import exact_divergence, hutchinson_divergence
+
+paths = pytest.mark.parametrize("path", PATH_CASES.values(), ids=PATH_CASES)
+
+
+def signs(shape, seed=0):
+    return torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
+
+
+@paths
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_gaussian_likelihood_is_the_closed_form(path, trace):
+    """Its velocity has a multiple of the identity as Jacobian, so one probe is exact as well."""
+    x_1 = torch.randn(6, 5, dtype=torch.float64) * 0.4 + 0.3
+    velocity = guided_velocity(gaussian(0.3, 0.4).model(path), path=path)
+    result = log_likelihood(
+        velocity,
+        x_1,
+        probes=signs(x_1.shape) if trace == "hutchinson" else None,
+        atol=1e-7,
+        rtol=1e-7,
+        end=1.0 if path.end == 1 else 0.999,
+    )
+    expected = torch.distributions.Normal(0.3, 0.4).log_prob(x_1).sum(1)
+    # Paths that end before 1 have a little noise there, the VP path a little data at t = 0.
+    assert torch.allclose(result.log_prob, expected, atol=1e-4 if path.end == 1 else 0.02)
+    assert result.nfe == velocity.calls
+
+
+def test_correlated_gaussian_with_the_exact_trace_and_many_probes():
+    """x_1 ~ N(0, S): v = (t S - (1 - t) I) (t^2 S + (1 - t)^2 I)^-1 x on the linear path."""
+    factor = torch.randn(4, 4, dtype=torch.float64)
+    covariance = factor @ factor.T / 4 + 0.1 * torch.eye(4)
+    eye = torch.eye(4, dtype=torch.float64)
+
+    def velocity(x, t):
+        mix = t**2 * covariance + (1 - t) ** 2 * eye
+        return torch.linalg.solve(mix, (x @ (t * covariance - (1 - t) * eye)).T).T
+
+    normal = torch.distributions.MultivariateNormal(torch.zeros(4).double(), covariance)
+    x_1 = normal.sample((3,))
+    exact = log_likelihood(velocity, x_1, solver="rk4", steps=60)
+    assert torch.allclose(exact.log_prob, normal.log_prob(x_1), atol=1e-4)
+    many = x_1.repeat_interleave(4000, 0)
+    estimate = log_likelihood(velocity, many, probes=signs(many.shape), solver="rk4", steps=10)
+    few_steps = log_likelihood(velocity, x_1, solver="rk4", steps=10).log_prob
+    assert torch.allclose(estimate.log_prob.reshape(3, -1).mean(1), few_steps, atol=0.15)
+
+
+def test_a_mixture_with_the_exact_trace():
+    mixture, path = Mixture(), LinearPath()
+    x_1 = torch.linspace(-1, 1, 21, dtype=torch.float64)[:, None]
+    velocity = guided_velocity(mixture.model(path), path=path)
+    result = log_likelihood(velocity, x_1, atol=1e-7, rtol=1e-7)
+    expected = mixture.log_density(x_1, torch.ones(()).double(), path)[:, 0]
+    assert torch.allclose(result.log_prob, expected, atol=1e-3)
+
+
+def test_divergences_of_a_known_jacobian():
+    matrix = torch.randn(6, 6)
+    x = torch.randn(5, 1, 2, 3, requires_grad=True)
+    v = (x.flatten(1) @ matrix.T).sin().reshape(x.shape)
+    slope = (x.flatten(1) @ matrix.T).cos()
+    assert torch.allclose(exact_divergence(v, x), slope @ matrix.diagonal(), atol=1e-5)
+    probes = signs(x.shape)
+    expected = torch.einsum("bi,bi,ij,bj->b", probes.flatten(1), slope, matrix, probes.flatten(1))
+    assert torch.allclose(hutchinson_divergence(probes)(v, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("path", "prediction"),
+    [(path, "velocity") for path in PATH_CASES.values()]
+    + [(LinearPath(), "data"), (LinearPath(), "noise")],
+)
+def test_probabilities_of_all_levels_of_a_pixel_sum_to_one(path, prediction):
+    levels = torch.arange(256, dtype=torch.uint8).repeat(8).reshape(-1, 1, 1, 1)
+    result = bits_per_dim(
+        gaussian(0.0, 0.2).model(path, prediction),
+        levels,
+        seed=0,
+        batch_size=2048,
+        sampling=Sampling(path=path, prediction=prediction, solver="rk4", steps=150),
+    )
+    assert torch.exp2(-result.bits).sum().item() / 8 == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_bits_do_not_depend_on_the_batch(trace):
+    images = torch.randint(0, 256, (5, 1, 2, 2), dtype=torch.uint8)
+    sampling = Sampling(solver="rk4", steps=20)
+    model = gaussian(0.0, 0.5).model(LinearPath())
+    whole = bits_per_dim(model, images, seed=1, trace=trace, sampling=sampling)
+    parts = bits_per_dim(model, images, seed=1, trace=trace, sampling=sampling, batch_size=2)
+    last = bits_per_dim(model, images[3:], seed=1, first_index=3, trace=trace, sampling=sampling)
+    assert torch.allclose(whole.bits, parts.bits, atol=1e-5)
+    assert torch.allclose(whole.bits[3:], last.bits, atol=1e-5)
+    assert whole.nfe == parts.nfe == 80
+
+
+def test_bits_of_uniform_noise_under_a_wide_gaussian():
+    """-log2 N(x; 0, 1) + log2(127.5), averaged over x uniform in [-1, 1]."""
+    images = torch.randint(0, 256, (400, 1, 4, 4), dtype=torch.uint8)
+    model = gaussian(0.0, 1.0).model(LinearPath())
+    bits = bits_per_dim(model, images, seed=0, sampling=Sampling(solver="rk4", steps=20)).bits
+    expected = (1 / 3 + math.log(2 * math.pi)) / 2 / math.log(2) + math.log2(127.5)
+    assert bits.mean().item() == pytest.approx(expected, abs=0.02)
+
+
+def test_a_network_and_labels_pass_through():
+    class Tiny(torch.nn.Module):
+        num_classes = 2
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.mix = torch.nn.Embedding(3, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x, t, y):
+            return torch.tanh(self.mix(x.flatten(1)) + self.embed(y)).reshape(x.shape)
+
+    images = torch.randint(0, 256, (3, 1, 2, 2), dtype=torch.uint8)
+    result = bits_per_dim(Tiny(), images, torch.tensor([0, 1, 1]), seed=0)
+    assert result.bits.isfinite().all()
+    assert result.nfe > 0
+
+
+@pytest.mark.parametrize(
+    ("images", "settings", "words"),
+    [
+        (torch.zeros(1, 1, 2, 2), {}, "uint8"),
+        (torch.zeros(1, 2, 2, dtype=torch.uint8), {}, "need \\(N, C, H, W\\)"),
+        (torch.zeros(1, 1, 2, 2, dtype=torch.uint8), {"trace": "skilling"}, "choose one of"),
+        (
+            torch.zeros(1, 1, 2, 2, dtype=torch.uint8),
+            {"sampling": Sampling(solver="euler_maruyama")},
+            "stochastic",
+        ),
+    ],
+)
+def test_wrong_uses_are_refused(images, settings, words):
+    with pytest.raises(ValueError, match=words):
+        bits_per_dim(lambda x, t, y: x, images, seed=0, **settings)
