@@ -1,0 +1,225 @@
+"""What DoPr costs: training steps and peak memory against the bare gradient preconditioner (GP).
+
+    python scripts/benchmark_optim.py --json benchmark.json
+
+For each model and GP three arms take turns step by step in one process: the GP alone, DoPr at its
+defaults, and DoPr's exact mode (every step, from every row). A window of `refresh_every` steps
+holds one refresh; a ratio is the median over windows of the window's time against the GP's.
+Peak memory is measured in a process of its own per arm: on CUDA what the allocator peaked at, on
+the CPU how far the resident set rose above that of the imports.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import re
+import statistics
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from flowdopr.models import DiT, UNet
+from flowdopr.optim import build_optimizer
+
+REFRESH_EVERY = 16
+EXACT = {"refresh_every": 1, "max_rows": None}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One model, its batch and where it runs."""
+
+    model: str
+    batch_size: int
+    device: str
+    autocast: bool
+
+
+def small_unet(image_shape: tuple[int, int, int], **options: int) -> UNet:
+    """Three levels, attention at the lowest."""
+    lowest = image_shape[1] // 4
+    return UNet(
+        image_shape, 10, channel_multipliers=(1, 2, 2), attention_resolutions=(lowest,), **options
+    )
+
+
+MODELS = {
+    "dit-xxs-quick": lambda: DiT((3, 8, 8), 10, size="XXS", patch_size=2),
+    "unet-quick": lambda: small_unet((3, 8, 8), channels=8, num_res_blocks=1),
+    "dit-xs/2": lambda: DiT((1, 28, 28), 10, size="XS", patch_size=2),
+    "unet-32": lambda: small_unet((1, 28, 28), channels=32),
+    "dit-s/4": lambda: DiT((3, 32, 32), 10, size="S", patch_size=4),
+    "dit-b/2": lambda: DiT((3, 32, 32), 10, size="B", patch_size=2),
+    "unet-64": lambda: UNet((3, 32, 32), 10, channels=64),
+    "unet-128": lambda: UNet((3, 32, 32), 10, channels=128),
+}
+# The sizes users train: MNIST on a CPU, CIFAR-10 on a GPU. The others are there by name.
+BATCH_SIZES = {
+    "quick": {"dit-xxs-quick": 16, "unet-quick": 8},
+    "cpu": {"dit-xs/2": 16, "unet-32": 16},
+    "cuda": {"dit-b/2": 256, "unet-128": 128},
+    "other": {"dit-s/4": 32, "unet-64": 16},
+}
+
+
+class Arm:
+    """A model with its optimizer, taking steps of velocity regression on fixed random data."""
+
+    def __init__(self, setup: Setup, name: str, options: dict[str, int | None]) -> None:
+        torch.manual_seed(0)
+        self.setup = setup
+        self.model: nn.Module = MODELS[setup.model]().to(setup.device)
+        given = dict(options)
+        if name.startswith("dopr-"):
+            given.setdefault("refresh_every", REFRESH_EVERY)
+        self.optimizer = build_optimizer(self.model, name, 1e-4, **given)
+        images = (setup.batch_size, *self.model.image_shape)
+        self.x_t, self.dx_t = (torch.randn(images, device=setup.device) for _ in range(2))
+        self.t = torch.rand(setup.batch_size, device=setup.device)
+        self.y = torch.randint(10, (setup.batch_size,), device=setup.device)
+
+    def step(self) -> float:
+        """One training step; its seconds."""
+        start = self._now()
+        with torch.autocast(self.setup.device, torch.bfloat16, enabled=self.setup.autocast):
+            velocity = self.model(self.x_t, self.t, self.y)
+        loss = (velocity.float() - self.dx_t).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return self._now() - start
+
+    def _now(self) -> float:
+        if self.setup.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def arms_of(gp: str) -> dict[str, tuple[str, dict[str, int | None]]]:
+    """Arm: optimizer name and options."""
+    return {"gp": (gp, {}), "dopr": (f"dopr-{gp}", {}), "dopr exact": (f"dopr-{gp}", EXACT)}
+
+
+def time_steps(setup: Setup, gp: str, windows: int) -> dict[str, list[float]]:
+    """Seconds of each window of REFRESH_EVERY steps, by arm, the arms taking turns step by step.
+
+    The first window warms up and is dropped; the arm that goes first changes with each step.
+    """
+    arms = {arm: Arm(setup, *recipe) for arm, recipe in arms_of(gp).items()}
+    seconds = {arm: [0.0] * (windows + 1) for arm in arms}
+    order = list(arms)
+    for step in range((windows + 1) * REFRESH_EVERY):
+        order.append(order.pop(0))
+        for arm in order:
+            seconds[arm][step // REFRESH_EVERY] += arms[arm].step()
+    return {arm: values[1:] for arm, values in seconds.items()}
+
+
+def peak_memory(setup: Setup, name: str, options: dict[str, int | None], steps: int) -> int:
+    """Bytes at the peak of `steps` steps; meant for a fresh process."""
+    Arm(Setup("dit-xxs-quick", 2, setup.device, setup.autocast), "sgd", {}).step()  # libraries load
+    before = peak_resident()
+    if setup.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    arm = Arm(setup, name, options)
+    for _ in range(steps):
+        arm.step()
+    if setup.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return peak_resident() - before
+
+
+def peak_resident() -> int:
+    """Bytes of this process's largest resident set so far (Linux). `ru_maxrss` will not do: a new
+    process inherits it from the one that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+
+
+def measure(setup: Setup, gp: str, windows: int) -> dict[str, object]:
+    """All numbers for one model and GP."""
+    seconds = time_steps(setup, gp, windows)
+    memory = {}
+    for arm, (name, options) in arms_of(gp).items():
+        # a new process each time: the resident set of an old one never shrinks
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            memory[arm] = pool.apply(peak_memory, (setup, name, options, 3))
+    arms = {}
+    for arm, values in seconds.items():
+        ratios = [own / bare for own, bare in zip(values, seconds["gp"], strict=True)]
+        arms[arm] = {
+            "seconds_per_step": statistics.median(values) / REFRESH_EVERY,
+            "time_ratio": statistics.median(ratios),
+            "time_ratios": ratios,
+            "memory_bytes": memory[arm],
+            "memory_ratio": memory[arm] / memory["gp"],
+        }
+    return {**asdict(setup), "gp": gp, "windows": windows, "arms": arms}
+
+
+def describe(result: dict) -> str:
+    """The lines that the terminal shows for one result."""
+    head = f"{result['model']} batch {result['batch_size']} {result['device']} {result['gp']}"
+    lines = [head]
+    for arm, row in result["arms"].items():
+        lines.append(
+            f"  {arm:11s} {row['seconds_per_step'] * 1e3:9.2f} ms/step"
+            f"  time x{row['time_ratio']:.3f}"
+            f"  peak {row['memory_bytes'] / 2**20:8.1f} MiB  memory x{row['memory_ratio']:.3f}"
+        )
+    return "\n".join(lines)
+
+
+def machine(device: str) -> dict[str, str | int]:
+    """What the figures were measured on."""
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    processor = platform.processor() or platform.machine()
+    return {
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else processor,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit or "unknown",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--gps", nargs="+", default=["adamw", "muon"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="default: by device")
+    parser.add_argument("--batch-size", type=int, help="default: by model")
+    parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--windows", type=int, default=7, help=f"of {REFRESH_EVERY} steps each")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny models, one window: a smoke test"
+    )
+    parser.add_argument("--json", type=Path, help="write all ratios to this file")
+    options = parser.parse_args()
+    windows = 1 if options.quick else options.windows
+    usual = {model: size for sizes in BATCH_SIZES.values() for model, size in sizes.items()}
+    results = []
+    for model in options.models or BATCH_SIZES["quick" if options.quick else options.device]:
+        batch = options.batch_size or usual[model]
+        for gp in options.gps:
+            setup = Setup(model, batch, options.device, options.autocast)
+            results.append(measure(setup, gp, windows))
+            print(describe(results[-1]), flush=True)
+    report = {"machine": machine(options.device), "results": results}
+    print(json.dumps(report["machine"]))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"wrote {options.json}")
+
+
+if __name__ == "__main__":
+    main()
