@@ -63,6 +63,7 @@ class EmpiricalVelocity(nn.Module):
 
     mean: Tensor
     images: Tensor
+    half_norms: Tensor
     labels: Tensor | None
 
     def __init__(
@@ -86,6 +87,8 @@ class EmpiricalVelocity(nn.Module):
         # Distances do not change when all points move together, and are most exact near zero.
         self.register_buffer("mean", images.mean(0), persistent=False)
         self.register_buffer("images", images - images.mean(0), persistent=False)
+        half_norms = self.images.flatten(1).square().sum(1) / 2
+        self.register_buffer("half_norms", half_norms, persistent=False)
         self.register_buffer("labels", labels, persistent=False)
 
     @torch.no_grad()
@@ -112,11 +115,11 @@ class EmpiricalVelocity(nn.Module):
         largest = torch.full_like(alpha, torch.finfo(x.dtype).min)
         total, mean = torch.zeros_like(alpha), torch.zeros_like(x)
         for first in range(0, len(self.images), self.chunk_size):
-            chunk = self.images[first : first + self.chunk_size].flatten(1)
-            logits = alpha * (x @ chunk.T - alpha / 2 * chunk.square().sum(1)) / sigma**2
+            part = slice(first, first + self.chunk_size)
+            chunk = self.images[part].flatten(1)
+            logits = alpha * (x @ chunk.T - alpha * self.half_norms[part]) / sigma**2
             if y is not None and self.labels is not None:
-                labels = self.labels[first : first + self.chunk_size]
-                other = (labels != y[:, None]) & (y != self.num_classes)[:, None]
+                other = (self.labels[part] != y[:, None]) & (y != self.num_classes)[:, None]
                 logits = logits.masked_fill(other, -torch.inf)
             newest = torch.maximum(largest, logits.amax(1, keepdim=True))
             shrink, weights = (largest - newest).exp(), (logits - newest).exp()

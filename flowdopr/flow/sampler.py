@@ -40,7 +40,8 @@ class Sampling:
 
     path, prediction, coupling: as the model was trained.
     solver: any of SOLVERS: torchdiffeq's by their own names, "euler_maruyama", "sde_heun".
-    steps, time_grid: of solvers with fixed steps, see `flow.time.time_grid`.
+    steps, time_grid: of solvers with fixed steps, see `flow.time.time_grid`, whose shift and rho
+        are grid_shift (of "shifted") and grid_rho (of "edm").
     atol, rtol: of adaptive solvers (and the corrector of implicit Adams).
     guidance_scale, guidance_interval: see `guided_velocity`. noise_scale: see `solve_sde`.
 
@@ -54,6 +55,8 @@ class Sampling:
     solver: str = "midpoint"
     steps: int = 50
     time_grid: str | Sequence[float] = "uniform"
+    grid_shift: float = 3.0
+    grid_rho: float = 7.0
     atol: float = 1e-5
     rtol: float = 1e-5
     guidance_scale: float = 1.0
@@ -79,13 +82,16 @@ class Sampling:
         start = MARGIN if self.prediction == "noise" else 0.0
         end = 1 - MARGIN if self.prediction == "data" else 1.0
         end = min(end, 1 - 1e-3) if self.path.end < 1 else end
-        return time_grid(self.time_grid, self.steps, start=start, end=end)
+        shift, rho = self.grid_shift, self.grid_rho
+        return time_grid(self.time_grid, self.steps, start=start, end=end, shift=shift, rho=rho)
 
     def ode_arguments(self) -> dict[str, Any]:
         """Keyword arguments for `solve` and `log_likelihood`."""
-        names = ("solver", "steps", "time_grid", "atol", "rtol")
-        start, end = self.grid()[[0, -1]].tolist()
-        return {name: getattr(self, name) for name in names} | {"start": start, "end": end}
+        times = self.grid().tolist()
+        arguments = {name: getattr(self, name) for name in ("solver", "steps", "atol", "rtol")}
+        # Adaptive and multistep solvers want to be told that the grid is uniform.
+        grid = "uniform" if self.time_grid == "uniform" else times
+        return arguments | {"time_grid": grid, "start": times[0], "end": times[-1]}
 
     def velocity(
         self, model: Model, y: Tensor | None, guide_model: Model | None = None

@@ -112,6 +112,8 @@ def time_grid(
         raise ValueError(f"time grid {kind!r}: choose one of {', '.join(TIME_GRIDS)}, or a list")
     if steps < 1:
         raise ValueError(f"steps={steps}: a rollout needs at least 1")
+    if not (shift > 0 and rho > 0):
+        raise ValueError(f"shift={shift}, rho={rho} of a time grid: both must be positive")
     if not 0 <= start < end <= 1:
         raise ValueError(f"time span {start} to {end}: need 0 <= start < end <= 1")
     grids: dict[str, Callable[[], Tensor]] = {
