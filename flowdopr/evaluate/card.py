@@ -13,28 +13,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from flowdopr.config import Config
 from flowdopr.data import UINT8_RULE
-from flowdopr.evaluate.classifier import file_sha256
 from flowdopr.flow import ADAPTIVE_SOLVERS, BATCH_DEPENDENT_SOLVERS, Sampling
 from flowdopr.train.provenance import commit, versions
 from flowdopr.train.run_folder import RunFolder, write_atomically
 
-WEIGHT_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
 
-
-def origin(run: RunFolder, step: int, weights: str) -> dict[str, Any]:
-    """Which weights, and which code made the images of them."""
-    file = run.checkpoint_path(step) / WEIGHT_FILES[weights]
+def origin(run: RunFolder, model: nn.Module, step: int, weights: str) -> dict[str, Any]:
+    """Which weights, and which code makes images of them."""
     return {
         "run": run.config.name,
         "step": step,
         "weights": weights,
-        "checkpoint": {"step": step, "sha256": file_sha256(file)},
+        "checkpoint": {"step": step, "sha256": weights_sha256(model)},
         "uint8": UINT8_RULE,
         "versions": versions(),
         "commit": commit(),
     }
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """sha256 over the names, types and bytes of all weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def sampling_settings(config: Config, sampling: Sampling) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
@@ -41,7 +41,7 @@ def sample(
     labels: Sequence[int] | None = None,
     seed: int = 0,
     step: int | None = None,
-    weights: Literal["ema", "raw"] = "ema",
+    weights: str = "ema",
     npz: bool = False,
     **settings: Any,
 ) -> Path:
@@ -53,6 +53,7 @@ def sample(
 
     Args:
         labels: repeated over the images; None: all classes in turn.
+        weights: "ema", "raw" or any other that `RunFolder.load_weights` knows.
         settings: settings of section `sample` that differ from the run's: solver, steps, atol, ...
 
     Raises:
@@ -93,7 +94,7 @@ def sample(
         described = sampling_settings(config, sampling)
         described |= {"nfe": nfe, "num_images": num, "seed": seed}
         described["labels"] = list(labels) if labels else "balanced" if num_classes else None
-        card = origin(folder, step, weights) | {"sampling": described}
+        card = origin(folder, model, step, weights) | {"sampling": described}
         _write_folder(out, images, y, card, npz=npz)
     state.wait_for_everyone()
     return out

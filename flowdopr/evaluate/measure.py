@@ -77,7 +77,7 @@ def evaluate(
     config = _changed(folder.config, overrides)
     weights = config.evaluate.weights
     model, step = folder.load_model(step, weights, device_of(state))
-    made_of = origin(folder, step, weights)
+    made_of = origin(folder, model, step, weights)
     settings = _settings(config, model, folder.dataset.fingerprint, state)
     path = card_path(folder.path / "evaluation", step, settings)
     known = None if force else read_card(path)

@@ -1,0 +1,112 @@
+"""Samples as files: image i is a matter of (seed, i), and a folder appears whole or not at all."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowdopr.evaluate import sample
+from flowdopr.evaluate.draw import grid
+
+
+def pixels(folder, index):
+    return np.asarray(Image.open(folder / f"{index:06d}.png")).astype(int)
+
+
+def test_a_folder_of_samples(make_run, tmp_path):
+    run, out = make_run(), tmp_path / "deep" / "out"
+    assert sample(run.path, num=12, out=out, npz=True, steps=3, solver="midpoint") == out
+    names = {path.name for path in out.iterdir()}
+    assert names == {f"{i:06d}.png" for i in range(12)} | {
+        *("grid.png", "sampling.json", "samples.npz")
+    }
+    arrays = np.load(out / "samples.npz")
+    assert (arrays["arr_0"].shape, arrays["arr_0"].dtype) == ((12, 8, 8, 1), np.uint8)
+    assert arrays["labels"].tolist() == [*range(10), 0, 1]
+    assert np.array_equal(arrays["arr_0"][5, :, :, 0], pixels(out, 5))
+    card = json.loads((out / "sampling.json").read_text())
+    assert card["sampling"]["nfe"] == 6
+    assert (card["step"], card["weights"], card["sampling"]["labels"]) == (2, "ema", "balanced")
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_image_i_depends_on_the_seed_and_i_alone(make_run, tmp_path):
+    run = make_run()
+    many = sample(run.path, num=13, out=tmp_path / "many", batch_size=5)
+    few = sample(run.path, num=4, out=tmp_path / "few", batch_size=64)
+    other = sample(run.path, num=4, out=tmp_path / "other", seed=1)
+    for index in range(4):
+        assert np.abs(pixels(many, index) - pixels(few, index)).max() <= 1
+        assert np.abs(pixels(other, index) - pixels(few, index)).max() > 9
+
+
+def test_labels_weights_and_checkpoint_matter(make_run, tmp_path):
+    run = make_run()
+    choices = [{}, {"labels": [3]}, {"weights": "raw"}, {"step": 1}, {"guidance_scale": 3.0}]
+    folders = [
+        sample(run.path, num=1, out=tmp_path / str(number), **choice)
+        for number, choice in enumerate(choices)
+    ]
+    assert len({pixels(folder, 0).tobytes() for folder in folders}) == len(choices)
+
+
+def test_a_folder_with_files_is_refused_and_an_empty_one_taken(make_run, tmp_path):
+    run, out = make_run(), tmp_path / "out"
+    out.mkdir()
+    sample(run.path, num=1, out=out)
+    with pytest.raises(ValueError, match=r"out: holds files already; give a new or an empty"):
+        sample(run.path, num=1, out=out)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"labels": [10]}, "labels are 0 to 9"),
+        ({"solver": "nonsense"}, "solver"),
+        ({"steps": 0}, "sample.steps"),
+        ({"step": 7}, "no checkpoint at step 7; there are: 1, 2"),
+        ({"num": 0}, "at least one image"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_writes_nothing(make_run, tmp_path, wrong, message):
+    run, out = make_run(), tmp_path / "out"
+    with pytest.raises(ValueError, match=message) as caught:
+        sample(run.path, **({"num": 2, "out": out} | wrong))
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+
+
+def test_small_images_are_magnified_in_the_grid():
+    images = torch.randint(0, 256, (7, 1, 8, 8), dtype=torch.uint8)
+    picture = grid(images)
+    assert picture.shape == (3, 3 * 34 + 2, 3 * 34 + 2)
+    assert torch.equal(picture[0, 2:34:4, 2:34:4], images[0, 0])
+
+
+def test_two_processes_draw_and_measure_what_one_does(make_run, tmp_path):
+    run = make_run()
+    alone = sample(run.path, num=7, out=tmp_path / "alone")
+    program = (
+        "import sys; from flowdopr.evaluate import evaluate, sample; "
+        "sample(sys.argv[1], num=7, out=sys.argv[2]); "
+        "evaluate(sys.argv[1], ['evaluate.metrics=[fd]', 'evaluate.fid_num_images=9'])"
+    )
+    script = tmp_path / "both.py"
+    script.write_text(program)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(
+        [sys.executable, *launcher, str(script), str(run.path), str(tmp_path / "both")],
+        check=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        timeout=120,
+    )
+    for index in range(7):
+        gap = np.abs(pixels(alone, index) - pixels(tmp_path / "both", index)).max()
+        assert gap <= 1
+    assert len(list((run.path / "evaluation").iterdir())) == 1

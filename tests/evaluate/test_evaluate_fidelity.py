@@ -1,0 +1,182 @@
+"""Distances against independent float64 computations, and the pitfalls around torch-fidelity."""
+
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch_fidelity import feature_extractor_inceptionv3 as inception
+
+from flowdopr.data import ImageTensor
+from flowdopr.evaluate import classifier_extractor, fidelity, inception_extractor
+from flowdopr.evaluate.classifier import load_classifier
+from flowdopr.evaluate.fidelity import float32_is_float32
+
+ALL = ("fd", "kid", "isc", "prc")
+
+
+@pytest.fixture
+def extractor(digits):
+    return classifier_extractor(digits)
+
+
+def part(dataset, first, last):
+    return ImageTensor(dataset.images[first:last], dataset.labels[first:last])
+
+
+def score(generated, reference, extractor, metrics=ALL):
+    """Cached under a fingerprint of the very images."""
+    key = str(hash(reference.images.numpy().tobytes()))
+    return fidelity(generated, reference, extractor, metrics, reference_fingerprint=key)
+
+
+def features_of(dataset, extractor):
+    with torch.no_grad():
+        return load_classifier(extractor.weights)(dataset.images)[0].double().numpy()
+
+
+def test_a_set_is_at_no_distance_from_itself(digits, extractor):
+    same = part(digits.train, 0, 600)
+    found = score(same, same, extractor)
+    assert set(found) == {
+        *("fd", "kid_mean", "kid_std", "isc_mean", "isc_std", "precision", "recall", "f_score")
+    }
+    assert abs(found["fd"]) < 1e-4
+    assert found["precision"] == found["recall"] == 1
+    assert 1 <= found["isc_mean"] <= 10
+
+
+def test_fd_is_the_formula_in_float64(digits, extractor):
+    left, right = part(digits.train, 0, 500), part(digits.train, 500, 1100)
+    a, b = features_of(left, extractor), features_of(right, extractor)
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(cov_a @ cov_b).real
+    gap = a.mean(0) - b.mean(0)
+    expected = gap @ gap + np.trace(cov_a + cov_b - 2 * root)
+    assert score(left, right, extractor, ["fd"])["fd"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_kid_is_the_unbiased_polynomial_mmd(digits, extractor):
+    """With as many images as a subset has, every subset is all of them."""
+    left, right = part(digits.train, 0, 300), part(digits.train, 300, 600)
+    a, b = features_of(left, extractor), features_of(right, extractor)
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def off_diagonal_mean(k):
+        return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
+
+    expected = (
+        off_diagonal_mean(kernel(a, a)) + off_diagonal_mean(kernel(b, b)) - 2 * kernel(a, b).mean()
+    )
+    found = score(left, right, extractor, ["kid"])
+    assert found["kid_mean"] == pytest.approx(expected, rel=1e-6)
+    assert found["kid_std"] == pytest.approx(0, abs=1e-6 * abs(expected))
+
+
+def test_every_metric_tells_noise_from_digits(digits, extractor):
+    real, others = part(digits.train, 0, 500), part(digits.train, 500, 1000)
+    noise = ImageTensor(torch.randint_like(real.images, 256), real.labels)
+    good, bad = score(others, real, extractor), score(noise, real, extractor)
+    assert good["fd"] < bad["fd"] / 10
+    assert good["kid_mean"] < bad["kid_mean"] / 10
+    for name in ("precision", "recall"):
+        assert good[name] > 0.7 > 0.3 > bad[name]
+    assert good["isc_mean"] > bad["isc_mean"]
+
+
+def test_precision_is_about_generated_and_recall_about_real_images(digits, extractor):
+    """Copies of a few real images are precise and recall little."""
+    real = part(digits.train, 0, 400)
+    few = ImageTensor(real.images[:20].repeat(20, 1, 1, 1), real.labels)
+    found = score(few, real, extractor, ["prc"])
+    assert found["precision"] == 1
+    assert found["recall"] < 0.2
+
+
+def test_reference_features_are_reused_only_for_the_same_reference(digits, extractor):
+    generated, reference = part(digits.train, 0, 100), part(digits.train, 100, 300)
+    stranger = ImageTensor(255 - reference.images, reference.labels)
+
+    def fd(reference, fingerprint):
+        found = fidelity(generated, reference, extractor, ["fd"], reference_fingerprint=fingerprint)
+        return found["fd"]
+
+    first = fd(reference, "A")
+    assert fd(stranger, "A") == first  # the key says it is the same reference
+    assert fd(stranger, "B") != pytest.approx(first, rel=0.1)
+    assert fd(part(reference, 0, 150), "A") != first
+
+
+def test_generated_images_are_never_cached(digits, extractor):
+    reference = part(digits.train, 0, 200)
+    found = [
+        score(part(digits.train, first, first + 100), reference, extractor, ["fd"])["fd"]
+        for first in (200, 300)
+    ]
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize(("metrics", "count"), [(["prc"], 4), (["fd"], 1)])
+def test_too_few_images_are_refused_in_one_line(digits, extractor, metrics, count):
+    with pytest.raises(ValueError, match=r"raise evaluate.fid_num_images$"):
+        score(part(digits.train, 0, count), digits.train, extractor, metrics)
+
+
+def test_full_float32_only_while_scoring():
+    torch.set_float32_matmul_precision("high")
+    try:
+        with float32_is_float32():
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def random_inception(tmp_path, monkeypatch):
+    """Inception's real architecture with random weights in a file."""
+    with monkeypatch.context() as patch:
+        patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        model = inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    path = tmp_path / "inception.pth"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def test_inception_is_read_from_a_path_and_takes_grey_images(digits, random_inception):
+    extractor = inception_extractor(str(random_inception))
+    assert extractor.distance == "fid"
+    images = part(digits.train, 0, 6)
+    found = score(images, images, extractor, ["kid", "prc"])
+    assert found["precision"] == found["recall"] == 1
+    assert np.isfinite(found["kid_mean"])
+
+
+@pytest.mark.slow
+def test_fid_is_named_fid(digits, random_inception):
+    extractor = inception_extractor(str(random_inception))
+    images = part(digits.train, 0, 8)
+    assert abs(score(images, images, extractor, ["fd"])["fid"]) < 1e-2
+
+
+def test_without_inception_weights_one_line_names_the_alternatives(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(inception, "load_state_dict_from_url", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    torn = tmp_path / "torn.pth"
+    torn.write_bytes(b"no weights")
+    cases = {None: "could not be downloaded", str(torn): "cannot be read"}
+    cases[str(tmp_path / "none.pth")] = "there is no file"
+    for weights, message in cases.items():
+        with pytest.raises(ValueError, match=message) as caught:
+            inception_extractor(weights)
+        assert str(caught.value).endswith("use evaluate.extractor=classifier (FD)")
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,153 @@
+"""Cards: everything needed to repeat a number, made once, never for other weights or data."""
+
+import json
+
+import pytest
+import torch
+
+from flowdopr.data import plain_batches
+from flowdopr.evaluate import evaluate
+from flowdopr.evaluate.card import write_card
+from flowdopr.evaluate.generate import balanced_labels, labels_like_data, repeated_labels
+from flowdopr.evaluate.measure import ONE_STEP_BATCH
+from flowdopr.flow import build_objective, one_step_loss
+from flowdopr.train.run_folder import averages_of
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_a_card_says_all_that_is_needed(make_run, digits):
+    run = make_run()
+    path = evaluate(run.path)
+    card = read(path)
+    assert path.parent == run.path / "evaluation"
+    assert (card["run"], card["step"], card["weights"], card["proxy"]) == ("tiny", 2, "ema", True)
+    assert set(card["metrics"]) == {
+        *("one_step_loss", "one_step_loss_by_time", "fd", "kid_mean", "kid_std"),
+        *("precision", "recall", "f_score", "label_accuracy"),
+    }
+    assert card["sampling"] == {
+        "solver": "euler",
+        "steps": 2,
+        "time_grid": "uniform",
+        "guidance_scale": 1.0,
+        "nfe": 2,
+        "num_images": 40,
+        "labels": "balanced",
+        "seed": 0,
+    }
+    assert card["extractor"]["name"] == "flowdopr-classifier"
+    assert card["extractor"]["held_out_accuracy"] > 0.97
+    assert len(card["extractor"]["weights_sha256"]) == 64
+    assert card["reference"] == {
+        "name": "digits train",
+        "fingerprint": digits.info.fingerprint,
+        "num_images": digits.info.num_train,
+    }
+    assert card["uint8"] == "((x + 1) * 127.5).round().clamp(0, 255)"
+    assert {"torch", "torch-fidelity"} <= set(card["versions"])
+    assert len(card["checkpoint"]["sha256"]) == 64
+    assert card["seconds"] > 0
+
+
+def test_the_one_step_loss_is_the_held_out_velocity_error(make_run, digits):
+    run = make_run()
+    card = read(evaluate(run.path, ["evaluate.metrics=[]", "evaluate.seed=3"]))
+    model, _ = run.load_model()
+    batches = plain_batches(digits.held_out, ONE_STEP_BATCH)
+    expected = one_step_loss(build_objective(run.config), model, batches, seed=3)
+    assert card["metrics"]["one_step_loss"] == expected.mean
+    assert card["metrics"]["one_step_loss_by_time"] == expected.by_time
+
+
+def test_the_same_question_is_answered_once_and_alike(make_run):
+    run = make_run()
+    path = evaluate(run.path)
+    first, written = read(path), path.stat().st_mtime_ns
+    assert evaluate(run.path) == path
+    assert path.stat().st_mtime_ns == written
+    assert evaluate(run.path, force=True) == path
+    assert path.stat().st_mtime_ns != written
+    assert read(path)["metrics"] == first["metrics"]
+
+
+def test_other_settings_and_checkpoints_get_other_cards(make_run):
+    run = make_run()
+    quick = "evaluate.metrics=[fd]"
+    cards = {
+        evaluate(run.path, [quick]),
+        evaluate(run.path, [quick, "sample.steps=3"]),
+        evaluate(run.path, [quick, "sample.guidance_scale=2.0"]),
+        evaluate(run.path, [quick, "evaluate.weights=raw"]),
+        evaluate(run.path, [quick, "evaluate.fid_num_images=30"]),
+        evaluate(run.path, [quick, "evaluate.seed=1"]),
+        evaluate(run.path, [quick], step=1),
+    }
+    assert len(cards) == 7
+    assert len({read(path)["metrics"]["fd"] for path in cards}) == 7
+    assert {read(path)["sampling"]["nfe"] for path in cards} == {2, 3, 4}
+
+
+def test_a_card_of_weights_that_have_changed_is_made_again(make_run):
+    run = make_run()
+    path = evaluate(run.path, ["evaluate.metrics=[fd]"])
+    first = read(path)
+    average = run.checkpoint_path(2) / f"{averages_of(run.config)[0].name}.safetensors"
+    average.write_bytes((run.checkpoint_path(1) / "model.safetensors").read_bytes())
+    assert evaluate(run.path, ["evaluate.metrics=[fd]"]) == path
+    assert read(path)["checkpoint"] != first["checkpoint"]
+    assert read(path)["metrics"]["fd"] != first["metrics"]["fd"]
+
+
+def test_an_adaptive_solver_is_told_by_its_tolerances_and_batches(make_run):
+    overrides = ["sample.solver=dopri5", "sample.rtol=1e-2", "sample.atol=1e-2"]
+    sampling = read(evaluate(make_run().path, [*overrides, "evaluate.metrics=[fd]"]))["sampling"]
+    assert "steps" not in sampling
+    assert (sampling["rtol"], sampling["batch_size"], sampling["processes"]) == (0.01, 256, 1)
+    assert sampling["nfe"] > 5
+
+
+def test_label_accuracy_needs_balanced_labels_and_a_conditional_model(make_run):
+    metrics = read(evaluate(make_run().path, ["evaluate.labels=data"]))["metrics"]
+    assert "label_accuracy" not in metrics
+
+
+def test_an_unconditional_model_is_measured_without_labels(make_run):
+    card = read(evaluate(make_run(class_conditional=False).path))
+    assert card["sampling"]["labels"] is None
+    assert "label_accuracy" not in card["metrics"]
+
+
+@pytest.mark.parametrize("key", ["train.steps", "data.image_size", "model.depth", "seed"])
+def test_what_the_weights_depend_on_cannot_be_overridden(make_run, key):
+    with pytest.raises(ValueError, match=f"override '{key}=8': the run is trained; only sample"):
+        evaluate(make_run().path, [f"{key}=8"])
+
+
+def test_other_images_than_the_runs_are_refused(make_run):
+    run = make_run()
+    info = read(run.path / "dataset.json") | {"fingerprint": "0" * 64}
+    (run.path / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="are not those it was trained on") as caught:
+        evaluate(run.path)
+    assert "\n" not in str(caught.value)
+    assert not list((run.path / "evaluation").iterdir())
+
+
+def test_label_rules():
+    assert balanced_labels(5, 3).tolist() == [0, 1, 2, 0, 1]
+    labels = torch.tensor([0, 0, 0, 1])
+    assert labels_like_data(40, labels).bincount().tolist() == [30, 10]
+    assert labels_like_data(6, labels)[:4].sort().values.tolist() == [0, 0, 0, 1]
+    assert repeated_labels(5, [7, 2], 10).tolist() == [7, 2, 7, 2, 7]
+    for wrong in ([10], [-1], []):
+        with pytest.raises(ValueError, match=r"the model's labels are 0 to 9$"):
+            repeated_labels(5, wrong, 10)
+
+
+def test_a_card_is_strict_json_and_leaves_no_part_behind(tmp_path):
+    write_card(tmp_path / "a" / "card.json", {"loss": float("nan"), "bins": (1.0, float("inf"))})
+    assert read(tmp_path / "a" / "card.json") == {"loss": None, "bins": [1.0, None]}
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["card.json"]
