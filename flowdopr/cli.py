@@ -80,7 +80,10 @@ def sample(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Image i depends on the seed and i alone.")] = 0,
     step: Annotated[int | None, typer.Option(help="Checkpoint; default: the newest.")] = None,
-    ema: Annotated[bool, typer.Option("--ema/--raw", help="Averaged or raw weights.")] = True,
+    ema: Annotated[
+        str,
+        typer.Option(help="Weights: ema, raw, an average's own name, or posthoc-LENGTH."),
+    ] = "ema",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time.")] = None,
     npz: Annotated[
         bool, typer.Option("--npz", help="Also write samples.npz (arr_0: uint8, NHWC; labels).")
@@ -105,7 +108,7 @@ def sample(
             labels=_numbers(labels),
             seed=seed,
             step=step,
-            weights="ema" if ema else "raw",
+            weights=ema,
             npz=npz,
             **{key: value for key, value in changes.items() if value is not None},
         )

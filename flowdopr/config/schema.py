@@ -205,8 +205,9 @@ class EvaluateConfig(Section):
     """Generated images; fewer than 50,000 is a labelled proxy."""
     labels: Literal["balanced", "data"] = "balanced"
     """Labels of the generated images: equally many of each class, or as frequent as in the data."""
-    weights: Literal["ema", "raw"] = "ema"
-    """Which weights are evaluated."""
+    weights: Annotated[str, Field(pattern=r"^(ema|raw|ema-.+|power-.+|posthoc-.+)$")] = "ema"
+    """Which weights: `ema` (the average that is sampled from), `raw`, an average's own name such as
+    `ema-0.999` or `power-0.1`, or `posthoc-LENGTH`."""
     seed: CountOrZero = 0
     """Seed of the rollouts' noise and of the one-step loss's noise and times."""
 
