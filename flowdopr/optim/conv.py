@@ -141,9 +141,9 @@ class SharedOffsetsCase(Case):
 
     kind = "channels"
 
-    def __init__(self, conv: _ConvNd, mode: str = "sua", blocks: int = 1, extra: int = 0) -> None:
+    def __init__(self, conv: _ConvNd, mode: str = "sua", blocks: int = 1) -> None:
         self.axes, self.offsets = len(conv.kernel_size), math.prod(conv.kernel_size)
-        super().__init__(mode, conv.groups, conv.in_channels // conv.groups + extra, blocks)
+        super().__init__(mode, conv.groups, conv.in_channels // conv.groups, blocks)
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -169,36 +169,39 @@ class MeanOffsetsCase(SharedOffsetsCase):
 
     C is the centred channel covariance. The mean over offsets sees C + k^2 mu mu^T and the
     deviations from it see C, which is what Sherman and Morrison's formula comes to; any power and
-    the Cholesky factor follow as well. Gathered with a homogeneous coordinate for mu.
+    the Cholesky factor follow as well. Gathered with a homogeneous coordinate for mu. The stack
+    to invert is (G, 2 B, s, s): B blocks for the mean over offsets, then B for the deviations.
     """
 
-    def __init__(self, conv: _ConvNd) -> None:
-        super().__init__(conv, "sua-mean", extra=1)
+    def __init__(self, conv: _ConvNd, blocks: int = 1) -> None:
+        super().__init__(conv, "sua-mean", blocks)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (self.groups, self.blocks, self.side + 1, self.side + 1)
 
     def rows(self, x: Tensor, max_rows: int | None) -> Tensor:
-        flat = channel_rows(x, self.axes, max_rows)
-        flat = flat.reshape(-1, self.groups, 1, self.side - 1)
-        return nn.functional.pad(flat, (0, 1), value=1.0)
+        return nn.functional.pad(super().rows(x, max_rows), (0, 1), value=1.0)
 
     def stack(self, sigma: Tensor) -> Tensor:
-        """(G, 2, c, c): what the mean over offsets sees, and what the deviations see."""
         mu = sigma[..., -1:, :-1]
         outer = mu.mT * mu
         centred = sigma[..., :-1, :-1] - outer
         return torch.cat([centred + self.offsets * outer, centred], 1)
 
     def mean_eigenvalue(self, stack: Tensor) -> Tensor:
-        traces = stack.diagonal(dim1=-2, dim2=-1).mean(-1)
-        mean = (traces[:, 0] + (self.offsets - 1) * traces[:, 1]) / self.offsets
-        return mean[:, None, None, None]
+        means = stack.diagonal(dim1=-2, dim2=-1).mean(-1).unflatten(1, (2, -1)).mean(2)
+        return ((means[:, 0] + (self.offsets - 1) * means[:, 1]) / self.offsets)[
+            :, None, None, None
+        ]
 
     def multiply(self, grads: Sequence[Tensor], stack: Tensor) -> list[Tensor]:
-        weight = grads[0].flatten(2).transpose(1, 2).to(stack.dtype)
-        weight = weight.unflatten(0, (self.groups, -1))  # (G, C_out / G, k*k, c)
-        mean = weight.mean(2)
-        product = weight.flatten(1, 2) @ stack[:, 1]
-        product = product.view(weight.shape) + (mean @ (stack[:, 0] - stack[:, 1]))[:, :, None]
-        return self.gradients(product.flatten(1, 2)[:, None], grads)
+        matrix = self.matrix(grads).to(stack.dtype)
+        for_mean, for_rest = stack.chunk(2, dim=1)
+        by_offset = matrix.unflatten(2, (-1, self.offsets))  # (G, B, C_out / G, k*k, s)
+        correction = by_offset.mean(3) @ (for_mean - for_rest)
+        product = (matrix @ for_rest).view(by_offset.shape).add_(correction[:, :, :, None])
+        return self.gradients(product.flatten(2, 3), grads)
 
 
 class TransposedCase(SharedOffsetsCase):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flowdopr.optim.distributed import like_shard, local
 from flowdopr.optim.inverse import Form, full_precision
-from flowdopr.optim.plan import Layer, LayerRule, make_plan
+from flowdopr.optim.plan import CONV_MODES, Defaults, Layer, LayerRule, make_plan
 from flowdopr.optim.preconditioner import Preconditioner
 from flowdopr.optim.statistics import Statistic, Statistics
 
@@ -43,7 +43,11 @@ class DoPr(torch.optim.Optimizer):
         power: alpha of S^-alpha; 1 is the paper's.
         anneal: (first, last) steps between which AP fades linearly into the bare GP; None never.
         max_rows: rows of z one forward contributes to a layer, evenly spread; None takes all.
-        max_side: side of the widest Sigma; wider layers fall into equal diagonal blocks.
+        max_side: side of the widest Sigma; wider layers fall into equal diagonal blocks, and so
+            do layers that narrow (an MLP's second), into blocks of their output's width or 512.
+        max_patch: widest convolution patch with a full Sigma; wider ones take "sua-mean".
+        conv_mode: mode of convolutions that no rule decides, see `LayerRule`.
+        bias: give Linear layers their bias as one more coordinate of z, which centres Sigma.
         rules: `LayerRule`s by name, the first match wins.
         unit_scale: divide Sigma by its mean eigenvalue before it is inverted.
         max_nonfinite: consecutive refreshes with non-finite inputs after which `step` raises.
@@ -64,8 +68,11 @@ class DoPr(torch.optim.Optimizer):
         form: str = "inverse",
         power: float = 1.0,
         anneal: tuple[int, int] | None = None,
-        max_rows: int | None = 4096,
+        max_rows: int | None = 2048,
         max_side: int = 1280,
+        max_patch: int = 576,
+        conv_mode: str = "auto",
+        bias: bool = False,
         rules: Sequence[LayerRule] = (),
         unit_scale: bool = True,
         max_nonfinite: int = 10,
@@ -81,12 +88,15 @@ class DoPr(torch.optim.Optimizer):
         self._anneal = anneal
         _check("max_rows", max_rows, max_rows is None or max_rows >= 1, "1 or more, or None")
         _check("max_side", max_side, max_side >= 1, "1 or more")
+        _check("conv_mode", conv_mode, conv_mode in CONV_MODES, f"one of {', '.join(CONV_MODES)}")
         super().__init__([dict(group) for group in optimizer.param_groups], {})
         self.optimizer, self.refresh_every = optimizer, refresh_every
         self._share()
         self.steps = self._refreshed_at = 0
         optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.plan = make_plan(model, optimized, rules, max_side)
+        self.plan = make_plan(
+            model, optimized, rules, Defaults(conv_mode, bias, max_side, max_patch)
+        )
         self.statistics = Statistics()
         for layer in self.plan.layers:
             rows = max_rows if layer.rule.max_rows is None else layer.rule.max_rows
@@ -109,8 +119,8 @@ class DoPr(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Refresh Sigma if this is a refresh step, precondition, and let the GP step.
 
-        Gradients are given back as they were. Raises FloatingPointError after `max_nonfinite`
-        refreshes in a row with activations that are not finite.
+        Afterwards `.grad` holds what the GP saw, M. Raises FloatingPointError after
+        `max_nonfinite` refreshes in a row with activations that are not finite.
         """
         loss = None
         if closure is not None:
@@ -199,27 +209,22 @@ class DoPr(torch.optim.Optimizer):
         self.statistics.gathering = strength > 0 and self.steps % self.refresh_every == 0
 
     def _step_preconditioned(self) -> None:
-        """Put M in place of G, let the GP step, give G back."""
+        """Put M in place of G and let the GP step."""
         ready = []
         _, strength = self._schedule(self.steps)
         for layer, statistic in zip(self.plan.layers, self.statistics.all, strict=True):
             has_grads = all(parameter.grad is not None for parameter in layer.parameters)
             if statistic.transform is not None and has_grads and strength > 0:
                 ready.append((layer, statistic.transform))
-        originals = [(p, p.grad) for layer, _ in ready for p in layer.parameters]
         for layer, transform in ready:
             grads = [p.grad for p in layer.parameters if p.grad is not None]
             products = layer.case.multiply([local(grad) for grad in grads], transform)
             for parameter, grad, product in zip(layer.parameters, grads, products, strict=True):
-                parameter.grad = like_shard(product, grad)
-        try:
-            if self.preconditioner.form.sandwich:
-                self._step_sandwich(ready)
-            else:
-                self.optimizer.step()
-        finally:
-            for parameter, grad in originals:
-                parameter.grad = grad
+                parameter.grad = like_shard(product, grad)  # G is freed: no second copy of all
+        if self.preconditioner.form.sandwich:
+            self._step_sandwich(ready)
+        else:
+            self.optimizer.step()
 
     def _step_sandwich(self, ready: list[tuple[Layer, Tensor]]) -> None:
         """W <- (1 - lr wd) W - lr GP(G L^-T) L^-1.

@@ -31,14 +31,21 @@ def strided_rows(total: int, max_rows: int | None) -> int:
 
 
 def add_gram(sums: Tensor, rows: Tensor) -> None:
-    """Add sum_i z_i z_i^T of `rows` (n, G, B, s) to `sums` (G, B, s, s), in place."""
+    """Add sum_i z_i z_i^T of `rows` (n, G, B, s) to `sums` (G, B, s, s), in place.
+
+    Of a wide matrix only the lower triangle is made, in strips, and a third of the work saved:
+    nothing reads the upper one.
+    """
     groups, blocks, side, _ = sums.shape
     rows = rows.to(sums.dtype)
     if side == 1:
         sums.add_(rows.square().sum(0)[..., None])
     elif groups * blocks == 1:
         flat = rows.reshape(-1, side)
-        sums[0, 0].addmm_(flat.mT, flat)
+        strips = 4 if side >= 128 else 1
+        for i in range(strips):
+            first, last = side * i // strips, side * (i + 1) // strips
+            sums[0, 0, first:last, :last].addmm_(flat[:, first:last].mT, flat[:, :last])
     else:
         stacked = rows.reshape(-1, groups * blocks, side).transpose(0, 1)
         sums.view(-1, side, side).baddbmm_(stacked.mT, stacked)

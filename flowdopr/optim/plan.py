@@ -21,25 +21,44 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Embedding, *CONVS, *TRANSPOSED)
 STACKED = ("full", "blocks", "diagonal")
-MAX_PATCH = 576  # widest patch that "auto" preconditions in full: 64 channels in a 3x3 kernel
+CONV_MODES = ("auto", *STACKED, "offsets", "sua", "sua-mean")
+NARROWEST = 512
 
 
 @dataclass(frozen=True)
 class LayerRule:
-    """How to precondition the layers whose module name a regular expression matches in full.
+    """How to precondition the layers whose module names a regular expression finds.
 
+    pattern: searched in the name of the module; the empty one matches every layer.
     mode: "auto" (by the layer's kind and size), "none" (GP alone), "full", "blocks" (equal, of at
         most max_side), "diagonal"; for convolutions also "offsets", "sua" and "sua-mean".
     bias: give a Linear its bias as one more coordinate.
-    max_side: side of the widest Sigma "auto" and "blocks" may use; None takes DoPr's.
-    max_rows: rows of z a forward contributes; None takes DoPr's.
+    max_side: side of the widest Sigma "auto" and "blocks" may use.
+    max_rows: rows of z a forward contributes.
+    For the last three None takes what DoPr was given.
     """
 
     pattern: str
     mode: str = "auto"
-    bias: bool = False
+    bias: bool | None = None
     max_side: int | None = None
     max_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """For layers and fields that no rule decides; see DoPr."""
+
+    conv_mode: str = "auto"
+    bias: bool = False
+    max_side: int = 1280
+    max_patch: int = 576
+
+    def rule(self, module: nn.Module) -> LayerRule:
+        """The rule of a layer that no rule matches."""
+        mode = self.conv_mode if isinstance(module, CONVS) else "auto"
+        strided = isinstance(module, CONVS) and any(step != 1 for step in module.stride)
+        return LayerRule("", "full" if mode == "offsets" and strided else mode)
 
 
 @dataclass
@@ -64,8 +83,8 @@ class Plan:
 class _Planner:
     """One walk over the modules; `layers` and `refused` are keyed by the weight's identity."""
 
-    def __init__(self, model: nn.Module, rules: Sequence[LayerRule], max_side: int) -> None:
-        self.rules, self.max_side = rules, max_side
+    def __init__(self, model: nn.Module, rules: Sequence[LayerRule], defaults: Defaults) -> None:
+        self.defaults = defaults
         self.layers: dict[int, Layer] = {}
         self.refused: dict[int, str] = {}
         used: set[int] = set()
@@ -77,7 +96,9 @@ class _Planner:
                 continue
             number = next((i for i, r in enumerate(rules) if re.search(r.pattern, name)), None)
             used.add(-1 if number is None else number)
-            self._add(name, module, weight, rules[number] if number is not None else LayerRule(""))
+            self._add(
+                name, module, weight, rules[number] if number is not None else defaults.rule(module)
+            )
         for number, rule in enumerate(rules):
             if number not in used:
                 raise ValueError(
@@ -87,7 +108,7 @@ class _Planner:
 
     def _add(self, name: str, module: nn.Module, weight: nn.Parameter, rule: LayerRule) -> None:
         known = self.layers.get(id(weight))
-        case = make_case(module, known.rule if known else rule, self.max_side)
+        case = make_case(module, known.rule if known else rule, self.defaults)
         if isinstance(case, str):
             self._refuse(weight, case)
         elif known is None:
@@ -116,14 +137,14 @@ class _Planner:
 
 
 def make_plan(
-    model: nn.Module, optimized: set[int], rules: Sequence[LayerRule], max_side: int
+    model: nn.Module, optimized: set[int], rules: Sequence[LayerRule], defaults: Defaults
 ) -> Plan:
     """The plan for `model` whose optimizer holds the parameters with the ids `optimized`.
 
     Raises ValueError for a rule that decides nothing, for a trainable layer weight that the
     optimizer lacks, and for a model without a layer to precondition.
     """
-    planner = _Planner(model, rules, max_side)
+    planner = _Planner(model, rules, defaults)
     modes: dict[int, str] = {}
     layers = []
     for layer in planner.layers.values():
@@ -152,52 +173,55 @@ def make_plan(
     return Plan(layers, roles)
 
 
-def make_case(module: nn.Module, rule: LayerRule, max_side: int) -> Case | str:
+def make_case(module: nn.Module, rule: LayerRule, defaults: Defaults) -> Case | str:
     """The case of a layer under a rule, or the reason why it is left to the GP alone.
 
     Raises ValueError for a mode that this kind of layer does not have.
     """
     if rule.mode == "none":
         return f"rule {rule.pattern!r}"
-    side = rule.max_side or max_side
     if isinstance(module, nn.Linear):
-        return _linear_case(module, rule, side)
+        _check_mode(rule, "a Linear", ("auto", *STACKED))
+        side = _side(rule, defaults, module.out_features)
+        blocks = _blocks(rule, module.in_features, side)
+        bias = defaults.bias if rule.bias is None else rule.bias
+        if bias and module.bias is not None and blocks == 1:
+            return LinearBiasCase("full", 1, module.in_features + 1)
+        return LinearCase(_stacked_mode(rule, blocks), 1, module.in_features, blocks)
     if isinstance(module, nn.Embedding):
         _check_mode(rule, "an Embedding", ("auto", "diagonal"))
         return "sparse gradients" if module.sparse else EmbeddingCase(module.num_embeddings)
     if isinstance(module, TRANSPOSED):
-        blocks = _blocks(rule, module.in_channels // module.groups, side)
         _check_mode(rule, "a transposed convolution", ("auto", *STACKED))
+        side = _side(rule, defaults, module.out_channels)
+        blocks = _blocks(rule, module.in_channels // module.groups, side)
         return TransposedCase(module, _stacked_mode(rule, blocks), blocks)
     assert isinstance(module, CONVS)
-    return _conv_case(module, rule, side)
+    return _conv_case(module, rule, defaults)
 
 
-def _linear_case(module: nn.Linear, rule: LayerRule, side: int) -> Case:
-    _check_mode(rule, "a Linear", ("auto", *STACKED))
-    dim = module.in_features
-    blocks = _blocks(rule, dim, side)
-    if rule.bias and module.bias is not None and blocks == 1:
-        return LinearBiasCase("full", 1, dim + 1)
-    return LinearCase(_stacked_mode(rule, blocks), 1, dim, blocks)
-
-
-def _conv_case(module: _ConvNd, rule: LayerRule, side: int) -> Case:
-    _check_mode(rule, "a convolution", ("auto", *STACKED, "offsets", "sua", "sua-mean"))
+def _conv_case(module: _ConvNd, rule: LayerRule, defaults: Defaults) -> Case:
+    _check_mode(rule, "a convolution", CONV_MODES)
     channels = module.in_channels // module.groups
     patch = channels * math.prod(module.kernel_size)
-    wide = number_of_blocks(channels, side)
-    mode = rule.mode
-    if mode == "auto" and patch > MAX_PATCH:
-        mode = "sua-mean" if wide == 1 else "sua"
-    if mode == "offsets":
+    side = _side(rule, defaults, module.out_channels)
+    if rule.mode == "offsets":
         return OffsetCase(module)
-    if mode == "sua-mean":
-        return MeanOffsetsCase(module)
-    if mode == "sua":
-        return SharedOffsetsCase(module, "sua", wide)
+    if rule.mode == "sua":
+        return SharedOffsetsCase(module, "sua", number_of_blocks(channels, side))
+    if rule.mode == "sua-mean" or (rule.mode == "auto" and patch > defaults.max_patch):
+        return MeanOffsetsCase(module, number_of_blocks(channels, side))
     blocks = _blocks(rule, patch, side)
     return PatchCase(module, _stacked_mode(rule, blocks), blocks)
+
+
+def _side(rule: LayerRule, defaults: Defaults, d_out: int) -> int:
+    """The widest block: a layer that narrows is cut, but never below NARROWEST."""
+    if rule.max_side is not None:
+        return rule.max_side
+    return (
+        min(defaults.max_side, max(d_out, NARROWEST)) if rule.mode == "auto" else defaults.max_side
+    )
 
 
 def _blocks(rule: LayerRule, dim: int, side: int) -> int:
