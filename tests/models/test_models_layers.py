@@ -12,9 +12,10 @@ from flowdopr.models.layers import Attention, Condition, FusedLinear, Linear, Sw
 
 
 @pytest.mark.parametrize("onednn", [True, False])
-@pytest.mark.parametrize("shape", [(4, 6, 12), (1, 5, 12), (3, 1, 12), (7, 12)])
+@pytest.mark.parametrize("shape", [(2, 8, 12), (4, 4, 3, 12), (1, 16, 12), (16, 12), (5, 12)])
 def test_linear_equals_torchs(onednn, shape, monkeypatch):
     monkeypatch.setattr(layers, "ONEDNN_IS_FAST", onednn)
+    monkeypatch.setattr(layers, "ONEDNN_MIN_ROWS", 16)
     ours = Linear(12, 20)
     theirs = nn.Linear(12, 20)
     theirs.load_state_dict(ours.state_dict())
@@ -32,7 +33,7 @@ def test_linear_equals_torchs(onednn, shape, monkeypatch):
 
 
 def test_linear_takes_inputs_that_are_not_contiguous():
-    linear, x = Linear(12, 20), torch.randn(12, 6, 4).transpose(0, 2)
+    linear, x = Linear(12, 20), torch.randn(12, 32, 16).transpose(0, 2)
     torch.testing.assert_close(linear(x), F.linear(x, linear.weight, linear.bias))
 
 
