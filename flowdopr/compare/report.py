@@ -144,8 +144,12 @@ def _settings(config: Config, runs: Sequence[RunResult]) -> dict[str, str]:
         "data": config.data.name,
         "model": ", ".join(f"{key} {value}" for key, value in chosen.items()),
         "training": f"{train.steps:,} steps of {train.global_batch_size} images, "
-        f"EMA {train.ema_decay:g}, learning rate {train.lr_decay} "
+        f"learning rate {train.lr_decay} "
         f"after {count(train.warmup_steps, 'warm-up step')}",
+        "weight averages": ", ".join(
+            [f"EMA {decay:g}" for decay in train.ema_decays]
+            + [f"power-function {length:g}" for length in train.ema_lengths]
+        ),
         "seeds": ", ".join(map(str, seeds)),
     }
     if evaluated is not None:

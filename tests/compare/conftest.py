@@ -17,7 +17,7 @@ train:
   global_batch_size: 16
   log_every: 2
   checkpoint_every: 4
-  ema_decay: 0.9
+  ema_decays: [0.9]
 sample: {{solver: euler, steps: 2, num_images: 16}}
 evaluate: {{metrics: [fd], fid_num_images: 40}}
 compare:

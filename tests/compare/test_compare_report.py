@@ -52,7 +52,7 @@ def make_run(plan, fd):
     run = RunFolder.create(plan.config, DIGITS, MADE_BY, resume=False)
     tensor = {"w": torch.zeros(1)}
     for step in (4, 8):
-        run.save_checkpoint(step, model=tensor, ema=tensor, state={}, note={})
+        run.save_checkpoint(step, model=tensor, averages={"ema-0.9": tensor}, state={}, note={})
     # The first window is slow, as first windows are; the median of the others is 0.020.
     for step, seconds in zip((2, 4, 6, 8), (9.0, 0.02, 0.01, 0.03), strict=True):
         run.append_metrics(

@@ -1,0 +1,75 @@
+"""A real study, small: interrupted, gone on with, and then left alone because it is done."""
+
+import csv
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from flowdopr.compare import compare, execute
+from flowdopr.compare.evaluations import is_finished
+from flowdopr.compare.plan import expand, study_path
+from flowdopr.compare.progress import last_step
+from flowdopr.config import apply_overrides
+from flowdopr.evaluate import classifier
+from flowdopr.train import Interrupted, RunFolder
+
+
+@pytest.fixture
+def quick(study, tmp_path, monkeypatch):
+    """Two runs, one after the other; a classifier of a few steps, kept with the test."""
+    monkeypatch.setenv("FLOWDOPR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(classifier, "STEPS", 5)
+    monkeypatch.setattr(execute, "usable_cores", lambda: 1)
+    return apply_overrides(
+        study,
+        [
+            "compare.seeds=[0]",
+            "compare.workers=1",
+            "compare.nfe_steps=[1]",
+            "train.checkpoint_every=null",
+            "compare.arms=[{name: short, lrs: [1e-3]}, {name: long, lrs: [1e-3], "
+            "set: {train.steps: 300}}]",
+        ],
+    )
+
+
+def interrupt_during(plan):
+    while last_step(plan.path) < 2:
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stamps(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_interrupted_then_gone_on_with_then_left_alone(quick, capfd):
+    short, long = expand(quick)
+    thread = threading.Thread(target=interrupt_during, args=(long,))
+    thread.start()
+    with pytest.raises(Interrupted, match="goes on") as caught:
+        compare(quick)
+    thread.join()
+    assert caught.value.exit_code == 143
+    assert is_finished(short)
+    assert not is_finished(long)
+    saved = RunFolder.open(long.path).steps()
+    assert 0 < saved[-1] < 300
+    before = stamps(short.path)
+
+    folder = compare(quick)
+    assert stamps(short.path) == before
+    assert is_finished(long)
+    assert f"going on from step {saved[-1]}" in (long.path / "log.txt").read_text()
+    rows = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
+    assert [row["arm"] for row in rows] == ["short", "long"]
+    assert all(float(row["fd_mean"]) > 0 for row in rows)
+
+    everything = stamps(study_path(quick) / long.name)
+    capfd.readouterr()
+    compare(quick)
+    assert stamps(study_path(quick) / long.name) == everything
+    assert "long" not in capfd.readouterr().err
