@@ -11,7 +11,6 @@ from flowdopr.compare.evaluations import is_finished
 from flowdopr.compare.execute import Executor, worker_command
 from flowdopr.compare.plan import RunPlan, expand, study_path, study_settings
 from flowdopr.compare.progress import Display
-from flowdopr.compare.report import write_report
 from flowdopr.config import Config, to_yaml
 from flowdopr.data import build_datasets
 from flowdopr.evaluate import trained_classifier
@@ -46,6 +45,9 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
         Interrupted: stopped by Ctrl-C or SIGTERM, after the runs have saved.
         StudyFailed: some runs failed; the report is written and lists them.
     """
+    # Here, because the workers import this package and draw nothing: half a second a run.
+    from flowdopr.compare.report import write_report
+
     study, plans = study_path(config), expand(config)
     _refuse_other_runs(plans)
     failed: list[str] = []

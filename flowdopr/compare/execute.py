@@ -109,7 +109,7 @@ class Executor:
             if code == 0:
                 display.ended(name, "done")
             elif self.outcome.signum:
-                display.ended(name, "stopped")
+                display.ended(name, "stopped", for_good=False)
             else:
                 self._failed(run.plan, code, display)
 

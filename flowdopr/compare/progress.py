@@ -94,8 +94,9 @@ class Display:
         if not self.console.is_terminal:
             self._plain_lines(states)
 
-    def ended(self, name: str, words: str) -> None:
-        self.done += 1
+    def ended(self, name: str, words: str, *, for_good: bool = True) -> None:
+        """One line that a run ended; unless it did so for good, it stays in the count of open."""
+        self.done += for_good
         self._bar.remove_task(self._tasks.pop(name))
         self.say(f"[{self.done}/{self.total}] {name}: {words} ({self._elapsed()})")
 

@@ -86,6 +86,7 @@ def test_a_signal_reaches_the_runs_and_starts_no_more(study, tmp_path):
     assert first.read_text() == second.read_text() == "saved"
     assert not any(path.exists() for path in others)
     assert printed.count("stopped") == 2
+    assert "[0/4]" in printed
 
 
 def test_workers_share_the_cores(monkeypatch):
