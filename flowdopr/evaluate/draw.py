@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import to_pil_image
@@ -23,6 +22,7 @@ from flowdopr.evaluate.generate import (
     device_of,
     generate_images,
     repeated_labels,
+    this_process,
 )
 from flowdopr.evaluate.progress import counting
 from flowdopr.flow import build_sampling
@@ -60,7 +60,7 @@ def sample(
         ConfigError, ValueError: `out` holds files, no such run or checkpoint, unknown labels,
             settings that cannot be used.
     """
-    out, state = Path(out), PartialState()
+    out, state = Path(out), this_process()
     if num < 1:
         raise ValueError(f"num={num}: at least one image must be asked for")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

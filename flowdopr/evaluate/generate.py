@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from torch import Tensor, nn
 
 from flowdopr.data import to_uint8
@@ -72,6 +72,16 @@ def generate_images(
     shares = gather_object(share) if world > 1 else share
     nfe = sum(calls for _, calls in shares) / num
     return torch.cat([images for images, _ in shares]), int(nfe) if nfe.is_integer() else nfe
+
+
+def this_process() -> PartialState:
+    """This process among those of its launch.
+
+    Without an accelerator accelerate joins the processes only if told that they run on the CPU;
+    otherwise each would take itself for the only one.
+    """
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu)
 
 
 def device_of(state: PartialState) -> torch.device:

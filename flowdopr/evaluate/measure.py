@@ -31,6 +31,7 @@ from flowdopr.evaluate.generate import (
     device_of,
     generate_images,
     labels_like_data,
+    this_process,
 )
 from flowdopr.evaluate.progress import counting
 from flowdopr.flow import build_objective, build_sampling, one_step_loss
@@ -72,7 +73,7 @@ def evaluate(
         ConfigError, ValueError: no such run or checkpoint, other data than the run's, settings that
             cannot be used, missing Inception weights; one line each.
     """
-    started, state = time.perf_counter(), PartialState()
+    started, state = time.perf_counter(), this_process()
     folder = RunFolder.open(run)
     config = _changed(folder.config, overrides)
     weights = config.evaluate.weights
