@@ -108,17 +108,25 @@ def solve(
         # A first trial step of an adaptive solver may reach beyond the span; models know only it.
         return counter(x, t.clamp(low, high))
 
-    # torchdiffeq would keep the state at every time it is asked for, so ask only for the ends.
+    x = _integrate(derivative, x_0, grid, solver, atol, rtol)
+    return Rollout(x, calls_of(counter) - before)
+
+
+def _integrate(
+    derivative: Callable[[Tensor, Tensor], Tensor],
+    x_0: Tensor,
+    grid: Tensor,
+    solver: str,
+    atol: float,
+    rtol: float,
+) -> Tensor:
+    """The state at the end of `grid`, by torchdiffeq; its failures become one line."""
+    options = _options(solver, grid)
+    # torchdiffeq keeps the state at every time it is asked for, so ask only for the ends.
     ends = grid[[0, -1]]
     try:
         states: Any = odeint(
-            derivative,
-            x_0,
-            ends,
-            method=solver,
-            atol=atol,
-            rtol=rtol,
-            options=_options(solver, grid),
+            derivative, x_0, ends, method=solver, atol=atol, rtol=rtol, options=options
         )
     except AssertionError as error:
         reason = str(error).split("`")[0].strip()
@@ -128,7 +136,7 @@ def solve(
             f"solver={solver!r} failed ({reason}): raise atol={atol} and rtol={rtol}, "
             "or use a fixed-step solver"
         ) from error
-    return Rollout(states[-1], calls_of(counter) - before)
+    return states[-1]
 
 
 def _options(solver: str, grid: Tensor) -> dict[str, Any]:
