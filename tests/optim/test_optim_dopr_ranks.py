@@ -8,14 +8,31 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from layer_cases import small_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from flowdopr.optim.dopr import DoPr
 
+SETTINGS = {
+    "ddp": {},
+    "ddp-routed": {},
+    "ddp-sua": {"conv_mode": "sua-mean", "bias": True},
+    "fsdp": {},
+    "fsdp-sandwich": {"form": "sandwich"},
+}
 
-def build(name: str) -> tuple[nn.Module, DoPr]:
-    model = small_model().double()
-    gp = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return model, DoPr(gp, model, refresh_every=2, max_rows=None)
+
+class Routed(nn.Module):
+    """Runs its spare layer where its batch starts with a positive number: on some ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.spare = small_model().double(), nn.Linear(3, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.main(x)
+        return y + self.spare(y) if x[0, 0, 0, 0] > 0 else y
 
 
 def samples(step: int) -> Tensor:
@@ -23,29 +40,63 @@ def samples(step: int) -> Tensor:
     return torch.randn(8, 2, 4, 4, generator=generator, dtype=torch.float64)
 
 
-def train(name: str, rank: int, world: int) -> list[Tensor]:
-    """Four steps on a share of each batch, gradients averaged over ranks by hand or by DDP."""
-    model, optimizer = build(name)
-    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    for step in range(4):
+def prepare(name: str, model: nn.Module, world: int) -> nn.Module:
+    """The model as its ranks run it; shards in place where the name says so."""
+    if world == 1:
+        return model
+    if name.startswith("ddp"):
+        return DistributedDataParallel(model, find_unused_parameters=name == "ddp-routed")
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in model.children():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def train(name: str, rank: int, world: int) -> tuple[list[Tensor], dict]:
+    """Five steps, each rank on its share of the batch; returns whole weights and the state."""
+    torch.manual_seed(0)
+    model = Routed() if name == "ddp-routed" else small_model().double()
+    parallel = prepare(name, model, world)
+    gp = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
+    optimizer = DoPr(gp, model, refresh_every=2, max_rows=None, **SETTINGS[name])
+    for step in range(5):
         optimizer.zero_grad()
         parallel(samples(step).chunk(world)[rank]).square().mean().backward()
         optimizer.step()
-    return [p.detach() for p in model.parameters()]
+    weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return [weight.detach() for weight in weights], optimizer.state_dict()["dopr"]
 
 
-def worker(rank: int, name: str, folder: Path) -> None:
+def worker(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    torch.save(train(name, rank, 2), folder / f"{rank}.pt")
+    torch.save({name: train(name, rank, 2) for name in SETTINGS}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["plain"])
-def test_two_ranks_equal_one(name: str, tmp_path: Path) -> None:
-    mp.spawn(worker, (name, tmp_path), nprocs=2)
-    expected = train(name, 0, 1)
-    for rank in (0, 1):
-        for a, b in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What each of two ranks has after every training; the processes are started once."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (folder,), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "ddp-routed"])
+def test_two_ranks_equal_one(name: str, ranks: list[dict]) -> None:
+    expected, state = train(name, 0, 1)
+    for rank in ranks:
+        weights, saved = rank[name]
+        for a, b in zip(weights, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        assert saved["averages"].keys() == state["averages"].keys()
+        for layer, entry in saved["averages"].items():
+            torch.testing.assert_close(entry["sigma"], state["averages"][layer]["sigma"])
+
+
+def test_a_layer_that_runs_on_one_rank_only_neither_hangs_nor_drifts(ranks: list[dict]) -> None:
+    first, second = (rank["ddp-routed"][0] for rank in ranks)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
