@@ -78,6 +78,7 @@ class Executor:
         finally:
             for run in self.running:  # only after a second Ctrl-C or an error of our own
                 run.process.kill()
+                run.process.communicate()
         return self.outcome
 
     def _start(self, plan: RunPlan, display: Display) -> None:
@@ -87,7 +88,7 @@ class Executor:
             # Its own session: a terminal's Ctrl-C reaches it once, through us.
             process = subprocess.Popen(
                 self.command(plan),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # closes when we die: see worker.py
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=worker_environment(slot, self.workers),
@@ -105,6 +106,7 @@ class Executor:
     def _reap(self, display: Display) -> None:
         for run in [run for run in self.running if run.process.poll() is not None]:
             self.running.remove(run)
+            run.process.communicate()  # closes its pipe
             name, code = run.plan.name, run.process.returncode
             if code == 0:
                 display.ended(name, "done")
@@ -115,12 +117,18 @@ class Executor:
 
     def _failed(self, plan: RunPlan, code: int, display: Display) -> None:
         log = log_path(self.logs, plan)
-        words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        reason = "\n".join(words[-LINES_OF_A_FAILURE:]) or f"exit code {code}, without a word"
+        reason = last_words(log) or f"exit code {code}, without a word"
         failure_path(self.logs, plan).write_text(reason + "\n", encoding="utf-8")
         self.outcome.failed.append(plan.name)
         display.ended(plan.name, f"failed with exit code {code}; see {log}")
         display.say(reason)
+
+
+def last_words(log: Path) -> str:
+    """The error that a worker explained in one line, or else the last lines of its log."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    explained = lines[-1:] if lines and lines[-1].startswith("error: ") else lines
+    return "\n".join(explained[-LINES_OF_A_FAILURE:])
 
 
 def log_path(logs: Path, plan: RunPlan) -> Path:

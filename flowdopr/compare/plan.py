@@ -39,7 +39,7 @@ class RunPlan:
 
 def run_name(arm: str, lr: float, seed: int) -> str:
     """Name of the run folder, such as `adamw-lr0.001-s0`."""
-    return f"{arm}-lr{lr:g}-s{seed}"
+    return f"{arm}-lr{lr:g}-s{seed}".replace("+", "")  # 1e+06: a name of a run has no plus
 
 
 def study_settings(config: Config) -> CompareConfig:

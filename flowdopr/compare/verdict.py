@@ -62,9 +62,10 @@ def _headline(metric: str, summaries: Sequence[ArmSummary]) -> str:
         return "No run is finished yet, so there is nothing to compare."
     ranked.sort(key=lambda pair: pair[0].mean)
     (best, winner), *others = ranked
-    sentence = f"The samples of {winner.arm} came closest to the data: {metric} {mean_sd(best, 3)}"
     if not others:
-        return f"{sentence} ({count(best.n, 'seed')})."
+        seeds = count(best.n, "seed")
+        return f"{winner.arm} alone has finished runs: {metric} {mean_sd(best, 3)} ({seeds})."
+    sentence = f"The samples of {winner.arm} came closest to the data: {metric} {mean_sd(best, 3)}"
     field = listing([f"{cell.arm} ({mean_sd(spread, 3)})" for spread, cell in others])
     fewest = min(spread.n for spread, _ in ranked)
     caution = (

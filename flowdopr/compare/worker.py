@@ -2,12 +2,17 @@
 
     python -m flowdopr.compare.worker STUDY.yaml RUN_NAME
 
-One process does both, because importing torch twice a run would cost more than a small run.
+One process does both, because importing torch twice a run would cost more than a small run. Its
+standard input is a pipe from the study: when the study dies, even by kill -9, the pipe closes and
+the run saves and exits, so that no orphan writes into a folder where the next study goes on.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 from flowdopr.compare.evaluations import missing_cards
@@ -25,7 +30,14 @@ def work(study_file: str | Path, name: str) -> None:
         evaluate(plan.path, request.overrides, step=request.step)
 
 
+def stop_when_closed(stream: int) -> None:
+    """Send this process SIGTERM once the other end of the pipe `stream` is closed."""
+    os.read(stream, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main() -> None:
+    threading.Thread(target=stop_when_closed, args=(0,), daemon=True).start()
     try:
         work(*sys.argv[1:])
     except Interrupted as stop:

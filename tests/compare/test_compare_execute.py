@@ -3,7 +3,9 @@
 import io
 import os
 import signal
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 from itertools import pairwise
@@ -54,6 +56,30 @@ def test_a_failing_run_does_not_stop_the_others(study, tmp_path):
     plan = expand(study)[0]
     kept = failure_path(tmp_path / "study" / "logs", plan).read_text()
     assert kept == "first words\nthe last words\n"
+
+
+def test_an_explained_failure_needs_no_log(study, tmp_path):
+    code = "import sys; print('a long log'); sys.exit('error: lower the learning rate')"
+    _, printed = run(study, tmp_path, lambda plan: code)
+    assert "error: lower the learning rate" in printed
+    assert "a long log" not in printed
+
+
+def test_a_worker_stops_when_its_study_dies():
+    code = """
+        import os, threading, time
+        from flowdopr.compare.worker import stop_when_closed
+        threading.Thread(target=stop_when_closed, args=(0,), daemon=True).start()
+        print("ready", flush=True)
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as worker:
+        assert worker.stdout.readline() == "ready\n"
+        assert worker.poll() is None
+        worker.communicate()  # closes its standard input, as the death of the study does
+    assert worker.returncode == -signal.SIGTERM
 
 
 def test_a_run_that_is_tried_again_is_no_longer_failed(study, tmp_path):

@@ -11,9 +11,9 @@ def arms(config, text):
 
 
 def test_every_arm_rate_and_seed_once(study):
-    config = arms(study, "[{name: a, lrs: [1e-3, 0.1]}, {name: b, lrs: [1e-5]}]")
+    config = arms(study, "[{name: a, lrs: [1e-3, 0.1]}, {name: b, lrs: [1e-5, 1e7]}]")
     names = [plan.name for plan in expand(config)]
-    first = ["a-lr0.001-s0", "a-lr0.1-s0", "b-lr1e-05-s0"]
+    first = ["a-lr0.001-s0", "a-lr0.1-s0", "b-lr1e-05-s0", "b-lr1e07-s0"]
     assert names == first + [name.replace("-s0", "-s1") for name in first]
 
 
