@@ -1,9 +1,9 @@
-"""Stochastic rollouts for paths with a score (Ma et al. 2024, SiT, equation 4).
+"""Stochastic rollouts for paths with a score (Song et al. 2021; Ma et al. 2024, SiT).
 
     dx = [v + w_t s / 2] dt + sqrt(w_t) dW,     s = grad log p_t = -E[x_0 | x_t] / sigma_t      (8)
 
-has the marginals of the ODE for every w_t >= 0. With w_t = noise_scale sigma_t (SiT's "sigma") the
-drift is v - noise_scale E[x_0 | x_t] / 2, which is finite at both ends of time.
+has the marginals of the ODE for every w_t >= 0. With w_t = 2 noise_scale sigma_t (SiT's diffusion
+"sigma" with this norm) the drift is v - noise_scale E[x_0 | x_t], finite at both ends of time.
 
 The score formula holds when x_0 is Gaussian and independent of x_1: not after a coupling by optimal
 transport. The last interval is replaced by the posterior mean E[x_1 | x_t], so that no fresh noise
@@ -52,7 +52,7 @@ def solve_sde(
     Args:
         noise: called once an interval, gives standard normal numbers of the shape of `x_0`.
         grid: increasing times (N + 1,); the last interval is the posterior mean.
-        noise_scale: of w_t; 0 is the ODE by Euler or by Heun.
+        noise_scale: of w_t; 1 is SiT's default, 0 is the ODE by Euler or by Heun.
 
     Raises:
         ValueError: for an unknown solver, a path without score or a negative noise scale.
@@ -63,12 +63,12 @@ def solve_sde(
 
     def drift(x: Tensor, t: Tensor) -> Tensor:
         v = counter(x, t)
-        return v - noise_scale / 2 * convert(v, x, t, path, "velocity", "noise")
+        return v - noise_scale * convert(v, x, t, path, "velocity", "noise")
 
     x, grid = x_0, grid.to(x_0)
     for t, t_next in pairwise(grid[:-1]):
         dt = t_next - t
-        shaken = x + (noise_scale * path(t).sigma * dt).sqrt() * noise()
+        shaken = x + (2 * noise_scale * path(t).sigma * dt).sqrt() * noise()
         if solver == "euler_maruyama":
             x = shaken + dt * drift(x, t)
         else:
