@@ -136,7 +136,7 @@ def torchcfm_unet() -> nn.Module:
     package = types.ModuleType("torchcfm_models")
     package.__path__ = [str(folder)]
     sys.modules["torchcfm_models"] = package
-    wrapper = importlib.import_module("torchcfm_models.unet").UNetModelWrapper
+    wrapper = importlib.import_module("torchcfm_models.unet.unet").UNetModelWrapper
     return wrapper(
         dim=(3, 32, 32),
         num_res_blocks=2,
