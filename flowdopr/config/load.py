@@ -117,41 +117,49 @@ def _validate(values: dict[str, Any], place: str) -> Config:
         # Through JSON, because pydantic's strict mode takes a list for a tuple only from there.
         return Config.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        first, *others = error.errors()
+        # Of the branches of a union, the first is the usual one: its error is the one to show.
+        lines = dict(_one_line(dict(item)) for item in reversed(error.errors()))
+        # A wrong key explains a missing one, so it comes first.
+        first, *others = sorted(lines.values(), key=lambda line: "unknown key" not in line)
         more = f" (and {len(others)} more)" if others else ""
-        raise ConfigError(f"{place}: {_one_line(dict(first))}{more}") from None
+        raise ConfigError(f"{place}: {first}{more}") from None
 
 
-def _one_line(error: dict[str, Any]) -> str:
-    """One pydantic error as `section.key: what is wrong; remedy`."""
-    location = list(error["loc"])
-    if len(location) > 1 and location[0] == "model" and location[1] in MODEL_SECTIONS:
-        section: type[BaseModel] | None = MODEL_SECTIONS[location.pop(1)]
-    else:
-        section = _section_at(location[:-1])
+def _one_line(error: dict[str, Any]) -> tuple[str, str]:
+    """The dotted place of a pydantic error, and the error as `section.key: what is wrong`."""
+    location, section = _place(error["loc"], error["type"])
     dotted = ".".join(str(part) for part in location)
     message = " ".join(str(error["msg"]).removeprefix("Value error, ").split())
-    if error["type"] == "extra_forbidden":
-        return f"{dotted}: unknown key{_did_you_mean(str(location[-1]), section)}"
-    if error["type"] == "missing":
-        return f"{dotted}: missing; this setting has no default"
-    if error["type"].startswith("union_tag"):
-        return f"{dotted}.name: must be one of {', '.join(MODEL_SECTIONS)}"
     if error["type"] == "value_error":
-        return message
-    return f"{dotted}: {message[0].lower()}{message[1:]}, got {_shown(error['input'])}"
+        return dotted, message
+    if error["type"] == "extra_forbidden":
+        said = f"unknown key{_did_you_mean(str(location[-1]), section)}"
+    elif error["type"] == "missing":
+        said = "missing; this setting has no default"
+    elif error["type"].startswith("union_tag"):
+        dotted, said = f"{dotted}.name", f"must be one of {', '.join(MODEL_SECTIONS)}"
+    else:
+        said = f"{message[0].lower()}{message[1:]}, got {_shown(error['input'])}"
+    return dotted, f"{dotted}: {said}"
 
 
-def _section_at(location: list[Any]) -> type[BaseModel] | None:
-    section: Any = Config
-    for part in location:
-        if isinstance(part, int):
-            continue
-        field = section.model_fields.get(part)
-        section = _section_in(field.annotation) if field else None
-        if section is None:
-            return None
-    return section
+def _place(loc: tuple[Any, ...], kind: str) -> tuple[list[Any], type[BaseModel] | None]:
+    """The keys of an error's location without pydantic's marks of a union, and the last section."""
+    kept: list[Any] = []
+    section: type[BaseModel] | None = Config
+    inside: type[BaseModel] | None = None
+    for number, part in enumerate(loc):
+        last = number == len(loc) - 1
+        if kept == ["model"] and part in MODEL_SECTIONS:
+            section = inside = MODEL_SECTIONS[part]
+        elif section is not None and part in section.model_fields:
+            kept.append(part)
+            inside = section
+            section = _section_in(section.model_fields[part].annotation)
+        elif isinstance(part, int) or (last and kind == "extra_forbidden"):
+            kept.append(part)
+            inside = section
+    return kept, inside
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:

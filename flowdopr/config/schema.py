@@ -16,6 +16,13 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
+# fmt: off
+OptimizerName = Literal[
+    "sgd", "adamw", "muon", "signum", "adamuon", "soap", "kfac",
+    "dopr-sgd", "dopr-adamw", "dopr-muon", "dopr-signum", "dopr-adamuon", "dopr-soap",
+]
+# fmt: on
+
 
 class Section(BaseModel):
     """A group of settings: unknown keys are errors, values keep their type, nothing changes."""
@@ -99,31 +106,102 @@ MODEL_SECTIONS: dict[str, type[Section]] = {"dit": DiTConfig, "unet": UNetConfig
 
 
 class FlowConfig(Section):
-    path: Literal["linear"] = "linear"
+    path: Literal["linear", "trigonometric", "variance_preserving", "cosine", "polynomial"] = (
+        "linear"
+    )
     """Path from noise x_0 to data x_1."""
+    path_options: dict[str, float] = {}
+    """Numbers of that path: `beta_min`, `beta_max` (variance_preserving), `offset` (cosine),
+    `power` (polynomial)."""
+    prediction: Literal["velocity", "data", "noise"] = "velocity"
+    """What the model gives; rollouts convert it to the velocity exactly."""
+    weighting: Literal["uniform", "velocity", "likelihood", "edm"] = "uniform"
+    """Weight of the squared error over time: `uniform` in the predicted quantity, `velocity` and
+    `likelihood` as in SiT, `edm` as in EDM."""
+    sigma_data: Positive = 0.5
+    """Standard deviation of the data, for the weighting `edm`."""
+    time_distribution: Literal["uniform", "logit_normal", "edm"] = "uniform"
+    """Training times: uniform, logit-normal (Stable Diffusion 3), or EDM's noise levels."""
+    time_mean: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    """Mean of the logit-normal; positive leans towards the data."""
+    time_std: Positive = 1.0
+    """Standard deviation of the logit-normal."""
+    time_shift: Positive = 1.0
+    """Resolution shift towards the noise; 1 is none."""
+    time_stratified: bool = True
+    """One time in each of B equally likely bins of the global batch, rather than independent."""
+    coupling: Literal["independent", "exact", "entropic"] = "independent"
+    """Which noise goes with which image of a micro-batch: as drawn, or by optimal transport (exact
+    by scipy, entropic by Sinkhorn), within classes where the model has them."""
+    coupling_regularisation: Positive = 0.05
+    """Entropy of `entropic`, in units of the mean squared distance."""
     class_dropout_prob: Fraction = 0.1
     """Chance, for each sample on its own, that a training label is replaced by the null label."""
 
 
+class RuleConfig(Section):
+    pattern: str
+    """Regular expression searched in a layer's name; the first rule that matches wins."""
+    mode: Literal["auto", "none", "full", "blocks", "diagonal", "offsets", "sua", "sua-mean"] = (
+        "auto"
+    )
+    """Form of the layer's second moment; docs/optim.md says when to use which."""
+    bias: bool | None = None
+    """Take a Linear's bias as one more input coordinate. null: as `optimizer.bias`."""
+    max_side: Count | None = None
+    """Widest full matrix of `auto` and `blocks`. null: as `optimizer.max_side`."""
+    max_rows: Count | None = None
+    """Input rows a forward contributes. null: as `optimizer.max_rows`."""
+
+
 class OptimizerConfig(Section):
-    name: Literal["sgd", "adamw", "muon", "dopr-sgd", "dopr-adamw", "dopr-muon"] = "adamw"
+    name: OptimizerName = "adamw"
     """Gradient preconditioner (GP); `dopr-` adds activation preconditioning (AP) before it."""
     lr: Positive = 1e-4
     """Peak learning rate, after warm-up."""
     weight_decay: NotNegative = 0.0
-    """Decoupled weight decay, on weight matrices and convolutions only."""
+    """Decoupled weight decay (sgd: added to the gradient), on matrices and convolutions only."""
     betas: tuple[Fraction, Fraction] | None = None
-    """Adam's two decay rates (adamw, and muon's AdamW part)."""
+    """Adam's two decay rates (adamw, soap, and the AdamW part of muon, adamuon and kfac)."""
     eps: Positive | None = None
     """Adam's epsilon."""
     momentum: Fraction | None = None
-    """Momentum (sgd, muon)."""
-    damping: NotNegative | None = None
-    """DoPr: gamma, relative to the mean eigenvalue of a layer's input second moment."""
+    """Momentum (sgd, signum, muon, adamuon, kfac)."""
+    nesterov: bool | None = None
+    """Nesterov momentum (sgd, muon, adamuon)."""
+    adjust_lr: Literal["original", "match_rms_adamw"] | None = None
+    """Muon's scale by matrix shape: Keller Jordan's, or Moonshot's that matches AdamW's updates."""
+    adamw_lr: Positive | None = None
+    """Learning rate of the AdamW part of muon, adamuon and kfac. null: `lr`."""
+    adamw_for: tuple[str, ...] | None = None
+    """Names (regular expressions) of matrices that muon, adamuon and kfac leave to AdamW."""
+    precondition_frequency: Count | None = None
+    """SOAP: steps between renewals of its basis."""
+    damping: NotNegative | tuple[Positive, Positive, Count] | None = None
+    """DoPr and kfac: gamma, relative to the mean eigenvalue of a layer's input second moment; or
+    [first, last, steps], which goes geometrically from first to last."""
     cov_decay: Fraction | None = None
-    """DoPr: EMA decay of the second moment at each refresh; 0 uses the newest batch alone."""
+    """DoPr and kfac: EMA decay of the second moment at each refresh; 0 uses the newest alone."""
     refresh_every: Count | None = None
-    """DoPr: steps between refreshes of the statistics and their inverses."""
+    """DoPr and kfac: steps between refreshes of the statistics and their inverses."""
+    form: Literal["inverse", "sandwich"] | None = None
+    """DoPr: G S^-1 (the paper's), or the invariant GP(G L^-T) L^-1 with S = L L^T."""
+    power: Positive | None = None
+    """DoPr: alpha of G S^-alpha; 1 is the paper's."""
+    anneal: tuple[CountOrZero, Count] | None = None
+    """DoPr: [first, last] steps between which AP fades into the bare GP."""
+    max_rows: Count | None = None
+    """DoPr: rows of inputs one forward contributes to a layer's statistics."""
+    max_side: Count | None = None
+    """DoPr: side of the widest second moment; wider layers are treated in blocks."""
+    max_patch: Count | None = None
+    """DoPr: widest convolution patch with a full second moment; wider ones take `sua-mean`."""
+    conv_mode: Literal["auto", "full", "offsets", "sua", "sua-mean"] | None = None
+    """DoPr: second moment of convolutions that no rule decides."""
+    bias: bool | None = None
+    """DoPr: Linear biases as one more input coordinate, which centres the inputs."""
+    rules: tuple[RuleConfig, ...] | None = None
+    """DoPr: what differs for layers chosen by name."""
 
 
 class TrainConfig(Section):
@@ -178,15 +256,26 @@ class TrainConfig(Section):
 
 class SampleConfig(Section):
     solver: str = "midpoint"
-    """torchdiffeq method: euler, midpoint, heun2, rk4, ... (fixed) or dopri5, ... (adaptive)."""
+    """torchdiffeq method: euler, midpoint, heun2, rk4, ... (fixed) or dopri5, ... (adaptive); or
+    an SDE solver: euler_maruyama, sde_heun."""
     steps: Count = 50
     """Steps of a fixed-step solver."""
+    time_grid: Literal["uniform", "edm", "shifted"] | tuple[float, ...] = "uniform"
+    """Times of a one-step solver: equal steps, EDM's rho grid, shifted, or a list from 0 to 1."""
+    grid_shift: Positive = 3.0
+    """Shift of the grid `shifted`."""
+    grid_rho: Positive = 7.0
+    """rho of the grid `edm`."""
     atol: Positive = 1e-5
     """Absolute tolerance of an adaptive solver."""
     rtol: Positive = 1e-5
     """Relative tolerance of an adaptive solver."""
+    noise_scale: NotNegative = 1.0
+    """Noise of an SDE solver relative to the path's own diffusion."""
     guidance_scale: NotNegative = 1.0
     """Classifier-free guidance; 1 is off."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Times between which there is guidance."""
     batch_size: Count = 256
     """Images rolled out together. It does not change what image i looks like."""
     num_images: Count = 64

@@ -121,3 +121,19 @@ def test_wrong_files_are_one_line(write, tmp_path):
 
 def test_no_python_objects_from_yaml(write):
     assert "line 1" in refused(write("name: !!python/object/apply:os.system [true]\n"))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.damping=-1", "optimizer.damping: input should be greater than or equal to 0"),
+        ("sample.time_grid=fast", "sample.time_grid: input should be 'uniform', 'edm'"),
+        ("optimizer.rules=[{patern: x}]", "optimizer.rules.0.patern: unknown key; did you mean"),
+        (
+            "compare={arms: [{name: a, lrs: [1], st: 3}]}",
+            "compare.arms.0.st: unknown key; did you mean 'set'?",
+        ),
+    ],
+)
+def test_errors_inside_lists_and_choices_name_their_place(write, override, words):
+    assert words in refused(write(SMALL), [override])
