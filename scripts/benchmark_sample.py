@@ -95,7 +95,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    number, steps, rounds = (8, 4, 9) if arguments.quick else (32, 10, 15)
+    number, steps, rounds = (4, 4, 5) if arguments.quick else (32, 10, 15)
     report: dict[str, object] = {
         "environment": {
             "torch": torch.__version__,
@@ -111,7 +111,8 @@ def main() -> None:
         print(
             f"{name}: {result['images_per_second']:.2f} images/s, bare loop "
             f"{result['images_per_second_bare']:.2f}, ratio {result['ratio']:.3f} "
-            f"({result['ratio_low']:.3f} to {result['ratio_high']:.3f})"
+            f"({result['ratio_low']:.3f} to {result['ratio_high']:.3f})",
+            flush=True,
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
