@@ -47,13 +47,13 @@ def weights_sha256(model: nn.Module) -> str:
 
 def sampling_settings(config: Config, sampling: Sampling) -> dict[str, Any]:
     """What decides the rollouts: section `sample` without what this solver ignores."""
-    settings = {"time_grid": sampling.time_grid}
-    settings |= config.sample.model_dump(mode="json", exclude={"num_images"})
+    settings = config.sample.model_dump(mode="json", exclude={"num_images"})
+    ignored = {"noise_scale"} if not sampling.stochastic else set()
     if sampling.solver in ADAPTIVE_SOLVERS:
-        del settings["steps"]
+        ignored |= {"steps"}
     if sampling.solver not in BATCH_DEPENDENT_SOLVERS:
-        del settings["atol"], settings["rtol"], settings["batch_size"]
-    return settings
+        ignored |= {"atol", "rtol", "batch_size"}
+    return {key: value for key, value in settings.items() if key not in ignored}
 
 
 def card_path(folder: Path, step: int, settings: Mapping[str, Any]) -> Path:

@@ -78,8 +78,9 @@ def test_every_epoch_shows_every_image_once(batch):
 
 def test_half_of_the_images_are_mirrored_by_image_and_epoch_alone(make_config, digits):
     config = make_config(name="digits", batch=len(digits), horizontal_flip=True)
-    for epoch, (x_1, _) in enumerate(take(config, digits, 2)):
+    for epoch, (x_1, y) in enumerate(take(config, digits, 2)):
         picks = epoch_picks(0, epoch, len(digits))
+        assert torch.equal(y, digits.labels[picks.indices])
         assert abs(picks.mirrored.float().mean() - 0.5) < 0.05
         for place in range(40):
             plain = from_uint8(digits[int(picks.indices[place])][0])
