@@ -148,3 +148,17 @@ def test_a_network_and_labels_pass_through():
 def test_wrong_uses_are_refused(images, settings, words):
     with pytest.raises(ValueError, match=words):
         bits_per_dim(lambda x, t, y: x, images, seed=0, **settings)
+
+
+def test_dequantised_levels_fill_the_interval_that_rounds_to_them():
+    """Under N(0, 0.3^2) on the linear path the bits of a pixel tell where it was put."""
+    levels = torch.arange(140, 250, dtype=torch.uint8).reshape(-1, 1, 1, 1)
+    model, sampling = gaussian(0.0, 0.3).model(LinearPath()), Sampling(solver="rk4", steps=100)
+    bits = bits_per_dim(model, levels, seed=0, sampling=sampling).bits
+    log_density = (math.log2(127.5) - bits) * math.log(2)
+    peak = -math.log(0.3 * math.sqrt(2 * math.pi))
+    x = 0.3 * (2 * (peak - log_density)).sqrt()
+    offset = (x + 1) * 127.5 - levels.flatten()
+    assert offset.abs().max() < 0.51
+    assert offset.max() > 0.4
+    assert offset.min() < -0.4

@@ -147,3 +147,17 @@ def test_an_assertion_of_the_model_stays_an_assertion():
 
     with pytest.raises(AssertionError, match="shapes differ"):
         solve(broken, START, solver="dopri5")
+
+
+def test_adaptive_solvers_land_on_the_end_and_never_look_beyond():
+    field = Field()
+    solve(field, START, solver="dopri5")
+    assert sum(t > 1 - 1e-9 for t in field.times) == 2  # the last two stages of the last step
+    times = []
+
+    def nearly_still(x, t):  # whose first trial step would be long
+        times.append(t.item())
+        return 1e-4 * x
+
+    solve(nearly_still, START, solver="dopri5")
+    assert max(times) <= 1
