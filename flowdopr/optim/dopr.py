@@ -8,7 +8,7 @@ on M. This file says when; `plan` says which layer how, `layers` and `conv` know
 `statistics` has the hooks, `preconditioner` and `inverse` the matrices.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class DoPr(torch.optim.Optimizer):
         max_patch: widest convolution patch with a full Sigma; wider ones take "sua-mean".
         conv_mode: mode of convolutions that no rule decides, see `LayerRule`.
         bias: give Linear layers their bias as one more coordinate of z, which centres Sigma.
-        rules: `LayerRule`s by name, the first match wins.
+        rules: `LayerRule`s, or mappings of their fields, by name; the first match wins.
         unit_scale: divide Sigma by its mean eigenvalue before it is inverted.
         max_nonfinite: consecutive refreshes with non-finite inputs after which `step` raises.
 
@@ -73,7 +73,7 @@ class DoPr(torch.optim.Optimizer):
         max_patch: int = 576,
         conv_mode: str = "auto",
         bias: bool = False,
-        rules: Sequence[LayerRule] = (),
+        rules: Sequence[LayerRule | Mapping[str, Any]] = (),
         unit_scale: bool = True,
         max_nonfinite: int = 10,
     ) -> None:
@@ -93,9 +93,10 @@ class DoPr(torch.optim.Optimizer):
         self.optimizer, self.refresh_every = optimizer, refresh_every
         self._share()
         self.steps = self._refreshed_at = 0
+        named = [r if isinstance(r, LayerRule) else LayerRule(**r) for r in rules]
         optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.plan = make_plan(
-            model, optimized, rules, Defaults(conv_mode, bias, max_side, max_patch)
+            model, optimized, named, Defaults(conv_mode, bias, max_side, max_patch)
         )
         self.statistics = Statistics()
         for layer in self.plan.layers:
@@ -131,7 +132,11 @@ class DoPr(torch.optim.Optimizer):
                 self._refreshed_at = self.steps
                 piles = self.statistics.close()
                 self.preconditioner.refresh(piles, *self._schedule(self.steps))
-            self._step_preconditioned()
+            ready = self._precondition()
+        if self.preconditioner.form.sandwich:
+            self._step_sandwich(ready)
+        else:
+            self.optimizer.step()
         self.steps += 1
         self._set_gathering()
         return loss
@@ -208,23 +213,23 @@ class DoPr(torch.optim.Optimizer):
         _, strength = self._schedule(self.steps)
         self.statistics.gathering = strength > 0 and self.steps % self.refresh_every == 0
 
-    def _step_preconditioned(self) -> None:
-        """Put M in place of G and let the GP step."""
+    def _precondition(self) -> list[tuple[Layer, Tensor]]:
+        """Put M, or G T, in place of G; returns the layers and the T they had."""
         ready = []
         _, strength = self._schedule(self.steps)
         for layer, statistic in zip(self.plan.layers, self.statistics.all, strict=True):
-            has_grads = all(parameter.grad is not None for parameter in layer.parameters)
-            if statistic.transform is not None and has_grads and strength > 0:
-                ready.append((layer, statistic.transform))
-        for layer, transform in ready:
             grads = [p.grad for p in layer.parameters if p.grad is not None]
+            transform = statistic.transform
+            if strength == 0 or len(grads) < len(layer.parameters):
+                continue
+            if transform is None:
+                self.preconditioner.report_unseen(layer.name)
+                continue
             products = layer.case.multiply([local(grad) for grad in grads], transform)
             for parameter, grad, product in zip(layer.parameters, grads, products, strict=True):
                 parameter.grad = like_shard(product, grad)  # G is freed: no second copy of all
-        if self.preconditioner.form.sandwich:
-            self._step_sandwich(ready)
-        else:
-            self.optimizer.step()
+            ready.append((layer, transform))
+        return ready
 
     def _step_sandwich(self, ready: list[tuple[Layer, Tensor]]) -> None:
         """W <- (1 - lr wd) W - lr GP(G L^-T) L^-1.
@@ -243,7 +248,8 @@ class DoPr(torch.optim.Optimizer):
             for p in group["params"]
         }
         for (layer, transform), before in zip(ready, held, strict=True):
-            moved = layer.case.multiply([local(p) for p in layer.parameters], transform.mT)
+            with full_precision():
+                moved = layer.case.multiply([local(p) for p in layer.parameters], transform.mT)
             for parameter, old, move in zip(layer.parameters, before, moved, strict=True):
                 parameter.copy_(old.mul_(kept[id(parameter)]))
                 local(parameter).add_(move)

@@ -30,6 +30,7 @@ class Preconditioner:
         self.cov_decay, self.max_nonfinite = cov_decay, max_nonfinite
         self.raised_damping: dict[str, float] = {}
         self.skipped_refreshes: dict[str, int] = {}
+        self._unseen: set[str] = set()
 
     def refresh(self, piles: list[Pile], damping: float, strength: float) -> None:
         """Sum over ranks, fold finite sums into the averages and invert.
@@ -69,6 +70,16 @@ class Preconditioner:
             statistic.transform = transform
         for position, raised in inverses.raised.items():
             self._report_raised(ready[mine[position]].name, raised)
+
+    def report_unseen(self, name: str) -> None:
+        """Say once that a layer has a gradient but no statistics."""
+        if name not in self._unseen:
+            self._unseen.add(name)
+            logger.warning(
+                "layer %s: has a gradient but no refresh has seen its forward; until one does, or "
+                "for good if its weight is used without calling the module, it has the GP alone",
+                name,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Layer name -> the lower triangles of the average of Sigma, and its weight."""

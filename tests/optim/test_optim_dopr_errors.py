@@ -54,3 +54,32 @@ def test_a_failing_factorisation_raises_the_damping_and_says_so(caplog) -> None:
     assert optimizer.preconditioner.raised_damping[""] > 0
     assert "damping raised" in caplog.text
     assert torch.isfinite(layer.weight).all()
+
+
+def test_a_weight_used_without_its_module_is_reported_once(caplog) -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = adamw(layer)
+    with caplog.at_level(logging.WARNING, "flowdopr.optim"):
+        for _ in range(3):
+            nn.functional.linear(torch.ones(4, 3), layer.weight).sum().backward()
+            optimizer.step()
+    assert caplog.text.count("no refresh has seen its forward") == 1
+
+
+def test_rules_may_be_mappings() -> None:
+    model = small_model()
+    optimizer = adamw(model, rules=[{"pattern": "^4$", "mode": "diagonal"}])
+    assert optimizer.roles()[4][2] == "diagonal"
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_the_programs_matmul_precision_is_given_back(precision: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    layer = nn.Linear(3, 2)
+    optimizer = adamw(layer)
+    layer(torch.ones(4, 3)).sum().backward()
+    optimizer.step()
+    after = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before)
+    assert after == precision
