@@ -16,7 +16,6 @@ from torchvision.utils import make_grid
 
 from flowdopr.config import apply_overrides
 from flowdopr.evaluate.card import origin, sampling_settings, write_card
-from flowdopr.evaluate.fidelity import float32_is_float32
 from flowdopr.evaluate.generate import (
     balanced_labels,
     device_of,
@@ -24,7 +23,6 @@ from flowdopr.evaluate.generate import (
     repeated_labels,
     this_process,
 )
-from flowdopr.evaluate.progress import counting
 from flowdopr.flow import build_sampling
 from flowdopr.flow.objective import num_classes_of
 from flowdopr.train.run_folder import RunFolder
@@ -75,21 +73,15 @@ def sample(
         y = repeated_labels(num, labels, num_classes)
     elif num_classes:
         y = balanced_labels(num, num_classes)
-    share = num // state.num_processes
-    with (
-        counting("sampling", share, shown=state.is_main_process) as progress,
-        float32_is_float32(),
-    ):
-        images, nfe = generate_images(
-            model,
-            y,
-            num,
-            sampling=sampling,
-            seed=seed,
-            batch_size=config.sample.batch_size,
-            state=state,
-            progress=progress,
-        )
+    images, nfe = generate_images(
+        model,
+        y,
+        num,
+        sampling=sampling,
+        seed=seed,
+        batch_size=config.sample.batch_size,
+        state=state,
+    )
     if state.is_main_process:
         described = sampling_settings(config, sampling)
         described |= {"nfe": nfe, "num_images": num, "seed": seed}

@@ -3,7 +3,7 @@
 Shapes: images uint8 `(N, C, H, W)`, labels `(N,)` int64.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from accelerate import PartialState
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from flowdopr.data import to_uint8
 from flowdopr.data.loader import picks_between
+from flowdopr.evaluate.fidelity import float32_is_float32
+from flowdopr.evaluate.progress import counting
 from flowdopr.flow import Sampling, generate
 
 
@@ -47,27 +49,27 @@ def generate_images(
     seed: int,
     batch_size: int,
     state: PartialState,
-    progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, int | float]:
     """`num` images as uint8 `(num, C, H, W)` on the CPU of every process, and the NFE an image.
 
     Each process rolls out one contiguous range. Image i depends on (seed, i) and its label alone.
-    `progress` is called with the number of images that this process has just made.
+    Computed in full float32, with a progress line for the main process's range.
     """
     rank, world = state.process_index, state.num_processes
     first, last = rank * num // world, (rank + 1) * num // world
     share: list[tuple[Tensor, float]] = []
     if last > first:
-        samples = generate(
-            model,
-            None if labels is None else labels[first:last],
-            num_images=last - first,
-            seed=seed,
-            first_index=first,
-            batch_size=batch_size,
-            sampling=sampling,
-            progress=progress,
-        )
+        with counting("sampling", last - first, shown=rank == 0) as progress, float32_is_float32():
+            samples = generate(
+                model,
+                None if labels is None else labels[first:last],
+                num_images=last - first,
+                seed=seed,
+                first_index=first,
+                batch_size=batch_size,
+                sampling=sampling,
+                progress=progress,
+            )
         share = [(to_uint8(samples.images), samples.nfe * (last - first))]
     shares = gather_object(share) if world > 1 else share
     nfe = sum(calls for _, calls in shares) / num

@@ -33,7 +33,6 @@ from flowdopr.evaluate.generate import (
     labels_like_data,
     this_process,
 )
-from flowdopr.evaluate.progress import counting
 from flowdopr.flow import build_objective, build_sampling, one_step_loss
 from flowdopr.flow.objective import num_classes_of
 from flowdopr.train.run_folder import RunFolder
@@ -121,21 +120,15 @@ class Measurement:
             labels = balanced_labels(num, num_classes)
         elif num_classes:
             labels = labels_like_data(num, self.datasets.train.labels)
-        share = num // self.state.num_processes
-        with (
-            counting("sampling", share, shown=self.state.is_main_process) as progress,
-            float32_is_float32(),
-        ):
-            images, nfe = generate_images(
-                self.model,
-                labels,
-                num,
-                sampling=build_sampling(self.config),
-                seed=settings.seed,
-                batch_size=self.config.sample.batch_size,
-                state=self.state,
-                progress=progress,
-            )
+        images, nfe = generate_images(
+            self.model,
+            labels,
+            num,
+            sampling=build_sampling(self.config),
+            seed=settings.seed,
+            batch_size=self.config.sample.batch_size,
+            state=self.state,
+        )
         return images, labels, nfe
 
     def card(self, images: Tensor, labels: Tensor | None) -> dict[str, Any]:
