@@ -33,7 +33,7 @@ class Average:
         if (decay is None) == (length is None):
             raise ValueError("an average has either a decay or a length")
         self.decay = decay
-        self.gamma = None if length is None else gamma_of(length)
+        self.gamma = 0.0 if length is None else gamma_of(length)
         self.name = f"ema-{decay:g}" if length is None else f"power-{length:g}"
 
     def keep(self, step: int) -> float:

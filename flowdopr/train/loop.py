@@ -24,8 +24,7 @@ from torchvision.utils import save_image
 from flowdopr.config import Config
 from flowdopr.data import Datasets, build_loader, plain_batches
 from flowdopr.flow import Draw, build_objective, build_sampling, generate, one_step_loss
-from flowdopr.models import build_model
-from flowdopr.optim import build_optimizer, format_roles
+from flowdopr.optim import format_roles
 from flowdopr.train.ema import EMA
 from flowdopr.train.log import StepProgress
 from flowdopr.train.meter import Meter
@@ -58,14 +57,17 @@ class Trainer:
     """One run in memory: model, optimizer, EMA, batches. `fit` runs it to its last step."""
 
     def __init__(
-        self, config: Config, accelerator: Accelerator, datasets: Datasets, run: RunFolder
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        datasets: Datasets,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        run: RunFolder,
     ):
         self.config, self.accelerator, self.datasets, self.run = config, accelerator, datasets, run
         self.shape = datasets.info.image_shape
         self.objective = build_objective(config)
-        torch.manual_seed(config.seed)
-        model = build_model(config, self.shape, datasets.info.num_classes)
-        optimizer = build_optimizer(model, **config.optimizer.model_dump())
         log.info("%s\n%s", config.name, format_roles(model, optimizer))
         # `bare` and `inner` are what the wrappers around them share: the same tensors, whatever
         # accelerate adds for precision and processes.
@@ -188,8 +190,9 @@ class Trainer:
             return received
         if self.step % STOP_AGREED_EVERY:
             return 0
-        flag = torch.tensor([received], device=self.accelerator.device)
-        return int(self.accelerator.gather(flag).max())
+        flag = torch.tensor(received, device=self.accelerator.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return int(flag)
 
     def _log(self, grad_norm: Tensor | None, progress: StepProgress) -> None:
         line = {"step": self.step, "images": self.step * self.config.train.global_batch_size}
@@ -231,7 +234,9 @@ class Trainer:
                 self._record({"step": self.step, "held_out_loss": result.mean})
 
     def _draw_samples(self) -> None:
-        number, num_classes = self.config.sample.num_images, self.bare.num_classes
+        number = self.config.sample.num_images
+        conditional = self.config.model.class_conditional
+        num_classes = self.datasets.info.num_classes if conditional else 0
         labels = torch.arange(number) % num_classes if num_classes else None
         with self._averaged_model() as model:
             if self.accelerator.is_main_process:

@@ -36,7 +36,8 @@ def hardware(device: torch.device) -> str:
     """The device in words, such as 'NVIDIA H200' or 'x86_64 CPU, 2 threads'."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {device.type.upper()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} {device.type.upper()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from torch import nn
 
 from flowdopr.config import Config, ConfigError
-from flowdopr.data import build_datasets
+from flowdopr.data import DatasetInfo, build_datasets
+from flowdopr.flow import build_objective, build_sampling
+from flowdopr.models import build_model
+from flowdopr.optim import build_optimizer
+from flowdopr.optim.plan import LayerRule
 from flowdopr.train.log import run_log
 from flowdopr.train.loop import Trainer
 from flowdopr.train.provenance import provenance
-from flowdopr.train.run_folder import RunFolder
+from flowdopr.train.run_folder import RunFolder, averages_of
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
@@ -32,6 +38,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
     accelerator = make_accelerator(config)
     with accelerator.main_process_first():
         datasets = build_datasets(config)
+    model, optimizer = build_model_and_optimizer(config, datasets.info)
     run = RunFolder(Path(config.output) / config.name, config, datasets.info)
     if accelerator.is_main_process:
         made_by = provenance(accelerator.device) | {"processes": accelerator.num_processes}
@@ -39,10 +46,39 @@ def train(config: Config, *, resume: bool = False) -> Path:
     accelerator.wait_for_everyone()
     with run_log(run.path / "log.txt" if accelerator.is_main_process else None):
         try:
-            Trainer(config, accelerator, datasets, run).fit()
+            Trainer(config, accelerator, datasets, model, optimizer, run).fit()
         finally:
             accelerator.free_memory()
     return run.path
+
+
+def build_model_and_optimizer(
+    config: Config, dataset: DatasetInfo
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The seeded model and its optimizer, after all settings proved to fit together.
+
+    Raises:
+        ConfigError, ValueError: settings that do not; nothing has been written yet.
+    """
+    for check in (build_objective, build_sampling, averages_of):
+        check(config)
+    torch.manual_seed(config.seed)
+    model = build_model(config, dataset.image_shape, dataset.num_classes)
+    if config.sample.guidance_scale != 1:
+        if not model.num_classes:
+            raise ConfigError(
+                f"sample.guidance_scale={config.sample.guidance_scale:g} needs a class-conditional "
+                "model: set it to 1, or give the data classes and model.class_conditional=true"
+            )
+        if config.flow.class_dropout_prob == 0:
+            raise ConfigError(
+                f"sample.guidance_scale={config.sample.guidance_scale:g} needs an unconditional "
+                "branch: set flow.class_dropout_prob above 0, such as 0.1"
+            )
+    settings = config.optimizer.model_dump()
+    if settings["rules"] is not None:
+        settings["rules"] = [LayerRule(**rule) for rule in settings["rules"]]
+    return model, build_optimizer(model, **settings)
 
 
 def make_accelerator(config: Config) -> Accelerator:

@@ -112,3 +112,39 @@ def test_log_lines_read_as_numbers(tmp_path):
     run = RunFolder.open(train(tiny(tmp_path, "train.max_grad_norm=null")))
     assert all(math.isfinite(line["loss"]) for line in run.metrics() if "loss" in line)
     assert all("grad_norm" not in line for line in run.metrics())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["model.patch_size=3"], "model.patch_size 3 does not divide"),
+        (["sample.solver=rk5"], "solver='rk5': choose one of"),
+        (["sample.guidance_scale=2", "model.class_conditional=false"], "needs a class-conditional"),
+        (["sample.guidance_scale=2", "flow.class_dropout_prob=0"], "class_dropout_prob above 0"),
+        (["optimizer.damping=0.1"], "optimizer 'adamw' does not use 'damping'"),
+        (["flow.path_options={power: 2}"], "flow.path_options.power: no option of linear"),
+        (["optimizer.name=dopr-sgd", "optimizer.rules=[{pattern: gone}]"], "gone"),
+        (["data.name=folder", "data.root=nowhere"], "nowhere"),
+    ],
+)
+def test_settings_that_do_not_fit_leave_nothing_behind(tmp_path, settings, words):
+    with pytest.raises(ValueError, match=r".") as error:
+        train(tiny(tmp_path, *settings))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_form_of_dopr_is_reached_from_the_config(tmp_path):
+    settings = [
+        "optimizer.name=dopr-muon",
+        "optimizer.form=sandwich",
+        "optimizer.bias=true",
+        "optimizer.damping=[1.0, 0.1, 100]",
+        "optimizer.anneal=[10, 20]",
+        "optimizer.rules=[{pattern: mlp, mode: blocks, max_side: 8}, {pattern: l$, mode: none}]",
+    ]
+    log = (train(tiny(tmp_path, *settings)) / "log.txt").read_text()
+    modes = {line.split()[0]: line for line in log.splitlines() if ".weight" in line}
+    assert "blocks" in modes["blocks.0.mlp.up.weight"]
+    assert "none" in modes["final.weight"]
