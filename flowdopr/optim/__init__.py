@@ -5,6 +5,7 @@ from flowdopr.optim.build import OPTIMIZER_NAMES, build_optimizer
 from flowdopr.optim.dopr import DoPr
 from flowdopr.optim.kfac import KFAC
 from flowdopr.optim.muon import Muon, newton_schulz
+from flowdopr.optim.plan import LayerRule
 from flowdopr.optim.roles import (
     Role,
     check_claimed,
@@ -12,6 +13,7 @@ from flowdopr.optim.roles import (
     parameter_groups,
     parameter_roles,
 )
+from flowdopr.optim.rownorm import RowNorm
 from flowdopr.optim.signum import Signum
 
 __all__ = [
@@ -19,8 +21,10 @@ __all__ = [
     "OPTIMIZER_NAMES",
     "AdaMuon",
     "DoPr",
+    "LayerRule",
     "Muon",
     "Role",
+    "RowNorm",
     "Signum",
     "build_optimizer",
     "check_claimed",

@@ -17,7 +17,9 @@ from flowdopr.optim.adamuon import AdaMuon
 from flowdopr.optim.dopr import DoPr
 from flowdopr.optim.kfac import KFAC
 from flowdopr.optim.muon import Muon
+from flowdopr.optim.plan import LayerRule
 from flowdopr.optim.roles import parameter_groups
+from flowdopr.optim.rownorm import RowNorm
 from flowdopr.optim.signum import Signum
 
 
@@ -84,6 +86,7 @@ OPTIMIZERS = {
     "muon": Muon,
     "signum": signum,
     "adamuon": AdaMuon,
+    "rownorm": RowNorm,
     "soap": soap,
     "kfac": KFAC,
 }
@@ -100,6 +103,7 @@ def build_optimizer(
         lr: learning rate.
         options: keyword arguments of that optimizer (weight_decay, betas, eps, momentum, ...) and,
             with "dopr-", of `DoPr` (damping, cov_decay, refresh_every, ...); None means not given.
+            `rules` may be `LayerRule`s or dicts of their fields.
 
     Raises:
         ValueError: an unknown name, an option that this optimizer does not use, or a value that
@@ -112,6 +116,8 @@ def build_optimizer(
     wrapped = name.startswith("dopr-")
     recipe = OPTIMIZERS[name.removeprefix("dopr-")]
     given = {key: value for key, value in options.items() if value is not None}
+    if "rules" in given:
+        given["rules"] = [LayerRule(**r) if isinstance(r, dict) else r for r in given["rules"]]
     gp_names = _option_names(recipe)
     ap_names = _option_names(DoPr) if wrapped else []
     for key in given:

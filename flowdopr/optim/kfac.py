@@ -63,6 +63,8 @@ class KFAC(MatrixOptimizer):
         adamw_lr: float | None = None,
         adamw_for: Sequence[str] = (),
     ) -> None:
+        if isinstance(damping, Sequence):
+            raise ValueError(f"kfac: damping is one number, not a schedule, got {damping}")
         if not (damping > 0 and 0 <= cov_decay < 1 and refresh_every >= 1):
             raise ValueError(
                 "kfac: damping must be positive, cov_decay in [0, 1) and refresh_every at least 1, "

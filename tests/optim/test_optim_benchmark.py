@@ -1,6 +1,7 @@
 """The benchmark script runs and writes what it promises; its numbers mean nothing here."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ def test_quick_benchmark_writes_ratios(tmp_path):
     file = tmp_path / "benchmark.json"
     command = [sys.executable, "scripts/benchmark_optim.py", "--quick", "--gps", "sgd"]
     command += ["--models", "dit-xxs-quick", "--device", "cpu", "--json", str(file)]
-    subprocess.run(command, cwd=ROOT, check=True, env={"PYTHONPATH": str(ROOT)})
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, check=True, env=environment)
     report = json.loads(file.read_text())
     assert report["machine"]["commit"]
     (result,) = report["results"]

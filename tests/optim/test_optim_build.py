@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowdopr.optim import DoPr, Muon, build_optimizer
+from flowdopr.optim import DoPr, LayerRule, Muon, build_optimizer
 
 
 def network():
@@ -26,6 +26,15 @@ def test_options_reach_the_optimizer_and_none_means_not_given():
     assert all(g["betas"] == (0.5, 0.6) and g["eps"] == 1e-8 for g in optimizer.param_groups)
 
 
+def test_rules_may_be_dicts():
+    optimizer = build_optimizer(
+        network(), "dopr-sgd", 0.1, rules=[{"pattern": "^0$", "mode": "none"}, LayerRule("2")]
+    )
+    modes = {name: mode for name, _, mode, _ in optimizer.roles()}
+    assert modes["0.weight"] == "none"
+    assert modes["2.weight"] == "full"
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -36,6 +45,7 @@ def test_options_reach_the_optimizer_and_none_means_not_given():
         ("sgd", {"betas": (0.9, 0.99)}, "'sgd' does not use 'betas'"),
         ("dopr-sgd", {"betas": (0.9, 0.99)}, "'dopr-sgd' does not use 'betas'"),
         ("dopr-adamw", {"damping": -1.0}, "damping"),
+        ("kfac", {"damping": (1.0, 0.1, 100)}, "one number"),
     ],
 )
 def test_refuses_what_it_does_not_know(name, options, message):

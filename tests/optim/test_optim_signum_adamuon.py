@@ -1,10 +1,11 @@
-"""Signum and AdaMuon against their formulas, written once more in plain float64."""
+"""Signum, RowNorm and AdaMuon against their formulas, written once more in plain float64."""
 
 import pytest
 import torch
 from torch import nn
 
 from flowdopr.optim.adamuon import AdaMuon
+from flowdopr.optim.rownorm import RowNorm
 from flowdopr.optim.signum import Signum
 
 STEPS = 5
@@ -87,3 +88,17 @@ def test_signum_refuses_values_out_of_range(values):
 def test_adamuon_refuses_values_out_of_range():
     with pytest.raises(ValueError, match="adamuon: eps"):
         AdaMuon([torch.ones(2, 2)], eps=-1.0)
+
+
+def test_rownorm_equals_its_formula_for_matrices_and_convolutions():
+    for shape in [(4, 3), (3, 2, 3, 3)]:
+        weight = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+        grads = [torch.randn(shape, dtype=torch.float64) for _ in range(STEPS)]
+        expected, buffer = weight.detach().clone(), torch.zeros_like(weight)
+        for grad in grads:
+            buffer = 0.9 * buffer + 0.1 * grad
+            expected = (1 - 0.01 * 0.5) * expected
+            for i, row in enumerate(buffer):
+                expected[i] -= 0.01 * 0.2 * row.numel() ** 0.5 * row / row.norm()
+        run(RowNorm([weight], 0.01, momentum=0.9, weight_decay=0.5), [weight], [grads])
+        torch.testing.assert_close(weight.detach(), expected, rtol=1e-12, atol=1e-12)
