@@ -2,8 +2,11 @@
 how many tests run beside each other."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Extractors trained by tests stay out of the user's cache; shared by the test processes of a run.
+os.environ.setdefault("FLOWDOPR_CACHE", tempfile.mkdtemp(prefix="flowdopr-tests-"))
 
 import pytest
 import torch

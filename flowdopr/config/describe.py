@@ -8,7 +8,8 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from flowdopr.config.schema import MODEL_SECTIONS, ArmConfig, Config
+from flowdopr.config.model import MODEL_SECTIONS
+from flowdopr.config.schema import ArmConfig, Config
 
 INTRODUCTION = """# Settings
 

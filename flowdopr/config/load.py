@@ -17,7 +17,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from flowdopr.config.schema import MODEL_SECTIONS, Config
+from flowdopr.config.model import MODEL_SECTIONS
+from flowdopr.config.schema import Config
 from flowdopr.config.yaml12 import dump_yaml, parse_yaml
 
 

@@ -8,28 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-# fmt: off
-OptimizerName = Literal[
-    "sgd", "adamw", "muon", "signum", "adamuon", "soap", "kfac",
-    "dopr-sgd", "dopr-adamw", "dopr-muon", "dopr-signum", "dopr-adamuon", "dopr-soap",
-]
-# fmt: on
-
-
-class Section(BaseModel):
-    """A group of settings: unknown keys are errors, values keep their type, nothing changes."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
-    )
+from flowdopr.config.model import DiTConfig, UNetConfig
+from flowdopr.config.optimizer import OptimizerConfig
+from flowdopr.config.types import Count, CountOrZero, Fraction, NotNegative, Positive, Section
 
 
 class DataConfig(Section):
@@ -50,59 +33,6 @@ class DataConfig(Section):
     """Download a torchvision data set that is not in `root` yet."""
     num_workers: CountOrZero = 0
     """Processes that decode images, for each training process. 0: the training process itself."""
-
-
-class DiTConfig(Section):
-    name: Literal["dit"]
-    class_conditional: bool = True
-    """Feed class labels to the model; false trains an unconditional one."""
-    size: Literal["XXS", "XS", "T", "S", "B", "L", "XL"] = "S"
-    """Named depth, width and heads; S to XL are SiT's."""
-    depth: Count | None = None
-    """Blocks, in place of the size's."""
-    hidden_size: Count | None = None
-    """Width, in place of the size's."""
-    num_heads: Count | None = None
-    """Attention heads, in place of the size's."""
-    patch_size: Count = 2
-    """Side of a patch in pixels; 1 is patchless."""
-    mlp_ratio: Positive = 4.0
-    """MLP width over hidden size."""
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    """Kind of MLP, with equal parameter counts."""
-    norm: Literal["layer", "rms"] = "layer"
-    """Kind of normalisation, without weights of its own."""
-    qk_norm: bool = False
-    """RMS-normalise queries and keys."""
-    rope: bool = False
-    """Rotary positions in attention, beside the fixed sine-cosine table."""
-
-
-class UNetConfig(Section):
-    name: Literal["unet"]
-    class_conditional: bool = True
-    """Feed class labels to the model; false trains an unconditional one."""
-    channels: Count = 128
-    """Width at multiplier 1; a multiple of 4."""
-    channel_multipliers: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 2, 2)
-    """Width of each level over `channels`, finest first."""
-    num_res_blocks: Count = 2
-    """Residual blocks a level on the way down (one more on the way up)."""
-    attention_resolutions: tuple[Count, ...] = (16,)
-    """Heights of the feature maps that get attention; the middle always has it."""
-    num_heads: Count = 4
-    """Attention heads; unused where `head_channels` is given."""
-    head_channels: Count | None = None
-    """Channels a head."""
-    dropout: Fraction = 0.0
-    """Dropout inside residual blocks."""
-    scale_shift_norm: bool = True
-    """The condition scales and shifts the norm (FiLM) instead of being added."""
-    resample: Literal["conv", "pool", "resblock"] = "conv"
-    """What changes the resolution; `pool` has no weights."""
-
-
-MODEL_SECTIONS: dict[str, type[Section]] = {"dit": DiTConfig, "unet": UNetConfig}
 
 
 class FlowConfig(Section):
@@ -135,73 +65,10 @@ class FlowConfig(Section):
     by scipy, entropic by Sinkhorn), within classes where the model has them."""
     coupling_regularisation: Positive = 0.05
     """Entropy of `entropic`, in units of the mean squared distance."""
+    coupling_iterations: Count = 100
+    """Sinkhorn's passes over rows and columns in `entropic`."""
     class_dropout_prob: Fraction = 0.1
     """Chance, for each sample on its own, that a training label is replaced by the null label."""
-
-
-class RuleConfig(Section):
-    pattern: str
-    """Regular expression searched in a layer's name; the first rule that matches wins."""
-    mode: Literal["auto", "none", "full", "blocks", "diagonal", "offsets", "sua", "sua-mean"] = (
-        "auto"
-    )
-    """Form of the layer's second moment; docs/optim.md says when to use which."""
-    bias: bool | None = None
-    """Take a Linear's bias as one more input coordinate. null: as `optimizer.bias`."""
-    max_side: Count | None = None
-    """Widest full matrix of `auto` and `blocks`. null: as `optimizer.max_side`."""
-    max_rows: Count | None = None
-    """Input rows a forward contributes. null: as `optimizer.max_rows`."""
-
-
-class OptimizerConfig(Section):
-    name: OptimizerName = "adamw"
-    """Gradient preconditioner (GP); `dopr-` adds activation preconditioning (AP) before it."""
-    lr: Positive = 1e-4
-    """Peak learning rate, after warm-up."""
-    weight_decay: NotNegative = 0.0
-    """Decoupled weight decay (sgd: added to the gradient), on matrices and convolutions only."""
-    betas: tuple[Fraction, Fraction] | None = None
-    """Adam's two decay rates (adamw, soap, and the AdamW part of muon, adamuon and kfac)."""
-    eps: Positive | None = None
-    """Adam's epsilon."""
-    momentum: Fraction | None = None
-    """Momentum (sgd, signum, muon, adamuon, kfac)."""
-    nesterov: bool | None = None
-    """Nesterov momentum (sgd, muon, adamuon)."""
-    adjust_lr: Literal["original", "match_rms_adamw"] | None = None
-    """Muon's scale by matrix shape: Keller Jordan's, or Moonshot's that matches AdamW's updates."""
-    adamw_lr: Positive | None = None
-    """Learning rate of the AdamW part of muon, adamuon and kfac. null: `lr`."""
-    adamw_for: tuple[str, ...] | None = None
-    """Names (regular expressions) of matrices that muon, adamuon and kfac leave to AdamW."""
-    precondition_frequency: Count | None = None
-    """SOAP: steps between renewals of its basis."""
-    damping: NotNegative | tuple[Positive, Positive, Count] | None = None
-    """DoPr and kfac: gamma, relative to the mean eigenvalue of a layer's input second moment; or
-    [first, last, steps], which goes geometrically from first to last."""
-    cov_decay: Fraction | None = None
-    """DoPr and kfac: EMA decay of the second moment at each refresh; 0 uses the newest alone."""
-    refresh_every: Count | None = None
-    """DoPr and kfac: steps between refreshes of the statistics and their inverses."""
-    form: Literal["inverse", "sandwich"] | None = None
-    """DoPr: G S^-1 (the paper's), or the invariant GP(G L^-T) L^-1 with S = L L^T."""
-    power: Positive | None = None
-    """DoPr: alpha of G S^-alpha; 1 is the paper's."""
-    anneal: tuple[CountOrZero, Count] | None = None
-    """DoPr: [first, last] steps between which AP fades into the bare GP."""
-    max_rows: Count | None = None
-    """DoPr: rows of inputs one forward contributes to a layer's statistics."""
-    max_side: Count | None = None
-    """DoPr: side of the widest second moment; wider layers are treated in blocks."""
-    max_patch: Count | None = None
-    """DoPr: widest convolution patch with a full second moment; wider ones take `sua-mean`."""
-    conv_mode: Literal["auto", "full", "offsets", "sua", "sua-mean"] | None = None
-    """DoPr: second moment of convolutions that no rule decides."""
-    bias: bool | None = None
-    """DoPr: Linear biases as one more input coordinate, which centres the inputs."""
-    rules: tuple[RuleConfig, ...] | None = None
-    """DoPr: what differs for layers chosen by name."""
 
 
 class TrainConfig(Section):
@@ -271,7 +138,7 @@ class SampleConfig(Section):
     rtol: Positive = 1e-5
     """Relative tolerance of an adaptive solver."""
     noise_scale: NotNegative = 1.0
-    """Noise of an SDE solver relative to the path's own diffusion."""
+    """SDE solvers: w_t = 2 noise_scale sigma_t; 1 is SiT's default, 0 is the ODE."""
     guidance_scale: NotNegative = 1.0
     """Classifier-free guidance; 1 is off."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)

@@ -36,7 +36,12 @@ def build_time_sampler(config: Config) -> TimeSampler:
 
 def build_coupling(config: Config) -> Coupling:
     """Which noise goes with which image: `flow.coupling`."""
-    return make_coupling(config.flow.coupling, regularisation=config.flow.coupling_regularisation)
+    flow = config.flow
+    return make_coupling(
+        flow.coupling,
+        regularisation=flow.coupling_regularisation,
+        iterations=flow.coupling_iterations,
+    )
 
 
 def build_objective(config: Config) -> FlowMatching:

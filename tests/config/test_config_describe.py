@@ -4,7 +4,8 @@ from pathlib import Path
 
 from flowdopr.config import Config
 from flowdopr.config.describe import settings_markdown
-from flowdopr.config.schema import MODEL_SECTIONS, ArmConfig
+from flowdopr.config.model import MODEL_SECTIONS
+from flowdopr.config.schema import ArmConfig
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "settings.md"
 

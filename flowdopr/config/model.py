@@ -1,0 +1,62 @@
+"""Settings of the models; each section's fields are the model's keyword arguments."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from flowdopr.config.types import Count, Fraction, Positive, Section
+
+
+class DiTConfig(Section):
+    name: Literal["dit"]
+    class_conditional: bool = True
+    """Feed class labels to the model; false trains an unconditional one."""
+    size: Literal["XXS", "XS", "T", "S", "B", "L", "XL"] = "S"
+    """Named depth, width and heads; S to XL are SiT's."""
+    depth: Count | None = None
+    """Blocks, in place of the size's."""
+    hidden_size: Count | None = None
+    """Width, in place of the size's."""
+    num_heads: Count | None = None
+    """Attention heads, in place of the size's."""
+    patch_size: Count = 2
+    """Side of a patch in pixels; 1 is patchless."""
+    mlp_ratio: Positive = 4.0
+    """MLP width over hidden size."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """Kind of MLP, with equal parameter counts."""
+    norm: Literal["layer", "rms"] = "layer"
+    """Kind of normalisation, without weights of its own."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys."""
+    rope: bool = False
+    """Rotary positions in attention, beside the fixed sine-cosine table."""
+
+
+class UNetConfig(Section):
+    name: Literal["unet"]
+    class_conditional: bool = True
+    """Feed class labels to the model; false trains an unconditional one."""
+    channels: Count = 128
+    """Width at multiplier 1; a multiple of 4."""
+    channel_multipliers: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 2, 2)
+    """Width of each level over `channels`, finest first."""
+    num_res_blocks: Count = 2
+    """Residual blocks a level on the way down (one more on the way up)."""
+    attention_resolutions: tuple[Count, ...] = (16,)
+    """Heights of the feature maps that get attention; the middle always has it."""
+    num_heads: Count = 4
+    """Attention heads; unused where `head_channels` is given."""
+    head_channels: Count | None = None
+    """Channels a head."""
+    dropout: Fraction = 0.0
+    """Dropout inside residual blocks."""
+    scale_shift_norm: bool = True
+    """The condition scales and shifts the norm (FiLM) instead of being added."""
+    resample: Literal["conv", "pool", "resblock"] = "conv"
+    """What changes the resolution; `pool` has no weights."""
+
+
+MODEL_SECTIONS: dict[str, type[Section]] = {"dit": DiTConfig, "unet": UNetConfig}
