@@ -11,11 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flowdopr.optim.statistics import Pile, Statistic
-
-
-def world_size() -> int:
-    """Number of processes that share the training; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+from flowdopr.optim.world import world_size
 
 
 def sum_piles(statistics: list[Statistic], piles: list[Pile]) -> None:
@@ -69,26 +65,3 @@ def exchange(matrices: list[Tensor], mine: Sequence[int]) -> None:
 
 def _widest(kinds: Sequence[torch.dtype]) -> torch.dtype:
     return max(kinds, key=lambda kind: torch.finfo(kind).bits)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The rows of a sharded tensor (DTensor) that this process holds; others unchanged."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
-
-
-def like_shard(rows: Tensor, tensor: Tensor) -> Tensor:
-    """The inverse of `local`: `rows` as the shard of a DTensor placed as `tensor` is."""
-    if not hasattr(tensor, "to_local"):
-        return rows
-    from torch.distributed.tensor import DTensor
-
-    assert isinstance(tensor, DTensor)
-    return DTensor.from_local(
-        rows,
-        tensor.device_mesh,
-        tensor.placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )

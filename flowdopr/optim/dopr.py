@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdopr.optim.distributed import like_shard, local
 from flowdopr.optim.inverse import Form, full_precision
 from flowdopr.optim.plan import CONV_MODES, Defaults, Layer, LayerRule, make_plan
 from flowdopr.optim.preconditioner import Preconditioner
 from flowdopr.optim.statistics import Statistic, Statistics
+from flowdopr.optim.world import like_shard, local
 
 FORMS = ("inverse", "sandwich")
 
@@ -131,6 +131,7 @@ class DoPr(torch.optim.Optimizer):
             if self.statistics.gathering:
                 self._refreshed_at = self.steps
                 piles = self.statistics.close()
+                self.statistics.pair()
                 self.preconditioner.refresh(piles, *self._schedule(self.steps))
             ready = self._precondition()
         if self.preconditioner.form.sandwich:
@@ -169,7 +170,7 @@ class DoPr(torch.optim.Optimizer):
         own = {
             "steps": self.steps,
             "refreshed_at": self._refreshed_at,
-            "averages": self.preconditioner.state_dict(),
+            **self.preconditioner.state_dict(),
         }
         return {**self.optimizer.state_dict(), "dopr": own}
 
@@ -182,10 +183,11 @@ class DoPr(torch.optim.Optimizer):
                 "the optimizer state has no entry 'dopr': it was saved by a bare optimizer; "
                 "load it into that one, or start the run anew"
             )
-        self.preconditioner.load_state_dict(own["averages"])
+        self.preconditioner.load_state_dict(own)
         self.optimizer.load_state_dict(inner)
         self._share()
         self.steps, self._refreshed_at = own["steps"], own["refreshed_at"]
+        self.statistics.pairing = False
         self._set_gathering()
         with full_precision(), torch.no_grad():
             self.preconditioner.invert(*self._schedule(self._refreshed_at), share=False)
@@ -219,7 +221,7 @@ class DoPr(torch.optim.Optimizer):
         _, strength = self._schedule(self.steps)
         for layer, statistic in zip(self.plan.layers, self.statistics.all, strict=True):
             grads = [p.grad for p in layer.parameters if p.grad is not None]
-            transform = statistic.transform
+            transform = (statistic.twin or statistic).transform
             if strength == 0 or len(grads) < len(layer.parameters):
                 continue
             if transform is None:

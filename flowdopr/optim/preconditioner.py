@@ -38,12 +38,9 @@ class Preconditioner:
         Raises FloatingPointError after `max_nonfinite` skips in a row. One host synchronisation
         here and one in each size of matrix.
         """
-        sum_piles(self.statistics, piles)
-        ran = [
-            (statistic, pile.count, pile.sums)
-            for statistic, pile in zip(self.statistics, piles, strict=True)
-            if pile.sums is not None
-        ]
+        own = [(s, p) for s, p in zip(self.statistics, piles, strict=True) if s.twin is None]
+        sum_piles([statistic for statistic, _ in own], [pile for _, pile in own])
+        ran = [(s, pile.count, pile.sums) for s, pile in own if pile.sums is not None]
         traces = [sums.diagonal(dim1=-2, dim2=-1).sum().float() for _, _, sums in ran]
         finite = torch.stack([t.to(traces[0].device) for t in traces]).isfinite() if ran else None
         good = [] if finite is None else finite.tolist()
@@ -82,25 +79,30 @@ class Preconditioner:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Layer name -> the lower triangles of the average of Sigma, and its weight."""
-        return {
+        """ "averages": layer name -> lower triangles of the average of Sigma, and its weight;
+        "twins": layer name -> name of the layer whose average it uses."""
+        averages = {
             statistic.name: {"sigma": _pack(statistic.sigma), "weight": statistic.weight}
             for statistic in self.statistics
             if statistic.sigma is not None
         }
+        twins = {s.name: s.twin.name for s in self.statistics if s.twin is not None}
+        return {"averages": averages, "twins": twins}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore the averages. Raises ValueError for a layer or a shape that is not here."""
-        shapes = {s.name: s.case.shape for s in self.statistics}
-        for name, entry in saved.items():
-            shape = shapes.get(name)
-            if shape is None or entry["sigma"].shape != _packed_shape(shape):
+        known = {statistic.name: statistic for statistic in self.statistics}
+        averages, twins = saved["averages"], saved["twins"]
+        for name in (*averages, *twins, *twins.values()):
+            shape = _packed_shape(known[name].case.shape) if name in known else None
+            if shape is None or (name in averages and averages[name]["sigma"].shape != shape):
                 raise ValueError(
                     f"the optimizer state has statistics of layer {name!r}, which this model lacks "
                     "or treats in another mode: load it into the model and rules it was saved with"
                 )
         for statistic in self.statistics:
-            entry = saved.get(statistic.name)
+            entry, twin = averages.get(statistic.name), twins.get(statistic.name)
+            statistic.twin = None if twin is None else known[twin]
             statistic.close()
             statistic.transform = None
             statistic.sigma = None if entry is None else _unpack(entry["sigma"], statistic)

@@ -8,6 +8,7 @@ skips leaves no trace whether `zero_grad` comes before the forward or between it
 """
 
 import itertools
+import logging
 import weakref
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from flowdopr.optim.layers import Case
+from flowdopr.optim.world import agreed
 
+logger = logging.getLogger("flowdopr.optim")
 _RUNNING: "weakref.WeakValueDictionary[int, Statistics]" = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
 
@@ -40,6 +43,7 @@ class Statistic:
 
     `sigma` is the exponential average of the batch second moments and `weight` that of the ones,
     so `sigma / weight` is unbiased from the first refresh on. `transform` is T, made from it.
+    A statistic with a `twin` keeps nothing of its own: the twin's modules see the same tensors.
     """
 
     def __init__(self, name: str, case: Case, weight: Tensor, max_rows: int | None) -> None:
@@ -50,6 +54,8 @@ class Statistic:
         self.ran_outside_backward = False
         self.sigma: Tensor | None = None
         self.transform: Tensor | None = None
+        self.twin: Statistic | None = None
+        self.sources: list[Statistic | None] = []  # whose input each call had, until paired
         self.weight = 0.0
         self.skipped_in_a_row = 0
 
@@ -58,13 +64,20 @@ class Statistic:
         """Where the weight is now."""
         return self.parameter.device
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Statistics of equal keys make the same Sigma of the same input."""
+        return (*self.case.key, self.dtype, self.max_rows)
+
+    def is_recomputation(self) -> bool:
+        """Whether a forward running now repeats, for checkpointing, one already counted."""
+        if torch._C._current_graph_task_id() != -1:  # inside a backward
+            return self.ran_outside_backward
+        self.ran_outside_backward = True
+        return False
+
     def gather(self, x: Tensor, case: Case) -> None:
-        """Count one forward input, unless it is a recomputation of one already counted."""
-        if torch._C._current_graph_task_id() != -1:  # a forward inside backward: checkpointing
-            if self.ran_outside_backward:
-                return
-        else:
-            self.ran_outside_backward = True
+        """Add one forward input."""
         pile = self.fresh
         if pile.sums is None:
             pile.sums = torch.zeros(self.case.shape, dtype=self.dtype, device=x.device)
@@ -93,11 +106,11 @@ class Hook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.token is None or not module.training or not torch.is_grad_enabled():
             return
-        x = (args[0] if args else kwargs["input"]).detach()
+        x = args[0] if args else kwargs["input"]
         if torch.compiler.is_compiling():
-            torch.ops.flowdopr.gather(x, self.token, self.handle, self.index)
+            torch.ops.flowdopr.gather(x.detach(), self.token, self.handle, self.index)
         else:
-            _gather(x, self.handle, self.index)
+            _gather(x, self.handle, self.index, traced=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
         return Hook(-1, self.index, None)
@@ -106,16 +119,16 @@ class Hook:
         return Hook, (-1, self.index, None)
 
 
-def _gather(x: Tensor, handle: int, index: int) -> None:
+def _gather(x: Tensor, handle: int, index: int, *, traced: bool) -> None:
     statistics = _RUNNING.get(handle)
     if statistics is not None:
-        statistics.gather(index, x)
+        statistics.gather(index, x, traced)
 
 
 @torch.library.custom_op("flowdopr::gather", mutates_args=("token",))
 def _gather_op(x: Tensor, token: Tensor, handle: int, index: int) -> None:
     """`_gather`, opaque to torch.compile: whether a step gathers is no guard of the graph."""
-    _gather(x, handle, index)
+    _gather(x, handle, index, traced=True)
 
 
 @_gather_op.register_fake
@@ -131,6 +144,9 @@ class Statistics:
         self.gathering = True
         self._readers: list[tuple[Statistic, Case]] = []
         self._backward_ran = False
+        self.pairing = True
+        self._parted: set[str] = set()
+        self._last_inputs: dict[tuple[object, ...], tuple[weakref.ref[Tensor], Statistic]] = {}
         self._handle = next(_HANDLES)
         self._removable: list[Any] = []
         _RUNNING[self._handle] = self
@@ -152,12 +168,39 @@ class Statistics:
         self._removable.append(weight.register_post_accumulate_grad_hook(arrived))
 
     @torch.no_grad()
-    def gather(self, index: int, x: Tensor) -> None:
+    def gather(self, index: int, x: Tensor, traced: bool) -> None:
         """One forward of the module watched as number `index`."""
-        if self.gathering:
-            self._settle()
-            statistic, case = self._readers[index]
-            statistic.gather(x, case)
+        if not self.gathering:
+            return
+        self._settle()
+        statistic, case = self._readers[index]
+        if statistic.is_recomputation():
+            return
+        if statistic.twin is None:
+            statistic.gather(x.detach(), case)
+        if not traced:
+            self._compare_input(statistic, x)
+
+    def pair(self) -> None:
+        """After the first refresh window: let statistics that saw the same tensors share one.
+
+        All ranks must have seen the same. Under torch.compile tensors have no identity, and every
+        module keeps a statistic of its own.
+        """
+        if not self.pairing:
+            return
+        self.pairing = False
+        leaders = []
+        for statistic in self.all:
+            leader = statistic.sources[0] if statistic.sources else None
+            same = leader is not None and statistic.sources == [leader] * len(leader.sources)
+            leaders.append(self.all.index(leader) if leader is not None and same else -1)
+        for statistic, leader in zip(self.all, agreed(leaders, self.all[0].device), strict=True):
+            statistic.twin = self.all[leader] if leader >= 0 else None
+            statistic.sources.clear()
+        for statistic in self.all:
+            if statistic.twin is not None and statistic.twin.twin is not None:
+                statistic.twin = statistic.twin.twin
 
     def close(self) -> list[Pile]:
         """End the window; returns what each statistic gathered, in order."""
@@ -177,6 +220,24 @@ class Statistics:
             removable.remove()
         self._removable.clear()
         _RUNNING.pop(self._handle, None)
+
+    def _compare_input(self, statistic: Statistic, x: Tensor) -> None:
+        """Note whose input `x` was before; say so if a twin's is no longer its twin's."""
+        last = self._last_inputs.get(statistic.key)
+        source = last[1] if last is not None and last[0]() is x else None
+        if source is None or source is statistic:
+            self._last_inputs[statistic.key] = (weakref.ref(x), statistic)
+            source = None
+        if self.pairing:
+            statistic.sources.append(source)
+        elif statistic.twin is not source and statistic.name not in self._parted:
+            self._parted.add(statistic.name)
+            if statistic.twin is not None:
+                logger.warning(
+                    "layer %s: no longer fed the tensor of %s, whose statistics it uses",
+                    statistic.name,
+                    statistic.twin.name,
+                )
 
     def _settle(self) -> None:
         if self._backward_ran:

@@ -24,14 +24,16 @@ SETTINGS = {
 
 
 class Routed(nn.Module):
-    """Runs its spare layer where its batch starts with a positive number: on some ranks."""
+    """Has two layers fed one tensor, and runs its spare layer where its batch starts with a positive number: on some ranks."""
 
     def __init__(self) -> None:
         super().__init__()
         self.main, self.spare = small_model().double(), nn.Linear(3, 3).double()
+        self.left, self.right = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.main(x)
+        y = self.left(y) * self.right(y)
         return y + self.spare(y) if x[0, 0, 0, 0] > 0 else y
 
 
@@ -100,3 +102,4 @@ def test_a_layer_that_runs_on_one_rank_only_neither_hangs_nor_drifts(ranks: list
     first, second = (rank["ddp-routed"][0] for rank in ranks)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+    assert ranks[0]["ddp-routed"][1]["twins"] == {"right": "left"}

@@ -1,0 +1,44 @@
+"""The processes that train together, and the tensors they shard (DTensor)."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes that share the training; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def agreed(numbers: list[int], device: torch.device) -> list[int]:
+    """Each number if all ranks have the same one, else -1."""
+    if world_size() == 1 or not numbers:
+        return numbers
+    both_ends = torch.tensor([numbers, [-number for number in numbers]], device=device)
+    dist.all_reduce(both_ends, op=dist.ReduceOp.MIN)
+    lowest, negated_highest = both_ends.tolist()
+    pairs = zip(lowest, negated_highest, strict=True)
+    return [low if low == -negated else -1 for low, negated in pairs]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows of a sharded tensor (DTensor) that this process holds; others unchanged."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def like_shard(rows: Tensor, tensor: Tensor) -> Tensor:
+    """The inverse of `local`: `rows` as the shard of a DTensor placed as `tensor` is."""
+    if not hasattr(tensor, "to_local"):
+        return rows
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(tensor, DTensor)
+    return DTensor.from_local(
+        rows,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
