@@ -52,7 +52,8 @@ def _table(prefix: str, title: str, section: type[BaseModel]) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return ""
-    return f"`{field.default if isinstance(field.default, str) else json.dumps(field.default)}`"
+    value = field.get_default(call_default_factory=True)
+    return f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 
 def _values(section: type[BaseModel], name: str) -> str:

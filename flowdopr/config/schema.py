@@ -40,7 +40,7 @@ class FlowConfig(Section):
         "linear"
     )
     """Path from noise x_0 to data x_1."""
-    path_options: dict[str, float] = {}
+    path_options: dict[str, float] = Field(default_factory=dict)
     """Numbers of that path: `beta_min`, `beta_max` (variance_preserving), `offset` (cosine),
     `power` (polynomial)."""
     prediction: Literal["velocity", "data", "noise"] = "velocity"
@@ -173,7 +173,7 @@ class ArmConfig(Section):
     """Name in the table and in the run folders."""
     lrs: Annotated[tuple[Positive, ...], Field(min_length=1)]
     """Learning rates tried. Give every arm as many: equal tuning budgets."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     """Dotted overrides of this arm, such as `optimizer.name: dopr-adamw`."""
 
 
