@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
 from flowdopr.optim.roles import parameter_groups, split_by_dimension
@@ -134,8 +135,9 @@ def same_shape(tensors: list[Tensor]) -> list[list[int]]:
 
 
 def stack_blocks(tensors: list[Tensor], blocks: int) -> Tensor:
-    """(K tensors of one shape) -> (K * blocks, rows, cols)."""
-    stacked = torch.stack(tensors)
+    """(K tensors of one shape) -> (K * blocks, rows, cols). Under FSDP2 every rank gathers the
+    whole matrices: their rows do not suffice to orthogonalise them."""
+    stacked = torch.stack([t.full_tensor() if isinstance(t, DTensor) else t for t in tensors])
     rows = stacked.shape[1] // blocks
     return stacked.reshape(len(tensors) * blocks, rows, -1)
 
@@ -143,4 +145,10 @@ def stack_blocks(tensors: list[Tensor], blocks: int) -> Tensor:
 def unstack_blocks(stacked: Tensor, like: list[Tensor]) -> list[Tensor]:
     """Inverse of `stack_blocks`: tensors of the shape and dtype of `like`."""
     shape = (len(like), *like[0].shape)
-    return list(stacked.reshape(shape).to(like[0].dtype).unbind(0))
+    tensors = list(stacked.reshape(shape).to(like[0].dtype).unbind(0))
+    return [
+        distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
+        if isinstance(p, DTensor)
+        else tensor
+        for tensor, p in zip(tensors, like, strict=True)
+    ]

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_quick_benchmark_writes_ratios(tmp_path):
     file = tmp_path / "benchmark.json"
     command = [sys.executable, "scripts/benchmark_optim.py", "--quick", "--gps", "sgd"]
