@@ -180,6 +180,10 @@ class MeanOffsetsCase(SharedOffsetsCase):
     def shape(self) -> tuple[int, int, int, int]:
         return (self.groups, self.blocks, self.side + 1, self.side + 1)
 
+    @property
+    def transform_shape(self) -> tuple[int, int, int, int]:
+        return (self.groups, 2 * self.blocks, self.side, self.side)
+
     def rows(self, x: Tensor, max_rows: int | None) -> Tensor:
         return nn.functional.pad(super().rows(x, max_rows), (0, 1), value=1.0)
 

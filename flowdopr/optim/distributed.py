@@ -4,11 +4,11 @@ Every rank puts every statistic into the bucket, zeros where a layer did not run
 the collective is the same on all ranks whatever gradients are present.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from flowdopr.optim.statistics import Pile, Statistic
 from flowdopr.optim.world import world_size
@@ -45,22 +45,24 @@ def shares(sides: Sequence[int]) -> list[int]:
     return sorted(by_size[rank::world])
 
 
-def exchange(matrices: list[Tensor], mine: Sequence[int]) -> None:
-    """Give every rank the matrices that the others have made, in place, with one all-reduce."""
-    if world_size() == 1 or not matrices:
+def exchange(statistics: list[Statistic], mine: Sequence[int]) -> None:
+    """Give every rank the transforms that the others have made, with one all-reduce."""
+    if world_size() == 1 or not statistics:
         return
-    device, dtype = matrices[0].device, _widest([matrix.dtype for matrix in matrices])
+    device, dtype = statistics[0].device, _widest([s.dtype for s in statistics])
     own = set(mine)
-    bucket = torch.cat(
-        [
-            (m if i in own else torch.zeros_like(m)).flatten().to(device, dtype)
-            for i, m in enumerate(matrices)
-        ]
-    )
+    shapes = [s.case.transform_shape for s in statistics]
+    made = [
+        s.transform.flatten().to(device, dtype)
+        if i in own and s.transform is not None
+        else torch.zeros(math.prod(shapes[i]), dtype=dtype, device=device)
+        for i, s in enumerate(statistics)
+    ]
+    bucket = torch.cat(made)
     dist.all_reduce(bucket)
-    parts = bucket.split([matrix.numel() for matrix in matrices])
-    for i, (matrix, part) in enumerate(zip(matrices, parts, strict=True)):
-        matrices[i] = part.view_as(matrix).to(matrix)
+    parts = bucket.split([math.prod(shape) for shape in shapes])
+    for statistic, shape, part in zip(statistics, shapes, parts, strict=True):
+        statistic.transform = part.view(shape).to(statistic.device, statistic.dtype)
 
 
 def _widest(kinds: Sequence[torch.dtype]) -> torch.dtype:

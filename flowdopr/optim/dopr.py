@@ -44,7 +44,7 @@ class DoPr(torch.optim.Optimizer):
         anneal: (first, last) steps between which AP fades linearly into the bare GP; None never.
         max_rows: rows of z one forward contributes to a layer, evenly spread; None takes all.
         max_side: side of the widest Sigma; wider layers fall into equal diagonal blocks, and so
-            do layers that narrow (an MLP's second), into blocks of their output's width or 512.
+            do layers that narrow to half or less (an MLP's second), as wide as their output.
         max_patch: widest convolution patch with a full Sigma; wider ones take "sua-mean".
         conv_mode: mode of convolutions that no rule decides, see `LayerRule`.
         bias: give Linear layers their bias as one more coordinate of z, which centres Sigma.

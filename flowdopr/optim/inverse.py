@@ -72,9 +72,11 @@ def invert(
     raised: dict[int, float] = {}
     for members in batches.values():
         means = [torch.where(scales[i] > 0, scales[i], 1.0) for i in members]  # 0: a dead input
-        units = [(stacks[i] / m).flatten(0, 1) for i, m in zip(members, means, strict=True)]
-        sizes = [unit.shape[0] for unit in units]
-        transforms, gammas = _transform(torch.cat(units), damping, form)
+        sizes = [stacks[i].shape[0] * stacks[i].shape[1] for i in members]
+        unit = torch.cat([stacks[i].flatten(0, 1) for i in members])
+        for part, i, mean in zip(unit.split(sizes), members, means, strict=True):
+            part.view_as(stacks[i]).div_(mean)
+        transforms, gammas = _transform(unit, damping, form)
         for i, mean, part, used in zip(
             members, means, transforms.split(sizes), gammas.split(sizes), strict=True
         ):
@@ -91,34 +93,41 @@ def invert(
 
 
 def _transform(unit: Tensor, damping: float, form: Form) -> tuple[Tensor, Tensor]:
-    """T of (N, s, s) matrices of unit scale, and the dampings it took, (N,) on the host."""
+    """T of (N, s, s) matrices of unit scale, and the dampings it took, (N,) on the host.
+
+    Adds the damping to `unit` in place.
+    """
     if unit.shape[-1] == 1:
         gamma = max(damping, _floor(unit))
         power = 0.5 if form.sandwich else form.power
         return (unit + gamma) ** -power, torch.full((unit.shape[0],), damping, dtype=torch.double)
-    damped, factors, gammas = _factor(unit, damping)
+    factors, gammas = _factor(unit, damping)
     if form.sandwich:
         eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
         return torch.linalg.solve_triangular(factors, eye, upper=False).mT, gammas
     if form.power == 1:
         return torch.cholesky_inverse(factors), gammas
-    values, vectors = torch.linalg.eigh(damped)
+    values, vectors = torch.linalg.eigh(unit)
     powers = values.clamp_min(_floor(unit)) ** -form.power
     return (vectors * powers[:, None]) @ vectors.mT, gammas
 
 
-def _factor(unit: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(Sigma + gamma I, its Cholesky factor, gammas). One host synchronisation an attempt."""
+def _factor(unit: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The Cholesky factors of Sigma + gamma I, made in place in `unit`, and the gammas.
+
+    One host synchronisation an attempt.
+    """
     gammas = torch.full((unit.shape[0],), damping, dtype=torch.double)
+    missing = gammas
     for _ in range(MAX_RAISES):
-        damped = unit.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(gammas.to(unit)[:, None])
-        factors, info = torch.linalg.cholesky_ex(damped)
+        unit.diagonal(dim1=-2, dim2=-1).add_(missing.to(unit)[:, None])
+        factors, info = torch.linalg.cholesky_ex(unit)
         pivots = factors.diagonal(dim1=-2, dim2=-1).square().amin(-1)
         failed = ((info != 0) | ~(pivots > _floor(unit))).cpu()
         if not failed.any():
-            return damped, factors, gammas
-        gammas = torch.where(failed, (10 * gammas).clamp_min(_floor(unit)), gammas)
+            return factors, gammas
+        raised = torch.where(failed, (10 * gammas).clamp_min(_floor(unit)), gammas)
+        gammas, missing = raised, raised - gammas
     raise ValueError(
         f"no Cholesky factor of a second-moment matrix with damping up to {gammas.max():.0e}: "
         "its values are not finite"

@@ -67,6 +67,11 @@ class Case:
         return (self.groups, self.blocks, self.side, self.side)
 
     @property
+    def transform_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the matrices to invert, and of their inverses."""
+        return (self.groups, self.blocks, self.side, self.side)
+
+    @property
     def key(self) -> tuple[object, ...]:
         """Two modules with equal keys turn one input into the same Sigma."""
         return (self.kind, self.mode, *self.shape)

@@ -22,7 +22,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Embedding, *CONVS, *TRANSPOSED)
 STACKED = ("full", "blocks", "diagonal")
 CONV_MODES = ("auto", *STACKED, "offsets", "sua", "sua-mean")
-NARROWEST = 512
+NARROWEST = 64
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def make_case(module: nn.Module, rule: LayerRule, defaults: Defaults) -> Case | 
         return f"rule {rule.pattern!r}"
     if isinstance(module, nn.Linear):
         _check_mode(rule, "a Linear", ("auto", *STACKED))
-        side = _side(rule, defaults, module.out_features)
+        side = _side(rule, defaults, module.in_features, module.out_features)
         blocks = _blocks(rule, module.in_features, side)
         bias = defaults.bias if rule.bias is None else rule.bias
         if bias and module.bias is not None and blocks == 1:
@@ -193,7 +193,7 @@ def make_case(module: nn.Module, rule: LayerRule, defaults: Defaults) -> Case | 
         return "sparse gradients" if module.sparse else EmbeddingCase(module.num_embeddings)
     if isinstance(module, TRANSPOSED):
         _check_mode(rule, "a transposed convolution", ("auto", *STACKED))
-        side = _side(rule, defaults, module.out_channels)
+        side = _side(rule, defaults, module.in_channels, module.out_channels)
         blocks = _blocks(rule, module.in_channels // module.groups, side)
         return TransposedCase(module, _stacked_mode(rule, blocks), blocks)
     assert isinstance(module, CONVS)
@@ -204,24 +204,23 @@ def _conv_case(module: _ConvNd, rule: LayerRule, defaults: Defaults) -> Case:
     _check_mode(rule, "a convolution", CONV_MODES)
     channels = module.in_channels // module.groups
     patch = channels * math.prod(module.kernel_size)
-    side = _side(rule, defaults, module.out_channels)
+    side = _side(rule, defaults, module.in_channels, module.out_channels)
     if rule.mode == "offsets":
         return OffsetCase(module)
     if rule.mode == "sua":
         return SharedOffsetsCase(module, "sua", number_of_blocks(channels, side))
     if rule.mode == "sua-mean" or (rule.mode == "auto" and patch > defaults.max_patch):
         return MeanOffsetsCase(module, number_of_blocks(channels, side))
-    blocks = _blocks(rule, patch, side)
+    blocks = _blocks(rule, patch, rule.max_side or defaults.max_side)
     return PatchCase(module, _stacked_mode(rule, blocks), blocks)
 
 
-def _side(rule: LayerRule, defaults: Defaults, d_out: int) -> int:
-    """The widest block: a layer that narrows is cut, but never below NARROWEST."""
-    if rule.max_side is not None:
-        return rule.max_side
-    return (
-        min(defaults.max_side, max(d_out, NARROWEST)) if rule.mode == "auto" else defaults.max_side
-    )
+def _side(rule: LayerRule, defaults: Defaults, d_in: int, d_out: int) -> int:
+    """The widest block. "auto" cuts what narrows to half and less, such as an MLP's second layer,
+    into blocks of its output's width; heads with few outputs stay whole, they cost little."""
+    side = rule.max_side or defaults.max_side
+    narrows = rule.mode == "auto" and rule.max_side is None and NARROWEST <= d_out <= d_in // 2
+    return min(side, d_out) if narrows else side
 
 
 def _blocks(rule: LayerRule, dim: int, side: int) -> int:

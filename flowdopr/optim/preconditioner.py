@@ -1,6 +1,8 @@
 """From gathered sums to the matrix T of every layer: averages, inverses, reports, state."""
 
 import logging
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from flowdopr.optim.distributed import exchange, shares, sum_piles
 from flowdopr.optim.inverse import Form, invert
 from flowdopr.optim.statistics import Pile, Statistic
 
+MAX_TOGETHER = 2**22  # elements inverted in one call, which takes some four times their memory
 logger = logging.getLogger("flowdopr.optim")
 
 
@@ -55,18 +58,20 @@ class Preconditioner:
     def invert(self, damping: float, strength: float, *, share: bool) -> None:
         """Make T from the averages as they are; `share` the work among ranks, or do it all."""
         ready = [statistic for statistic in self.statistics if statistic.sigma is not None]
-        stacks = [s.case.stack(s.sigma / s.weight) for s in ready if s.sigma is not None]
-        mine = shares([stack.shape[-1] for stack in stacks]) if share else range(len(stacks))
-        scales = [ready[i].case.mean_eigenvalue(stacks[i]) for i in mine]
-        inverses = invert([stacks[i] for i in mine], scales, damping, self.form, strength)
-        for i, transform in zip(mine, inverses.transforms, strict=True):
-            stacks[i] = transform
+        mine = shares([s.case.shape[-1] for s in ready]) if share else list(range(len(ready)))
+        for part in _portions(mine, [math.prod(s.case.shape) for s in ready]):
+            self._invert([ready[i] for i in part], damping, strength)
         if share:
-            exchange(stacks, mine)
-        for statistic, transform in zip(ready, stacks, strict=True):
-            statistic.transform = transform
-        for position, raised in inverses.raised.items():
-            self._report_raised(ready[mine[position]].name, raised)
+            exchange(ready, mine)
+
+    def _invert(self, part: list[Statistic], damping: float, strength: float) -> None:
+        stacks = [s.case.stack(s.sigma / s.weight) for s in part if s.sigma is not None]
+        scales = [s.case.mean_eigenvalue(stack) for s, stack in zip(part, stacks, strict=True)]
+        inverses = invert(stacks, scales, damping, self.form, strength)
+        for i, statistic in enumerate(part):
+            statistic.transform = inverses.transforms[i]
+            if i in inverses.raised:
+                self._report_raised(statistic.name, inverses.raised[i])
 
     def report_unseen(self, name: str) -> None:
         """Say once that a layer has a gradient but no statistics."""
@@ -123,6 +128,18 @@ class Preconditioner:
         if self.raised_damping.get(name) != damping:
             logger.warning("layer %s: damping raised to %.1e to factor Sigma", name, damping)
         self.raised_damping[name] = damping
+
+
+def _portions(numbers: list[int], sizes: list[int]) -> Iterator[list[int]]:
+    """`numbers` in order of their sizes, cut so that each part stays near MAX_TOGETHER."""
+    part: list[int] = []
+    for number in sorted(numbers, key=lambda i: (sizes[i], i)):
+        if part and sum(sizes[i] for i in part) + sizes[number] > MAX_TOGETHER:
+            yield part
+            part = []
+        part.append(number)
+    if part:
+        yield part
 
 
 def _packed_shape(shape: tuple[int, int, int, int]) -> tuple[int, int, int]:

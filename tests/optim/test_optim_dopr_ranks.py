@@ -24,7 +24,10 @@ SETTINGS = {
 
 
 class Routed(nn.Module):
-    """Has two layers fed one tensor, and runs its spare layer where its batch starts with a positive number: on some ranks."""
+    """Has two layers fed one tensor, and a spare one for batches that start above zero.
+
+    The spare one runs on some ranks and not on others.
+    """
 
     def __init__(self) -> None:
         super().__init__()
