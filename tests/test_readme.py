@@ -1,0 +1,39 @@
+"""README is true: its Python runs, its commands parse, its files exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from flowdopr.cli import run_command
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^(?:pip install .*&& )?(flowdopr .+)$", TEXT, re.M)
+
+
+def test_python_blocks_run():
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    assert blocks
+    for block in blocks:
+        names: dict = {}
+        exec(compile(block, "README.md", "exec"), names)
+        assert names["loss"].item() < 80  # it began at about 80: the mean of (sum of x^2)^2
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if " train " in c or " compare " in c])
+def test_train_and_compare_commands_resolve(command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert run_command([*command.split()[1:], "--print-config"]) == 0
+    assert capsys.readouterr().out.startswith("name: ")
+
+
+def test_linked_files_exist():
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", TEXT):
+        assert (ROOT / link).exists(), link
+    for name in re.findall(r"`(configs/[^`/]+\.yaml)`", TEXT):
+        assert (ROOT / name).exists(), name
+
+
+def test_two_commands_are_read_by_ci():
+    assert len(re.findall(r"^pip install -e", TEXT, re.M)) == 2
