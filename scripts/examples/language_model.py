@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from flowdopr.optim import build_optimizer
 
 CONTEXT, WIDTH, HEADS, DEPTH, BATCH = 48, 64, 4, 2, 32
+TEXTS, LENGTH = 32, 200  # of one rollout
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,()'-\n"
 
 
@@ -117,7 +118,7 @@ def train(name: str, lr: float, seed: int, steps: int, text: str) -> dict[str, f
     tokens, following = windows(held_out, 256, fixed)
     with torch.no_grad():
         loss = F.cross_entropy(model(tokens).flatten(0, 1), following.flatten()).item()
-    texts = write(model, windows(held_out, 32, fixed)[0], 200, fixed)
+    texts = write(model, windows(held_out, TEXTS, fixed)[0], LENGTH, fixed)
     vocabulary = set(re.findall("[a-z]+", text))
     return {"one-step loss": loss, "unknown words": unknown_words(texts, vocabulary)}
 

@@ -1,0 +1,50 @@
+"""The two examples run; what they show needs more steps than a test has."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["adamw", "dopr-adamw"])
+def test_language_model_trains_and_writes(name, monkeypatch):
+    example = load("language_model")
+    monkeypatch.setattr(example, "LENGTH", 20)
+    text = example.load_text()[:20_000]
+    assert set(text) <= set(example.LETTERS)
+    result = example.train(name, 1e-2, 0, 5, text)
+    assert 0 < result["one-step loss"] < 4
+    assert 0 < result["unknown words"] <= 1
+
+
+def test_unknown_words_counts_whole_words_only():
+    example = load("language_model")
+    assert example.unknown_words(["he cat sat zzz on th"], {"cat", "sat", "on"}) == 0.25
+
+
+@pytest.mark.parametrize("name", ["adamw", "dopr-adamw"])
+def test_robot_policy_learns_to_fly(name):
+    result = load("robot_policy").train(name, 3e-3, 0, 5, 2)
+    assert result["one-step loss"] > 0
+    assert 0 < result["flight error"] <= 5
+
+
+def test_the_robots_expert_stays_on_its_path():
+    example = load("robot_policy")
+    paths = example.make_paths(8, 0)
+    state = torch.cat([paths[:, 0], torch.zeros(8, 4)], -1)
+    distances = []
+    for step in range(example.STEPS):
+        state = example.fly(state, example.expert(state, paths, step))
+        distances.append((state[:, :2] - paths[:, step + 1]).norm(dim=-1))
+    assert torch.stack(distances).mean() < 0.1
