@@ -18,7 +18,8 @@ def test_python_blocks_run():
     for block in blocks:
         names: dict = {}
         exec(compile(block, "README.md", "exec"), names)
-        assert names["loss"].item() < 80  # it began at about 80: the mean of (sum of x^2)^2
+        nothing_learned = names["y"].square().mean()  # the loss of an output of zero
+        assert names["loss"] < 0.95 * nothing_learned
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if " train " in c or " compare " in c])
