@@ -8,8 +8,9 @@ from flowdopr.config.types import Count, CountOrZero, Fraction, NotNegative, Pos
 
 # fmt: off
 OptimizerName = Literal[
-    "sgd", "adamw", "muon", "signum", "adamuon", "soap", "kfac",
-    "dopr-sgd", "dopr-adamw", "dopr-muon", "dopr-signum", "dopr-adamuon", "dopr-soap",
+    "sgd", "adamw", "muon", "signum", "adamuon", "rownorm", "soap", "kfac",
+    "dopr-sgd", "dopr-adamw", "dopr-muon", "dopr-signum", "dopr-adamuon", "dopr-rownorm",
+    "dopr-soap",
 ]
 # fmt: on
 

@@ -14,11 +14,17 @@ from flowdopr.config.model import DiTConfig, UNetConfig
 from flowdopr.config.optimizer import OptimizerConfig
 from flowdopr.config.types import Count, CountOrZero, Fraction, NotNegative, Positive, Section
 
+WeightsName = Annotated[str, Field(pattern=r"^(ema|raw|ema-.+|power-.+|posthoc-.+)$")]
+
 
 class DataConfig(Section):
-    name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "folder", "zip"]
+    # fmt: off
+    name: Literal[
+        "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "folder", "zip", "latents"
+    ]
+    # fmt: on
     """Data set. `digits` ships with scikit-learn; `folder` and `zip` hold images of your own, flat
-    or one folder a class."""
+    or one folder a class; `latents` is what `flowdopr encode` wrote."""
     root: str = "data"
     """Where the data set lies or is downloaded to: a folder, or the archive itself for `zip`."""
     image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
@@ -33,6 +39,19 @@ class DataConfig(Section):
     """Download a torchvision data set that is not in `root` yet."""
     num_workers: CountOrZero = 0
     """Processes that decode images, for each training process. 0: the training process itself."""
+    autoencoder: str | None = None
+    """`latents`: where the autoencoder lies now. null: where it lay at encoding."""
+    source_root: str | None = None
+    """`latents`: the `root` of the encoded images now. null: as at encoding."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        latents = self.name == "latents"
+        for key in ("image_size", "channels") if latents else ("autoencoder", "source_root"):
+            if getattr(self, key) is not None:
+                remedy = "set it at encoding" if latents else "it belongs to data.name=latents"
+                raise ValueError(f"data.{key} is not used by data.name={self.name}: {remedy}")
+        return self
 
 
 class FlowConfig(Section):
@@ -143,10 +162,34 @@ class SampleConfig(Section):
     """Classifier-free guidance; 1 is off."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Times between which there is guidance."""
+    guide_run: str | None = None
+    """Autoguidance: the folder of a run, worse than this one, whose model takes the place of the
+    unconditional branch."""
+    guide_weights: WeightsName = "ema"
+    """Which weights of `guide_run`, as `evaluate.weights`."""
+    guide_step: Count | None = None
+    """Checkpoint of `guide_run`; null: its newest."""
     batch_size: Count = 256
     """Images rolled out together. It does not change what image i looks like."""
     num_images: Count = 64
     """Images in a training run's sample grids."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SampleConfig:
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                f"sample.guidance_interval is [{low:g}, {high:g}]: need 0 <= low < high <= 1"
+            )
+        if self.guide_run is not None and self.guidance_scale == 1:
+            raise ValueError(
+                "sample.guide_run has no effect at sample.guidance_scale 1: set another scale"
+            )
+        if self.guide_run is None and (self.guide_step, self.guide_weights) != (None, "ema"):
+            raise ValueError(
+                "sample.guide_step and sample.guide_weights choose from sample.guide_run: set it"
+            )
+        return self
 
 
 class EvaluateConfig(Section):
@@ -154,18 +197,26 @@ class EvaluateConfig(Section):
     """Feature space: `classifier` (trained on the data set; gives FD) or `inception` (FID)."""
     inception_weights: str | None = None
     """Path of torch-fidelity's Inception weights; null: downloaded at first use."""
-    metrics: tuple[Literal["fd", "kid", "isc", "prc"], ...] = ("fd", "kid", "prc")
-    """Metrics of the rollouts: Frechet distance, kernel distance, inception score, precision and
-    recall."""
+    metrics: tuple[Literal["fd", "kid", "isc", "prc", "bpd", "excess"], ...] = ("fd", "kid", "prc")
+    """Of the rollouts: Frechet distance, kernel distance, inception score, precision and recall.
+    Of the model: bits per dimension, and its excess error over the training set's exact velocity.
+    """
     fid_num_images: Annotated[int, Field(ge=2)] = 10_000
     """Generated images; fewer than 50,000 is a labelled proxy."""
     labels: Literal["balanced", "data"] = "balanced"
     """Labels of the generated images: equally many of each class, or as frequent as in the data."""
-    weights: Annotated[str, Field(pattern=r"^(ema|raw|ema-.+|power-.+|posthoc-.+)$")] = "ema"
+    weights: WeightsName = "ema"
     """Which weights: `ema` (the average that is sampled from), `raw`, an average's own name such as
     `ema-0.999` or `power-0.1`, or `posthoc-LENGTH`."""
     seed: CountOrZero = 0
     """Seed of the rollouts' noise and of the one-step loss's noise and times."""
+    bpd_num_images: Count = 64
+    """Held-out images of `bpd`, by dopri5 at `sample.atol` and `sample.rtol`, without guidance."""
+    bpd_trace: Literal["hutchinson", "exact"] = "hutchinson"
+    """Divergence in `bpd`: estimated by one backward pass a call, or exact by one a pixel."""
+    excess_num_images: Count = 256
+    """Training images of `excess` on the path, and as many rollouts. Each model call is compared
+    with the whole training set."""
 
 
 class ArmConfig(Section):

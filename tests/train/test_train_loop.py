@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from tiny import again, tiny, weights
 
 from flowdopr.cli import run_command
 from flowdopr.config import ConfigError, to_yaml
+from flowdopr.config.optimizer import OptimizerName
+from flowdopr.optim import OPTIMIZER_NAMES
 from flowdopr.train import RunFolder, TrainingFailed, train
 from flowdopr.train.schedule import lr_factor
 
@@ -148,3 +151,7 @@ def test_every_form_of_dopr_is_reached_from_the_config(tmp_path):
     modes = {line.split()[0]: line for line in log.splitlines() if ".weight" in line}
     assert "blocks" in modes["blocks.0.mlp.up.weight"]
     assert "none" in modes["final.weight"]
+
+
+def test_the_schema_names_every_optimizer():
+    assert set(get_args(OptimizerName)) == set(OPTIMIZER_NAMES)
