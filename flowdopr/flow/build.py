@@ -59,7 +59,8 @@ def build_objective(config: Config) -> FlowMatching:
 
 def build_sampling(config: Config) -> Sampling:
     """Section `sample` with what the model was trained on, for `generate(..., sampling=...)`."""
-    settings = config.sample.model_dump(exclude={"batch_size", "num_images"})
+    elsewhere = {"batch_size", "num_images", "guide_run", "guide_weights", "guide_step"}
+    settings = config.sample.model_dump(exclude=elsewhere)
     return Sampling(
         path=build_path(config),
         prediction=config.flow.prediction,
