@@ -213,6 +213,10 @@ class TransposedCase(SharedOffsetsCase):
 
     kind = "transposed"
 
+    @property
+    def rows_first(self) -> bool:
+        return False
+
     def matrix(self, grads: Sequence[Tensor]) -> Tensor:
         weight = grads[0].reshape(self.groups, self.blocks, self.side, -1)
         return weight.transpose(2, 3)

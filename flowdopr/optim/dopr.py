@@ -70,7 +70,7 @@ class DoPr(torch.optim.Optimizer):
         anneal: tuple[int, int] | None = None,
         max_rows: int | None = 2048,
         max_side: int = 1280,
-        max_patch: int = 576,
+        max_patch: int = 128,
         conv_mode: str = "auto",
         bias: bool = False,
         rules: Sequence[LayerRule | Mapping[str, Any]] = (),

@@ -67,6 +67,11 @@ class Case:
         return (self.groups, self.blocks, self.side, self.side)
 
     @property
+    def rows_first(self) -> bool:
+        """Whether the weight's first axis is all rows of one gradient matrix."""
+        return self.groups == 1
+
+    @property
     def transform_shape(self) -> tuple[int, int, int, int]:
         """Shape of the matrices to invert, and of their inverses."""
         return (self.groups, self.blocks, self.side, self.side)
@@ -161,6 +166,10 @@ class EmbeddingCase(Case):
 
     def __init__(self, num_embeddings: int) -> None:
         super().__init__("diagonal", 1, num_embeddings, num_embeddings)
+
+    @property
+    def rows_first(self) -> bool:
+        return False
 
     def accumulate(self, sums: Tensor, x: Tensor, max_rows: int | None) -> int:
         index = x.reshape(-1)

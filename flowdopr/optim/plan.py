@@ -16,6 +16,7 @@ from flowdopr.optim.conv import (
     TransposedCase,
 )
 from flowdopr.optim.layers import Case, EmbeddingCase, LinearBiasCase, LinearCase, number_of_blocks
+from flowdopr.optim.world import has_whole_rows, is_sharded
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -52,7 +53,7 @@ class Defaults:
     conv_mode: str = "auto"
     bias: bool = False
     max_side: int = 1280
-    max_patch: int = 576
+    max_patch: int = 128
 
     def rule(self, module: nn.Module) -> LayerRule:
         """The rule of a layer that no rule matches."""
@@ -111,6 +112,8 @@ class _Planner:
         case = make_case(module, known.rule if known else rule, self.defaults)
         if isinstance(case, str):
             self._refuse(weight, case)
+        elif is_sharded(weight) and not (case.rows_first and has_whole_rows(weight)):
+            self._refuse(weight, "sharded along the coordinates of z, where AP would need a gather")
         elif known is None:
             parameters = [weight]
             if isinstance(case, LinearBiasCase) and isinstance(module, nn.Linear):

@@ -27,9 +27,20 @@ def local(tensor: Tensor) -> Tensor:
     return tensor if to_local is None else to_local()
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor."""
+    return hasattr(tensor, "to_local")
+
+
+def has_whole_rows(tensor: Tensor) -> bool:
+    """Whether each process holds whole rows of a DTensor: split along axis 0, or not at all."""
+    placements = getattr(tensor, "placements", ())
+    return all(placement.is_replicate() or placement.is_shard(0) for placement in placements)
+
+
 def like_shard(rows: Tensor, tensor: Tensor) -> Tensor:
     """The inverse of `local`: `rows` as the shard of a DTensor placed as `tensor` is."""
-    if not hasattr(tensor, "to_local"):
+    if not is_sharded(tensor):
         return rows
     from torch.distributed.tensor import DTensor
 

@@ -73,11 +73,21 @@ def train(name: str, rank: int, world: int) -> tuple[list[Tensor], dict]:
     return [weight.detach() for weight in weights], optimizer.state_dict()["dopr"]
 
 
+def sharded_roles() -> dict[str, str]:
+    """Reasons by parameter name, of layers whose shards cut through the coordinates of z."""
+    model = nn.Sequential(nn.Embedding(6, 4), nn.ConvTranspose2d(4, 4, 2), nn.Linear(4, 4))
+    for layer in model:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = DoPr(torch.optim.SGD(model.parameters()), model)
+    return {name: reason for name, _, _, reason in optimizer.roles()}
+
+
 def worker(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    torch.save({name: train(name, rank, 2) for name in SETTINGS}, folder / f"{rank}.pt")
+    results: dict = {name: train(name, rank, 2) for name in SETTINGS}
+    torch.save({**results, "roles": sharded_roles()}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -106,3 +116,10 @@ def test_a_layer_that_runs_on_one_rank_only_neither_hangs_nor_drifts(ranks: list
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
     assert ranks[0]["ddp-routed"][1]["twins"] == {"right": "left"}
+
+
+def test_shards_that_cut_through_z_are_left_to_the_gp_and_listed(ranks: list[dict]) -> None:
+    roles = ranks[0]["roles"]
+    assert "sharded along" in roles["0.weight"]
+    assert "sharded along" in roles["1.weight"]
+    assert roles["2.weight"] == "layer input"
