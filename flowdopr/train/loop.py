@@ -50,7 +50,7 @@ def _short(value: float) -> str:
 
 def derive_seed(*parts: int) -> int:
     """A seed that differs in every bit for parts that differ in any."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
 
 
 class Trainer:
