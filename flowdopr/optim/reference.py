@@ -137,6 +137,18 @@ def precondition(
     return grad.double() @ inverse * scale
 
 
+def precondition_dual(delta: Tensor, rows: Tensor, damping: float) -> Tensor:
+    """M from output gradients (n, d_out) and z (n, d) by the dual form, for n below d:
+
+    Delta^T (Z Z^T + n lambda I)^-1 Z n = Delta^T Z (Z^T Z / n + lambda I)^-1, G = Delta^T Z.
+    """
+    delta, rows = delta.double(), rows.double()
+    n = rows.shape[0]
+    ridge = damping * rows.square().sum() / n / rows.shape[1]
+    gram = rows @ rows.T + n * ridge * torch.eye(n, dtype=torch.float64)
+    return n * delta.T @ torch.linalg.solve(gram, rows)
+
+
 def matrix_sign(matrix: Tensor) -> Tensor:
     """msgn(M) = U V^T, the direction of Muon in the limit of many iterations."""
     left, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)

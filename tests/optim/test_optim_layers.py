@@ -184,3 +184,26 @@ def test_an_identity_sigma_is_the_bare_optimizer_bitwise() -> None:
             optimizer.step()
         weights.append(layer.weight.detach())
     assert torch.equal(weights[0], weights[1])
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.1])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
+def test_cholesky_dual_form_and_dense_inverse_agree(
+    damping: float, dtype: torch.dtype, rtol: float
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 3, bias=False).to(dtype)
+    z = torch.randn(7, 24).to(dtype)  # fewer samples than coordinates
+    before = layer.weight.detach().clone()
+    optimizer = wrap(layer, damping=damping, unit_scale=False)
+    y = layer(z)
+    y.retain_grad()
+    y.sin().sum().backward()
+    grad = layer.weight.grad.clone()
+    optimizer.step()
+    dense = reference.precondition(grad, reference.second_moment(z), damping, unit_scale=False)
+    dual = reference.precondition_dual(y.grad, z, damping)
+    update = (before - layer.weight.detach()).double()
+    scale = dense.abs().max().item()
+    torch.testing.assert_close(dual, dense, rtol=rtol, atol=rtol * scale)
+    torch.testing.assert_close(update, dense, rtol=rtol, atol=rtol * scale)
