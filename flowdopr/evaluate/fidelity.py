@@ -106,14 +106,15 @@ def fidelity(
 @contextmanager
 def float32_is_float32() -> Iterator[None]:
     """No TF32 in matrix products and convolutions: its rounding would move the distances."""
-    before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
-    kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
-    torch.set_float32_matmul_precision("highest")
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
     try:
-        with cudnn.flags(**kept, allow_tf32=False):
-            yield
+        yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def _cache_name(fingerprint: str, num_images: int, extractor: Extractor) -> str:

@@ -16,6 +16,8 @@ from flowdopr.config import apply_overrides
 from flowdopr.evaluate import classifier
 from flowdopr.train import Interrupted, RunFolder
 
+LONG = 600  # steps of the run that is interrupted: some seconds on any machine
+
 
 @pytest.fixture
 def quick(study, tmp_path, monkeypatch):
@@ -31,7 +33,7 @@ def quick(study, tmp_path, monkeypatch):
             "compare.nfe_steps=[1]",
             "train.checkpoint_every=null",
             "compare.arms=[{name: short, lrs: [1e-3]}, {name: long, lrs: [1e-3], "
-            "set: {train.steps: 120}}]",
+            f"set: {{train.steps: {LONG}}}}}]",
         ],
     )
 
@@ -57,7 +59,7 @@ def test_interrupted_then_gone_on_with_then_left_alone(quick, capfd):
     assert is_finished(short)
     assert not is_finished(long)
     saved = RunFolder.open(long.path).steps()
-    assert 0 < saved[-1] < 120
+    assert 0 < saved[-1] < LONG
     before = stamps(short.path)
 
     folder = compare(quick)
