@@ -126,15 +126,16 @@ def test_too_few_images_are_refused_in_one_line(digits, extractor, metrics, coun
 
 
 def test_full_float32_only_while_scoring():
-    torch.set_float32_matmul_precision("high")
+    convolution = torch.backends.cudnn.conv
+    before = convolution.fp32_precision
+    convolution.fp32_precision = "tf32"
     try:
         with float32_is_float32():
-            assert torch.get_float32_matmul_precision() == "highest"
-            assert not torch.backends.cudnn.allow_tf32
-        assert torch.get_float32_matmul_precision() == "high"
-        assert torch.backends.cudnn.allow_tf32
+            assert convolution.fp32_precision == "ieee"
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert convolution.fp32_precision == "tf32"
     finally:
-        torch.set_float32_matmul_precision("highest")
+        convolution.fp32_precision = before
 
 
 @pytest.fixture
