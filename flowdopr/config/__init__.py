@@ -1,6 +1,13 @@
 """Settings: the schema of every YAML file and the strict loader. Imports no other room."""
 
-from flowdopr.config.load import ConfigError, apply_overrides, load_config, to_dict, to_yaml
+from flowdopr.config.load import (
+    ConfigError,
+    apply_overrides,
+    load_config,
+    load_data_config,
+    to_dict,
+    to_yaml,
+)
 from flowdopr.config.model import DiTConfig, UNetConfig
 from flowdopr.config.optimizer import OptimizerConfig
 from flowdopr.config.schema import (
@@ -29,6 +36,7 @@ __all__ = [
     "UNetConfig",
     "apply_overrides",
     "load_config",
+    "load_data_config",
     "to_dict",
     "to_yaml",
 ]

@@ -35,6 +35,20 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     return _validate(_apply(_read(Path(path), ()), overrides), str(path))
 
 
+def load_data_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """As `load_config`, for work on the data alone: only the section `data` must be there.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    unused = {
+        "name": "data",
+        "model": {"name": "dit"},
+        "train": {"steps": 1, "global_batch_size": 1},
+    }
+    return _validate(unused | _apply(_read(Path(path), ()), overrides), str(path))
+
+
 def apply_overrides(config: Config, overrides: Iterable[str], place: str = "overrides") -> Config:
     """A copy of `config` with `overrides` (`a.b=value`) applied; errors name `place`."""
     return _validate(_apply(to_dict(config), overrides), place)

@@ -47,6 +47,10 @@ class OptimizerConfig(Section):
     """Nesterov momentum (sgd, muon, adamuon)."""
     adjust_lr: Literal["original", "match_rms_adamw"] | None = None
     """Muon's scale by matrix shape: Keller Jordan's, or Moonshot's that matches AdamW's updates."""
+    ns_steps: Count | None = None
+    """Newton-Schulz iterations (muon, adamuon)."""
+    ns_dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of these iterations. null: bfloat16 on CUDA, the weights' own on the CPU."""
     adamw_lr: Positive | None = None
     """Learning rate of the AdamW part of muon, adamuon and kfac. null: `lr`."""
     adamw_for: tuple[str, ...] | None = None
@@ -66,8 +70,8 @@ class OptimizerConfig(Section):
     """DoPr: alpha of G S^-alpha; 1 is the paper's."""
     anneal: tuple[CountOrZero, Count] | None = None
     """DoPr: [first, last] steps between which AP fades into the bare GP."""
-    max_rows: Count | None = None
-    """DoPr: rows of inputs one forward contributes to a layer's statistics."""
+    max_rows: Count | Literal["all"] | None = None
+    """DoPr: rows of inputs one forward contributes to a layer's statistics, evenly spread."""
     max_side: Count | None = None
     """DoPr: side of the widest second moment; wider layers are treated in blocks."""
     max_patch: Count | None = None
@@ -76,5 +80,9 @@ class OptimizerConfig(Section):
     """DoPr: second moment of convolutions that no rule decides."""
     bias: bool | None = None
     """DoPr: Linear biases as one more input coordinate, which centres the inputs."""
+    unit_scale: bool | None = None
+    """DoPr: divide the second moment by its mean eigenvalue before inverting it."""
+    max_nonfinite: Count | None = None
+    """DoPr: refreshes in a row with inputs that are not finite, after which training stops."""
     rules: tuple[RuleConfig, ...] | None = None
     """DoPr: what differs for layers chosen by name."""

@@ -24,8 +24,10 @@ from torchvision.utils import save_image
 from flowdopr.config import Config
 from flowdopr.data import Datasets, build_loader, plain_batches
 from flowdopr.flow import Draw, build_objective, build_sampling, generate, one_step_loss
+from flowdopr.models import load_decoder
 from flowdopr.optim import format_roles
 from flowdopr.train.ema import EMA
+from flowdopr.train.guide import load_guide
 from flowdopr.train.log import StepProgress
 from flowdopr.train.meter import Meter
 from flowdopr.train.run_folder import RunFolder, averages_of
@@ -238,6 +240,7 @@ class Trainer:
         conditional = self.config.model.class_conditional
         num_classes = self.datasets.info.num_classes if conditional else 0
         labels = torch.arange(number) % num_classes if num_classes else None
+        info, device = self.datasets.info, self.accelerator.device
         with self._averaged_model() as model:
             if self.accelerator.is_main_process:
                 samples = generate(
@@ -246,10 +249,13 @@ class Trainer:
                     num_images=number,
                     seed=self.config.seed,
                     batch_size=self.config.sample.batch_size,
+                    guide_model=load_guide(self.config, info, device).model,
                     sampling=build_sampling(self.config),
                 )
+                # Guide and decoder are loaded each time: between grids they take no memory.
+                images = load_decoder(info.autoencoder, device)(samples.images)
                 path = self.run.path / "samples" / f"step-{self.step:08d}.png"
-                save_image(samples.images / 2 + 0.5, path, nrow=math.ceil(number**0.5))
+                save_image(images / 2 + 0.5, path, nrow=math.ceil(number**0.5))
 
     # Saving and going on
 

@@ -13,9 +13,9 @@ from torch import nn
 from flowdopr.config import Config, ConfigError
 from flowdopr.data import DatasetInfo, build_datasets
 from flowdopr.flow import build_objective, build_sampling
-from flowdopr.models import build_model
+from flowdopr.models import build_model, load_decoder
 from flowdopr.optim import build_optimizer
-from flowdopr.optim.plan import LayerRule
+from flowdopr.train.guide import load_guide
 from flowdopr.train.log import run_log
 from flowdopr.train.loop import Trainer
 from flowdopr.train.provenance import provenance
@@ -64,7 +64,10 @@ def build_model_and_optimizer(
         check(config)
     torch.manual_seed(config.seed)
     model = build_model(config, dataset.image_shape, dataset.num_classes)
-    if config.sample.guidance_scale != 1:
+    # What the sample grids will need must be there now, and not only after days of training.
+    load_decoder(dataset.autoencoder)
+    guide = load_guide(config, dataset)
+    if config.sample.guidance_scale != 1 and guide.model is None:
         if not model.num_classes:
             raise ConfigError(
                 f"sample.guidance_scale={config.sample.guidance_scale:g} needs a class-conditional "
@@ -76,8 +79,8 @@ def build_model_and_optimizer(
                 "branch: set flow.class_dropout_prob above 0, such as 0.1"
             )
     settings = config.optimizer.model_dump()
-    if settings["rules"] is not None:
-        settings["rules"] = [LayerRule(**rule) for rule in settings["rules"]]
+    if settings["ns_dtype"] is not None:
+        settings["ns_dtype"] = getattr(torch, settings["ns_dtype"])
     return model, build_optimizer(model, **settings)
 
 
