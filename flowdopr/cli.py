@@ -1,4 +1,4 @@
-"""The command line: `flowdopr train | sample | evaluate | compare`.
+"""The command line: `flowdopr train | sample | evaluate | compare | encode`.
 
 Each command is one call into a room. Bad input ends with one line and exit code 2, a run that
 failed with 1, a signal with 128 + its number, success with 0. Rooms are imported inside the
@@ -75,6 +75,9 @@ def sample(
     guidance_scale: Annotated[
         float | None, typer.Option(min=0, help="Classifier-free guidance; 1 is off.")
     ] = None,
+    guide_run: Annotated[
+        str | None, typer.Option(help="Autoguidance by the newest model of this run folder.")
+    ] = None,
     labels: Annotated[
         str | None, typer.Option(help="Class numbers, repeated over the images: 3 or 0,1,2.")
     ] = None,
@@ -85,6 +88,9 @@ def sample(
         typer.Option(help="Weights: ema, raw, an average's own name, or posthoc-LENGTH."),
     ] = "ema",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time.")] = None,
+    autoencoder: Annotated[
+        str | None, typer.Option(help="Where the autoencoder of a run on latents lies now.")
+    ] = None,
     npz: Annotated[
         bool, typer.Option("--npz", help="Also write samples.npz (arr_0: uint8, NHWC; labels).")
     ] = False,
@@ -98,6 +104,7 @@ def sample(
         "atol": atol,
         "rtol": rtol,
         "guidance_scale": guidance_scale,
+        "guide_run": guide_run,
         "batch_size": batch_size,
     }
     _tell(
@@ -110,6 +117,7 @@ def sample(
             step=step,
             weights=ema,
             npz=npz,
+            autoencoder=autoencoder,
             **{key: value for key, value in changes.items() if value is not None},
         )
     )
@@ -163,6 +171,41 @@ def compare(
     from flowdopr.compare import compare as run_compare
 
     run_compare(resolved, workers=workers, report_only=report_only)
+
+
+@app.command()
+def encode(
+    config: ConfigFile,
+    autoencoder: Annotated[
+        str, typer.Option(help="Folder in diffusers' format, or a name on the Hugging Face hub.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the latents; a cut encoding goes on.")],
+    overrides: Overrides = None,
+    kept: Annotated[
+        str, typer.Option(help="posterior: drawn anew each epoch; or mean.")
+    ] = "posterior",
+    dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    shard_size: Annotated[int, typer.Option(min=1, help="Images in a file.")] = 8192,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+) -> None:
+    """Encode the images of CONFIG's section `data` once, for `data.name: latents`.
+
+    Mirrored copies are encoded too where data.horizontal_flip is on. Needs flowdopr[latents].
+    """
+    from flowdopr.config import load_data_config
+    from flowdopr.evaluate import encode as run_encode
+
+    _tell(
+        run_encode(
+            load_data_config(config, overrides or ()),
+            autoencoder=autoencoder,
+            out=out,
+            kept=kept,
+            dtype=dtype,
+            shard_size=shard_size,
+            batch_size=batch_size,
+        )
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

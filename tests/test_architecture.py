@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "__init__": set(),
 }
 # Of the trainer, evaluation may see only what a run left behind.
-FROM_TRAIN = {"flowdopr.train.run_folder", "flowdopr.train.provenance", "flowdopr.train.log"}
+FROM_TRAIN = {f"flowdopr.train.{name}" for name in ("run_folder", "guide", "provenance", "log")}
 # In rooms that promise plain arguments, only these files see the Config.
 SEES_CONFIG = {"flow": {"build.py"}, "models": {"__init__.py"}}
 

@@ -8,8 +8,6 @@ fixed share of each class is held out, the same one for every seed and on every 
 import hashlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +24,9 @@ from flowdopr.data.files import (
     find_classes,
     fingerprint_files,
 )
-from flowdopr.data.memory import ImageDataset, ImageTensor
+from flowdopr.data.info import DatasetInfo, Datasets
+from flowdopr.data.latents import open_latents, read_notes
+from flowdopr.data.memory import ImageTensor
 from flowdopr.data.transforms import fit
 
 TORCHVISION = {
@@ -35,48 +35,6 @@ TORCHVISION = {
     "cifar10": torchvision.datasets.CIFAR10,
     "cifar100": torchvision.datasets.CIFAR100,
 }
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What a model and a card must know of a data set.
-
-    `image_shape` is (C, H, W). `num_classes` 0 and no `class_names`: images without classes.
-    `fingerprint` is a sha256 that changes when any image, name, label, the split or the resizing
-    does (a folder of more than 1 GiB: when a name or a file's size does).
-    """
-
-    name: str
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    class_names: tuple[str, ...]
-    num_train: int
-    num_held_out: int
-    fingerprint: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, strings and numbers, ready for JSON."""
-        lists = {"image_shape": list(self.image_shape), "class_names": list(self.class_names)}
-        return asdict(self) | lists
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "DatasetInfo":
-        tuples: dict[str, Any] = {k: tuple(values[k]) for k in ("image_shape", "class_names")}
-        return cls(**(values | tuples))
-
-
-@dataclass(frozen=True)
-class Datasets:
-    """The two splits, neither ever augmented: mirroring is the loader's."""
-
-    train: ImageDataset
-    held_out: ImageDataset
-    info: DatasetInfo
-
-    @property
-    def reference(self) -> ImageDataset:
-        """What generated images are compared with: the plain training set."""
-        return self.train
 
 
 def build_datasets(config: Config) -> Datasets:
@@ -88,7 +46,34 @@ def build_datasets(config: Config) -> Datasets:
         ValueError: nothing at `data.root`, no images, unreadable ones, too few of a class, a
             download that failed; one line each, with the remedy.
     """
+    return _datasets_of(config.data)
+
+
+def build_pixel_datasets(config: Config) -> Datasets:
+    """The images themselves: of latents those that were encoded, else the data set of the config.
+
+    Raises:
+        ValueError: as `build_datasets`; other images than were encoded.
+    """
     data = config.data
+    if data.name != "latents":
+        return _datasets_of(data)
+    notes = read_notes(data.root)
+    moved = {"root": data.source_root} if data.source_root else {}
+    here = {"download": data.download, "num_workers": data.num_workers}
+    source = DataConfig(**notes["source"]["data"] | moved | here)
+    datasets = _datasets_of(source)
+    if datasets.info.fingerprint != notes["source"]["info"]["fingerprint"]:
+        raise ValueError(
+            f"data.source_root: the images in '{source.root}' are not those that were encoded into "
+            f"'{data.root}'; give the folder of those"
+        )
+    return datasets
+
+
+def _datasets_of(data: DataConfig) -> Datasets:
+    if data.name == "latents":
+        return open_latents(data)
     if data.name == "digits":
         return _in_memory(data, *_load_digits(data.held_out_fraction))
     if data.name in TORCHVISION:

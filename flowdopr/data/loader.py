@@ -8,9 +8,8 @@ A process takes its contiguous share, whatever the number of processes and loade
 can be the first one: that is how a run resumes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,23 +17,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flowdopr.config import Config
-from flowdopr.data.memory import ImageDataset, ImageTensor
-from flowdopr.data.transforms import from_uint8, mirror
-
-
-class Picks(NamedTuple):
-    """Which images make a batch, `(B,)` int64, and which of them are mirrored, `(B,)` bool."""
-
-    indices: Tensor
-    mirrored: Tensor
+from flowdopr.data.memory import ImageDataset, ImageTensor, Picks
+from flowdopr.data.transforms import to_float
 
 
 @lru_cache(maxsize=4)
 def epoch_picks(seed: int, epoch: int, num_images: int) -> Picks:
-    """The order of one epoch and, for each place in it, whether that image is mirrored."""
+    """One epoch: the order of the images and, for each place, whether that one is mirrored."""
     order = torch.from_numpy(np.random.default_rng((seed, epoch, 0)).permutation(num_images))
     coins = torch.from_numpy(np.random.default_rng((seed, epoch, 1)).random(num_images) < 0.5)
-    return Picks(order, coins[order])
+    return Picks(order, coins[order], torch.full_like(order, epoch))
 
 
 def picks_between(seed: int, num_images: int, start: int, stop: int) -> Picks:
@@ -64,18 +56,17 @@ class _Plan:
 class _Batches(Dataset):
     """`batches[picks]` -> images and labels; the unit of work of a loader worker."""
 
-    def __init__(self, dataset: ImageDataset, *, flip: bool):
-        self.dataset, self.flip = dataset, flip
+    def __init__(self, dataset: ImageDataset, seed: int, *, flip: bool):
+        self.dataset, self.seed, self.flip = dataset, seed, flip
 
     def __getitem__(self, picks: Picks) -> tuple[Tensor, Tensor] | ValueError:
+        if not self.flip:
+            picks = picks._replace(mirrored=torch.zeros_like(picks.mirrored))
         try:
-            images, labels = self.dataset.batch(picks.indices)
+            return self.dataset.drawn(picks, self.seed)
         except ValueError as error:
             # Raised inside a worker it would arrive as a page of traceback.
             return error
-        if self.flip:
-            images = mirror(images, picks.mirrored)
-        return from_uint8(images), labels
 
 
 def build_loader(
@@ -103,18 +94,20 @@ def build_loader(
         )
     share = slice(rank * size // world_size, (rank + 1) * size // world_size)
     plan = _Plan(config.seed, len(dataset), size, share, start_step)
-    batches = _Batches(dataset, flip=config.data.horizontal_flip)
-    # Images in memory are indexed faster than a worker could hand them over.
-    num_workers = 0 if isinstance(dataset, ImageTensor) else config.data.num_workers
-    return _endless(batches, plan, num_workers)
+    return _load(
+        dataset, plan, config.data.num_workers, seed=config.seed, flip=config.data.horizontal_flip
+    )
 
 
-def _endless(batches: _Batches, plan: _Plan, num_workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _load(
+    dataset: ImageDataset, picks: Iterable[Picks], num_workers: int, *, seed: int, flip: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
     loader = DataLoader(
-        batches,
-        sampler=plan,
+        _Batches(dataset, seed, flip=flip),
+        sampler=picks,
         batch_size=None,
-        num_workers=num_workers,
+        # Images in memory are indexed faster than a worker could hand them over.
+        num_workers=0 if isinstance(dataset, ImageTensor) else num_workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or it would draw from the global one, once a start
     )
@@ -130,4 +123,13 @@ def plain_batches(
     """Every image of `dataset` once, in order, as (x_1, y) on `device`: for evaluation."""
     for indices in torch.arange(len(dataset)).split(batch_size):
         images, labels = dataset.batch(indices)
-        yield from_uint8(images.to(device)), labels.to(device)
+        yield to_float(images.to(device)), labels.to(device)
+
+
+def span_batches(
+    dataset: ImageDataset, span: range, batch_size: int, num_workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images of `span` once, in order, as (x_1, y) on the CPU, decoded by worker processes."""
+    chunks = torch.arange(span.start, span.stop).split(batch_size)
+    picks = [Picks(part, torch.zeros(len(part), dtype=torch.bool), 0 * part) for part in chunks]
+    return _load(dataset, picks, num_workers, seed=0, flip=False)

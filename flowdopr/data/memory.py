@@ -1,11 +1,24 @@
 """The two calls every data set answers, and data sets held whole in memory.
 
-Shapes: images uint8 `(N, C, H, W)`, labels int64 `(N,)`.
+Shapes: images uint8 `(N, C, H, W)`, labels int64 `(N,)`. Latents are float32 `(N, L, h, w)`.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from flowdopr.data.transforms import from_uint8, mirror
+
+
+class Picks(NamedTuple):
+    """Which images make a batch `(B,)` int64, which of them are mirrored `(B,)` bool, and in which
+    epoch each comes `(B,)` int64."""
+
+    indices: Tensor
+    mirrored: Tensor
+    epochs: Tensor
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
@@ -23,6 +36,12 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         """Images `(B, C, H, W)` uint8 and labels `(B,)` of `indices` `(B,)` int64."""
         images = torch.stack([self[index][0] for index in indices.tolist()])
         return images, self.labels[indices]
+
+    def drawn(self, picks: Picks, seed: int) -> tuple[Tensor, Tensor]:
+        """What training sees: x_1 `(B, C, H, W)` float32 and y `(B,)` of `picks`, mirrored where
+        they say so. All chance depends on (`seed`, epoch, image) alone."""
+        images, labels = self.batch(picks.indices)
+        return from_uint8(mirror(images, picks.mirrored)), labels
 
 
 class ImageTensor(ImageDataset):

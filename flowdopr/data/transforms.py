@@ -22,6 +22,11 @@ def from_uint8(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def to_float(images: Tensor) -> Tensor:
+    """What a model sees: uint8 images in [-1, 1]; latents, floats already, as they are."""
+    return images if images.is_floating_point() else from_uint8(images)
+
+
 def fit(image_size: int | None, channels: int) -> v2.Compose:
     """uint8 `(..., C, H, W)` of any size -> `(..., channels, image_size, image_size)`.
 

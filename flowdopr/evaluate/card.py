@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from flowdopr.config import Config
-from flowdopr.data import UINT8_RULE
+from flowdopr.data import UINT8_RULE, DatasetInfo
 from flowdopr.flow import ADAPTIVE_SOLVERS, BATCH_DEPENDENT_SOLVERS, Sampling
+from flowdopr.models.weights import weights_sha256
+from flowdopr.train.guide import Guide
 from flowdopr.train.provenance import commit, versions
 from flowdopr.train.run_folder import RunFolder, write_atomically
 
@@ -36,19 +37,22 @@ def origin(run: RunFolder, model: nn.Module, step: int, weights: str) -> dict[st
     }
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """sha256 over the names, types and bytes of all weights, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def decoder_record(dataset: DatasetInfo, config: Config) -> dict[str, Any] | None:
+    """What decodes a model's latents, where `config.data.autoencoder` says it lies; None: pixels"""
+    if dataset.autoencoder is None:
+        return None
+    moved = {"name": config.data.autoencoder} if config.data.autoencoder else {}
+    return dataset.autoencoder | moved
 
 
-def sampling_settings(config: Config, sampling: Sampling) -> dict[str, Any]:
+def sampling_settings(config: Config, sampling: Sampling, guide: Guide) -> dict[str, Any]:
     """What decides the rollouts: section `sample` without what this solver ignores."""
     settings = config.sample.model_dump(mode="json", exclude={"num_images"})
-    ignored = {"noise_scale"} if not sampling.stochastic else set()
+    if guide.model is not None:
+        settings["guide"] = (guide.origin or {}) | {"sha256": weights_sha256(guide.model)}
+    guided = ("guide_run", "guide_weights", "guide_step")
+    ignored = set(guided) if guide.model is None else set()
+    ignored |= {"noise_scale"} if not sampling.stochastic else set()
     if sampling.solver in ADAPTIVE_SOLVERS:
         ignored |= {"steps"}
     if sampling.solver not in BATCH_DEPENDENT_SOLVERS:

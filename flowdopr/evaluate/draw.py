@@ -14,8 +14,8 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from flowdopr.config import apply_overrides
-from flowdopr.evaluate.card import origin, sampling_settings, write_card
+from flowdopr.config import Config, apply_overrides
+from flowdopr.evaluate.card import decoder_record, origin, sampling_settings, write_card
 from flowdopr.evaluate.generate import (
     balanced_labels,
     device_of,
@@ -25,6 +25,8 @@ from flowdopr.evaluate.generate import (
 )
 from flowdopr.flow import build_sampling
 from flowdopr.flow.objective import num_classes_of
+from flowdopr.models import load_decoder
+from flowdopr.train.guide import load_guide
 from flowdopr.train.run_folder import RunFolder
 
 MAX_IN_GRID = 100
@@ -41,6 +43,7 @@ def sample(
     step: int | None = None,
     weights: str = "ema",
     npz: bool = False,
+    autoencoder: str | None = None,
     **settings: Any,
 ) -> Path:
     """Draw `num` images into the folder `out`, which is returned.
@@ -52,6 +55,7 @@ def sample(
     Args:
         labels: repeated over the images; None: all classes in turn.
         weights: "ema", "raw" or any other that `RunFolder.load_weights` knows.
+        autoencoder: where the autoencoder of a run on latents lies now.
         settings: settings of section `sample` that differ from the run's: solver, steps, atol, ...
 
     Raises:
@@ -64,15 +68,12 @@ def sample(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: holds files already; give a new or an empty folder")
     folder = RunFolder.open(run)
-    changes = [f"sample.{key}={json.dumps(value)}" for key, value in settings.items()]
-    config = apply_overrides(folder.config, changes)
+    config = _changed(folder.config, autoencoder, settings)
     sampling = build_sampling(config)
+    decoder = decoder_record(folder.dataset, config)
+    guide = load_guide(config, folder.dataset, device_of(state))
     model, step = folder.load_model(step, weights, device_of(state))
-    y, num_classes = None, num_classes_of(model) or 0
-    if labels is not None:
-        y = repeated_labels(num, labels, num_classes)
-    elif num_classes:
-        y = balanced_labels(num, num_classes)
+    y = _labels(num, labels, num_classes_of(model) or 0)
     images, nfe = generate_images(
         model,
         y,
@@ -81,15 +82,32 @@ def sample(
         seed=seed,
         batch_size=config.sample.batch_size,
         state=state,
+        guide_model=guide.model,
+        decode=load_decoder(decoder, device_of(state)),
     )
     if state.is_main_process:
-        described = sampling_settings(config, sampling)
+        described = sampling_settings(config, sampling, guide)
         described |= {"nfe": nfe, "num_images": num, "seed": seed}
-        described["labels"] = list(labels) if labels else "balanced" if num_classes else None
+        described["labels"] = list(labels) if labels else None if y is None else "balanced"
         card = origin(folder, model, step, weights) | {"sampling": described}
+        card |= {"autoencoder": decoder} if decoder else {}
         _write_folder(out, images, y, card, npz=npz)
     state.wait_for_everyone()
     return out
+
+
+def _changed(config: Config, autoencoder: str | None, settings: Mapping[str, Any]) -> Config:
+    changes = [f"sample.{key}={json.dumps(value)}" for key, value in settings.items()]
+    if autoencoder is not None:
+        changes.append(f"data.autoencoder={json.dumps(autoencoder)}")
+    return apply_overrides(config, changes)
+
+
+def _labels(num: int, labels: Sequence[int] | None, num_classes: int) -> Tensor | None:
+    """The labels asked for, else all classes in turn, else none."""
+    if labels is not None:
+        return repeated_labels(num, labels, num_classes)
+    return balanced_labels(num, num_classes) if num_classes else None
 
 
 def _write_folder(

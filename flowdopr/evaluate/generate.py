@@ -3,7 +3,7 @@
 Shapes: images uint8 `(N, C, H, W)`, labels `(N,)` int64.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import PartialState
@@ -15,6 +15,8 @@ from flowdopr.data.loader import picks_between
 from flowdopr.evaluate.fidelity import float32_is_float32
 from flowdopr.evaluate.progress import counting
 from flowdopr.flow import Sampling, generate
+
+DECODED_TOGETHER = 256  # decoded images are floats until they are rounded: not all at once
 
 
 def balanced_labels(num: int, num_classes: int) -> Tensor:
@@ -49,11 +51,14 @@ def generate_images(
     seed: int,
     batch_size: int,
     state: PartialState,
+    guide_model: nn.Module | None = None,
+    decode: Callable[[Tensor], Tensor] = lambda images: images,
 ) -> tuple[Tensor, int | float]:
     """`num` images as uint8 `(num, C, H, W)` on the CPU of every process, and the NFE an image.
 
-    Each process rolls out one contiguous range. Image i depends on (seed, i) and its label alone.
-    Computed in full float32, with a progress line for the main process's range.
+    Each process rolls out one contiguous range; `decode` makes pixels of latents. Image i depends
+    on (seed, i) and its label alone. Computed in full float32, with a progress line for the main
+    process's range.
     """
     rank, world = state.process_index, state.num_processes
     first, last = rank * num // world, (rank + 1) * num // world
@@ -67,10 +72,13 @@ def generate_images(
                 seed=seed,
                 first_index=first,
                 batch_size=batch_size,
+                guide_model=guide_model,
                 sampling=sampling,
                 progress=progress,
             )
-        share = [(to_uint8(samples.images), samples.nfe * (last - first))]
+            parts = samples.images.split(DECODED_TOGETHER)
+            images = torch.cat([to_uint8(decode(part)) for part in parts])
+        share = [(images, samples.nfe * (last - first))]
     shares = gather_object(share) if world > 1 else share
     nfe = sum(calls for _, calls in shares) / num
     return torch.cat([images for images, _ in shares]), int(nfe) if nfe.is_integer() else nfe

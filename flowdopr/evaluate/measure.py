@@ -10,15 +10,23 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from flowdopr.config import Config, ConfigError, apply_overrides
-from flowdopr.data import Datasets, ImageTensor, build_datasets, plain_batches
+from flowdopr.data import (
+    Datasets,
+    ImageTensor,
+    build_datasets,
+    build_pixel_datasets,
+    plain_batches,
+)
 from flowdopr.evaluate.card import (
     card_path,
+    decoder_record,
     origin,
     read_card,
     sampling_settings,
     write_card,
 )
 from flowdopr.evaluate.classifier import RECIPE, load_classifier, predict
+from flowdopr.evaluate.exact import Measured, check_exact, excess, likelihood
 from flowdopr.evaluate.extractors import (
     CLASSIFIER,
     Extractor,
@@ -35,11 +43,15 @@ from flowdopr.evaluate.generate import (
 )
 from flowdopr.flow import build_objective, build_sampling, one_step_loss
 from flowdopr.flow.objective import num_classes_of
+from flowdopr.models import load_decoder
+from flowdopr.train.guide import Guide, load_guide
 from flowdopr.train.run_folder import RunFolder
 
 CLAIM = 50_000  # generated images below which a Frechet distance is a proxy
 ONE_STEP_BATCH = 128  # fixed, because noise and times are drawn batch by batch
-CHANGEABLE = ("sample.", "evaluate.", "data.root=", "data.download=", "data.num_workers=")
+FIDELITY = ("fd", "kid", "isc", "prc")
+PLACES = ("root", "download", "num_workers", "autoencoder", "source_root")
+CHANGEABLE = ("sample.", "evaluate.", *(f"data.{key}=" for key in PLACES))
 
 
 def build_extractor(config: Config, datasets: Datasets) -> Extractor:
@@ -78,7 +90,8 @@ def evaluate(
     weights = config.evaluate.weights
     model, step = folder.load_model(step, weights, device_of(state))
     made_of = origin(folder, model, step, weights)
-    settings = _settings(config, model, folder.dataset.fingerprint, state)
+    guide = load_guide(config, folder.dataset, device_of(state))
+    settings = _settings(config, model, folder.dataset.fingerprint, state, guide)
     path = card_path(folder.path / "evaluation", step, settings)
     known = None if force else read_card(path)
     if known is not None and known["checkpoint"] == made_of["checkpoint"]:
@@ -90,8 +103,10 @@ def evaluate(
                 f"{folder.path}: the images in data.root={config.data.root} are not those it was "
                 "trained on; give data.root=FOLDER_OF_THOSE"
             )
-        extractor = build_extractor(config, datasets)
-    measurement = Measurement(config, model, datasets, extractor, state)
+        check_exact(config, datasets)
+        pixels = build_pixel_datasets(config) if datasets.info.autoencoder else datasets
+        extractor = build_extractor(config, pixels)
+    measurement = Measurement(config, model, datasets, pixels, extractor, guide, state)
     images, labels, nfe = measurement.images()
     if state.is_main_process:
         measured = measurement.card(images, labels)
@@ -104,12 +119,16 @@ def evaluate(
 
 @dataclass
 class Measurement:
-    """Everything one evaluation works with; `images` on all processes, `card` on the main one."""
+    """Everything one evaluation works with; `images` on all processes, `card` on the main one.
+
+    `pixels` are the real images; `datasets` what the model saw of them, the same or latents."""
 
     config: Config
     model: nn.Module
     datasets: Datasets
+    pixels: Datasets
     extractor: Extractor
+    guide: Guide
     state: PartialState
 
     def images(self) -> tuple[Tensor, Tensor | None, float]:
@@ -120,6 +139,7 @@ class Measurement:
             labels = balanced_labels(num, num_classes)
         elif num_classes:
             labels = labels_like_data(num, self.datasets.train.labels)
+        decoder = decoder_record(self.datasets.info, self.config)
         images, nfe = generate_images(
             self.model,
             labels,
@@ -128,25 +148,30 @@ class Measurement:
             seed=settings.seed,
             batch_size=self.config.sample.batch_size,
             state=self.state,
+            guide_model=self.guide.model,
+            decode=load_decoder(decoder, device_of(self.state)),
         )
         return images, labels, nfe
 
     def card(self, images: Tensor, labels: Tensor | None) -> dict[str, Any]:
         """All that is measured, and against what."""
-        info, settings = self.datasets.info, self.config.evaluate
+        info, settings = self.pixels.info, self.config.evaluate
         metrics: dict[str, Any] = self._one_step()
         metrics |= fidelity(
             ImageTensor(images, self.datasets.train.labels.new_zeros(len(images))),
-            self.datasets.reference,
+            self.pixels.reference,
             self.extractor,
-            settings.metrics,
+            [name for name in settings.metrics if name in FIDELITY],
             reference_fingerprint=info.fingerprint,
             device=device_of(self.state),
         )
         if labels is not None and settings.labels == "balanced":
             metrics |= self._label_accuracy(images, labels)
-        return {
-            "metrics": metrics,
+        exact, how = self._exact()
+        decoder = decoder_record(self.datasets.info, self.config)
+        how |= {"autoencoder": decoder} if decoder else {}
+        return how | {
+            "metrics": metrics | exact,
             "proxy": settings.fid_num_images < CLAIM,
             "extractor": self.extractor.to_dict(),
             "reference": {
@@ -163,6 +188,17 @@ class Measurement:
             result = one_step_loss(objective, self.model, held_out, seed=seed)
         return {"one_step_loss": result.mean, "one_step_loss_by_time": result.by_time}
 
+    def _exact(self) -> Measured:
+        """Bits per dimension and excess error, where asked for."""
+        known = {"bpd": ("likelihood", likelihood), "excess": ("oracle", excess)}
+        metrics, how = {}, {}
+        for name in sorted(set(known) & set(self.config.evaluate.metrics)):
+            place, measure = known[name]
+            found = measure(self.config, self.model, self.datasets, device_of(self.state))
+            metrics |= found.metrics
+            how[place] = found.settings
+        return Measured(metrics, how)
+
     def _label_accuracy(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """Share of images that the classifier takes for what they were meant to be."""
         if self.extractor.name != CLASSIFIER:
@@ -172,17 +208,21 @@ class Measurement:
 
 
 def _settings(
-    config: Config, model: nn.Module, fingerprint: str, state: PartialState
+    config: Config, model: nn.Module, fingerprint: str, state: PartialState, guide: Guide
 ) -> dict[str, Any]:
     """What a card's name is a hash of: every setting that its numbers depend on."""
     chosen = config.evaluate
-    sampling = sampling_settings(config, build_sampling(config))
+    sampling = sampling_settings(config, build_sampling(config), guide)
     if "batch_size" in sampling:
         sampling["processes"] = state.num_processes
     sampling["num_images"] = chosen.fid_num_images
     sampling["labels"] = chosen.labels if num_classes_of(model) else None
     sampling["seed"] = chosen.seed
-    return {
+    exact = {
+        "bpd": [chosen.bpd_num_images, chosen.bpd_trace, config.sample.atol, config.sample.rtol],
+        "excess": [chosen.excess_num_images],
+    }
+    return {name: exact[name] for name in exact if name in chosen.metrics} | {
         "weights": chosen.weights,
         "sampling": sampling,
         "metrics": sorted(chosen.metrics),
@@ -197,7 +237,7 @@ def _changed(config: Config, overrides: Iterable[str]) -> Config:
     for override in overrides:
         if not override.startswith(CHANGEABLE):
             raise ConfigError(
-                f"override '{override}': the run is trained; only sample.*, evaluate.*, data.root, "
-                "data.download and data.num_workers can still change"
+                f"override '{override}': the run is trained; only sample.*, evaluate.* and data."
+                f"{{{', '.join(PLACES)}}} can still change"
             )
     return apply_overrides(config, overrides)

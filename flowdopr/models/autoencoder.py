@@ -5,10 +5,17 @@ Shapes: x (B, 3, H, W) images in [-1, 1]; z (B, L, H / f, W / f) latents, about 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from flowdopr.models.weights import weights_sha256
+
+# Decoding takes a hundred times the memory of an image, so it is done in small batches.
+DECODED_TOGETHER = 16
 
 
 class Autoencoder(nn.Module):
@@ -75,6 +82,43 @@ class Autoencoder(nn.Module):
             )
         return self.latent_channels, height // f, width // f
 
+    def record(self, name_or_path: str) -> dict[str, Any]:
+        """What `from_record` needs to load this autoencoder again, ready for JSON."""
+        local = Path(name_or_path)
+        return {
+            "name": str(local.resolve()) if local.is_dir() else name_or_path,
+            "weights_sha256": weights_sha256(self.vae),
+            "scale": self.scale,
+            "shift": self.shift,
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Autoencoder:
+        """The autoencoder that made a `record`.
+
+        Raises:
+            ValueError: as `from_pretrained`; other weights than the record's.
+        """
+        found = cls.from_pretrained(record["name"], scale=record["scale"], shift=record["shift"])
+        if weights_sha256(found.vae) != record["weights_sha256"]:
+            raise ValueError(
+                f"data.autoencoder: '{record['name']}' has other weights than the autoencoder that "
+                "made the latents; give that one"
+            )
+        return found
+
+    @torch.no_grad()
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, L, h, w) of the latents of images (B, C, H, W).
+
+        Raises:
+            ValueError: images that this autoencoder does not take.
+        """
+        _, channels, height, width = x.shape
+        self.latent_shape((channels, height, width))
+        found = self.vae.encode(x).latent_dist
+        return (found.mean - self.shift) * self.scale, found.std * abs(self.scale)
+
     @torch.no_grad()
     def encode(self, x: Tensor, *, sample: bool = False, generator: Any = None) -> Tensor:
         """Latents of images: the posterior's mean, or a sample of it from `generator`.
@@ -95,3 +139,26 @@ class Autoencoder(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Images (B, C, H, W), about [-1, 1] and not clamped, of latents (B, L, h, w)."""
         return self.vae.decode(z / self.scale + self.shift).sample
+
+
+def load_decoder(
+    record: Mapping[str, Any] | None, device: torch.device | str = "cpu"
+) -> Callable[[Tensor], Tensor]:
+    """What turns a model's images (N, C, H, W) into pixels, on the CPU both.
+
+    Args:
+        record: `DatasetInfo.autoencoder`; None where the model's images are pixels already.
+        device: where to decode.
+
+    Raises:
+        ValueError: diffusers is missing, nothing can be loaded, or it has other weights.
+    """
+    if record is None:
+        return lambda images: images
+    autoencoder = Autoencoder.from_record(record).to(device)
+
+    def decode(latents: Tensor) -> Tensor:
+        parts = latents.split(DECODED_TOGETHER)
+        return torch.cat([autoencoder.decode(z.to(device)).cpu() for z in parts])
+
+    return decode

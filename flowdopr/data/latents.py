@@ -1,0 +1,170 @@
+"""Latents on disk: a data set that an autoencoder encoded once, read row by row.
+
+    latents.json                   what was encoded, by what, and the shards; written last
+    train-00000000.safetensors, train-00008192.safetensors, ...  (by their first image)
+    held_out-00000000.safetensors, ...     mean, std `(n, L, h, w)`, mirrored_mean, mirrored_std,
+                                           labels `(n,)`
+
+Numbers are stored as the model sees them, shifted and scaled: a latent is mean + std * normal. Of
+kept "mean" there is no std, without mirrored copies there are no mirrored_*.
+
+Shapes: latents float32 `(B, L, h, w)`, labels int64 `(B,)`.
+"""
+
+import bisect
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flowdopr.config import DataConfig
+from flowdopr.data.info import DatasetInfo, Datasets
+from flowdopr.data.memory import ImageDataset, Picks
+
+NOTES = "latents.json"
+SPLITS = ("train", "held_out")
+
+
+def read_notes(root: str | Path) -> dict[str, Any]:
+    """The `latents.json` in `root`.
+
+    Raises:
+        ValueError: there is none: nothing was encoded into `root`, or not yet all of it.
+    """
+    path = Path(root) / NOTES
+    if not path.is_file():
+        cut = any(Path(root).glob("*.safetensors"))
+        remedy = (
+            "encoding was cut: the same command goes on with it"
+            if cut
+            else f"write it by: flowdopr encode CONFIG --autoencoder NAME --out {root}"
+        )
+        raise ValueError(f"data.root: '{root}' has no {NOTES}; {remedy}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def open_latents(data: DataConfig) -> Datasets:
+    """The two splits in `data.root`; the means and deviations stay on disk.
+
+    Raises:
+        ValueError: no latents there, a shard that is missing or cut, or no mirrored copies though
+            `data.horizontal_flip` asks for them.
+    """
+    notes = read_notes(data.root)
+    if data.horizontal_flip and not notes["mirrored"]:
+        raise ValueError(
+            f"data.horizontal_flip: '{data.root}' holds no mirrored copies; set it false, or "
+            "encode again with data.horizontal_flip=true"
+        )
+    train, held_out = (LatentShards(Path(data.root), split, notes) for split in SPLITS)
+    moved = {"name": data.autoencoder} if data.autoencoder else {}
+    source = DatasetInfo.from_dict(notes["source"]["info"])
+    channels, height, width = notes["image_shape"]
+    info = DatasetInfo(
+        name=f"latents of {source.name}",
+        image_shape=(channels, height, width),
+        num_classes=source.num_classes,
+        class_names=source.class_names,
+        num_train=len(train),
+        num_held_out=len(held_out),
+        fingerprint=fingerprint(notes),
+        autoencoder=notes["autoencoder"] | moved,
+    )
+    return Datasets(train, held_out, info)
+
+
+def fingerprint(notes: dict[str, Any]) -> str:
+    """sha256 over the bytes of all shards and over what was encoded by what, wherever both lie."""
+    parts = {key: notes[key] for key in ("kept", "dtype", "mirrored", "shards")}
+    parts["source"] = notes["source"]["info"]["fingerprint"]
+    parts["autoencoder"] = {k: v for k, v in notes["autoencoder"].items() if k != "name"}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class LatentShards(ImageDataset):
+    """One split. `batch` gives one fixed draw of each latent, `drawn` another one each epoch.
+
+    Each process maps a shard into memory for itself when it first reads from it.
+    """
+
+    def __init__(self, root: Path, split: str, notes: dict[str, Any]):
+        shards = notes["shards"][split]
+        self.paths = [root / shard["file"] for shard in shards]
+        for path, shard in zip(self.paths, shards, strict=True):
+            _check_size(path, shard["bytes"])
+        self.starts = [0, *accumulate(shard["images"] for shard in shards)]
+        self.shape = tuple(notes["image_shape"])
+        self.random, self.mirrored = notes["kept"] == "posterior", notes["mirrored"]
+        self._opened: tuple[int, dict[int, Any]] = (os.getpid(), {})
+        labels = [self._shard(number).get_tensor("labels") for number in range(len(shards))]
+        self.labels = torch.cat(labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        latents, labels = self.batch(torch.tensor([index]))
+        return latents[0], int(labels[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": (0, {})}
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 latents `(B, L, h, w)`, never mirrored, and labels `(B,)`."""
+        keys = [(0, 0, 3, index) for index in indices.tolist()]
+        return self._latents(indices, torch.zeros(len(indices)), keys), self.labels[indices]
+
+    def drawn(self, picks: Picks, seed: int) -> tuple[Tensor, Tensor]:
+        pairs = zip(picks.epochs.tolist(), picks.indices.tolist(), strict=True)
+        keys = [(seed, epoch, 2, index) for epoch, index in pairs]
+        latents = self._latents(picks.indices, picks.mirrored, keys)
+        return latents, self.labels[picks.indices]
+
+    def _latents(self, indices: Tensor, mirrored: Tensor, keys: Sequence[tuple]) -> Tensor:
+        prefixes = ["mirrored_" if flag else "" for flag in mirrored.tolist()]
+        mean = self._rows(indices, [prefix + "mean" for prefix in prefixes])
+        if not self.random:
+            return mean
+        std = self._rows(indices, [prefix + "std" for prefix in prefixes])
+        noise = [np.random.default_rng(key).standard_normal(self.shape, np.float32) for key in keys]
+        return mean + std * torch.from_numpy(np.stack(noise))
+
+    def _rows(self, indices: Tensor, names: Sequence[str]) -> Tensor:
+        """Row `indices[i]` of the tensors `names[i]`, as float32."""
+        rows = []
+        for index, name in zip(indices.tolist(), names, strict=True):
+            number = bisect.bisect_right(self.starts, index) - 1
+            row = index - self.starts[number]
+            rows.append(self._shard(number).get_slice(name)[row : row + 1])
+        return torch.cat(rows).float()
+
+    def _shard(self, number: int) -> Any:
+        if self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), {})
+        opened = self._opened[1]
+        if number not in opened:
+            path = self.paths[number]
+            try:
+                opened[number] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise _damaged(path, " ".join(str(error).split())) from None
+        return opened[number]
+
+
+def _check_size(path: Path, expected: int) -> None:
+    if not path.is_file():
+        raise _damaged(path, "it is missing")
+    if (found := path.stat().st_size) != expected:
+        raise _damaged(path, f"{found} of {expected} bytes")
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"data.root: the shard '{path}' cannot be used ({reason}); delete it and run the same "
+        "flowdopr encode command again"
+    )

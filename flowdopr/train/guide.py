@@ -1,0 +1,69 @@
+"""The model of a second run, for autoguidance (Karras et al. 2024, arXiv 2406.02507).
+
+A guide is a worse version of the model: smaller, or trained less. It stands in place of the
+unconditional branch of guidance, so it must see the same images on the same path.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from flowdopr.config import Config, ConfigError
+from flowdopr.data import DatasetInfo
+from flowdopr.train.run_folder import RunFolder
+
+SAME_FLOW = ("path", "path_options", "prediction")
+
+
+class Guide(NamedTuple):
+    """`model` in evaluation mode, and which one it is: run, step, weights."""
+
+    model: nn.Module | None
+    origin: dict[str, Any] | None
+
+
+def load_guide(config: Config, dataset: DatasetInfo, device: torch.device | str = "cpu") -> Guide:
+    """The guide that `config.sample` names for a model of `dataset`; Guide(None, None) if none.
+
+    It may be unconditional though the model is not.
+
+    Raises:
+        ConfigError: no such run, checkpoint or weights, or a run of images, classes, a path or a
+            prediction that do not fit.
+    """
+    chosen = config.sample
+    if chosen.guide_run is None:
+        return Guide(None, None)
+    run = RunFolder.open(chosen.guide_run)
+    _check_fits(run, config, dataset)
+    model, step = run.load_model(chosen.guide_step, chosen.guide_weights, device)
+    origin = {"run": run.config.name, "step": step, "weights": chosen.guide_weights}
+    return Guide(model, origin)
+
+
+def _check_fits(run: RunFolder, config: Config, dataset: DatasetInfo) -> None:
+    place = f"sample.guide_run={config.sample.guide_run}"
+    pairs: dict[str, tuple[Any, ...]] = {"image shape": _shapes(run.dataset, dataset)}
+    classes, guides = (
+        found.num_classes if settings.model.class_conditional else 0
+        for settings, found in ((config, dataset), (run.config, run.dataset))
+    )
+    if guides:
+        pairs["number of classes"] = (guides, classes)
+    for key in SAME_FLOW:
+        pairs[f"flow.{key}"] = (getattr(run.config.flow, key), getattr(config.flow, key))
+    decoders = ((found.autoencoder or {}) for found in (run.dataset, dataset))
+    guide_sha, own_sha = (decoder.get("weights_sha256") for decoder in decoders)
+    pairs["autoencoder"] = (guide_sha, own_sha)
+    for name, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise ConfigError(
+                f"{place}: its {name} is {theirs}, this run's is {ours}; give a run that fits"
+            )
+
+
+def _shapes(*found: DatasetInfo) -> tuple[str, ...]:
+    return tuple(" x ".join(map(str, info.image_shape)) for info in found)
