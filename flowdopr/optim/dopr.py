@@ -34,7 +34,8 @@ class DoPr(torch.optim.Optimizer):
             after FSDP2's fully_shard.
         damping: gamma, relative to the mean eigenvalue of Sigma; or (first, last, steps), which
             goes geometrically from first to last.
-        cov_decay: decay of the average of Sigma per refresh; 0 keeps the last refresh alone.
+        cov_decay: decay of the average of Sigma per refresh; 0 keeps the last refresh alone. At
+            a layer's refresh k, from 0, it is at most (1 + k) / (10 + k), a warm-up.
         refresh_every: steps between refreshes of Sigma and its inverse. Statistics are gathered
             on refresh steps only, the first step always.
         form: "inverse", M = GP(G S^-power), or "sandwich", GP(G L^-T) L^-1 with S = L L^T, whose

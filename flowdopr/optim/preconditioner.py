@@ -84,10 +84,15 @@ class Preconditioner:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """ "averages": layer name -> lower triangles of the average of Sigma, and its weight;
+        """ "averages": layer name -> lower triangles of the average of Sigma, its weight and the
+        number of refreshes in it;
         "twins": layer name -> name of the layer whose average it uses."""
         averages = {
-            statistic.name: {"sigma": _pack(statistic.sigma), "weight": statistic.weight}
+            statistic.name: {
+                "sigma": _pack(statistic.sigma),
+                "weight": statistic.weight,
+                "refreshes": statistic.refreshes,
+            }
             for statistic in self.statistics
             if statistic.sigma is not None
         }
@@ -112,6 +117,7 @@ class Preconditioner:
             statistic.transform = None
             statistic.sigma = None if entry is None else _unpack(entry["sigma"], statistic)
             statistic.weight = 0.0 if entry is None else entry["weight"]
+            statistic.refreshes = 0 if entry is None else entry["refreshes"]
 
     def _skip(self, statistic: Statistic) -> None:
         name = statistic.name

@@ -102,6 +102,18 @@ def second_moment(rows: Tensor) -> Tensor:
     return total / rows.shape[0]
 
 
+def average(moments: list[Tensor], cov_decay: float) -> Tensor:
+    """The running average of Sigma after refreshes 0, 1, ... whose batch moments are given.
+
+    A weighted mean: moment j counts (1 - decay_j) times all later decays, and
+    decay_k = min(cov_decay, (1 + k) / (10 + k)).
+    """
+    decays = [min(cov_decay, (1 + k) / (10 + k)) for k in range(len(moments))]
+    weights = [(1 - decays[j]) * float(np.prod(decays[j + 1 :])) for j in range(len(moments))]
+    parts = [weight * moment for weight, moment in zip(weights, moments, strict=True)]
+    return torch.stack(parts).sum(0) / sum(weights)
+
+
 def shared_offsets(channels: Tensor, offsets: int, *, mean: bool) -> Tensor:
     """The patch Sigma that SUA assumes, from channel rows (n, c), ordered as a flat weight.
 

@@ -42,7 +42,8 @@ class Statistic:
     """One Sigma: the layer case that feeds it, its piles, and its running average.
 
     `sigma` is the exponential average of the batch second moments and `weight` that of the ones,
-    so `sigma / weight` is unbiased from the first refresh on. `transform` is T, made from it.
+    so `sigma / weight` is a weighted mean from the first refresh on, of which there have been
+    `refreshes`. `transform` is T, made from it.
     A statistic with a `twin` keeps nothing of its own: the twin's modules see the same tensors.
     """
 
@@ -56,7 +57,7 @@ class Statistic:
         self.transform: Tensor | None = None
         self.twin: Statistic | None = None
         self.sources: list[Statistic | None] = []  # whose input each call had, until paired
-        self.weight = 0.0
+        self.weight, self.refreshes = 0.0, 0
         self.skipped_in_a_row = 0
 
     @property
@@ -91,10 +92,16 @@ class Statistic:
         return whole
 
     def average(self, batch: Tensor, cov_decay: float) -> None:
-        """Sigma <- decay Sigma + (1 - decay) batch, in place."""
+        """Sigma <- decay_k Sigma + (1 - decay_k) batch, in place.
+
+        At this layer's refresh k, from 0, decay_k = min(cov_decay, (1 + k) / (10 + k)): inputs
+        change fastest at the start of training, and a long memory of them would mislead.
+        """
+        decay = min(cov_decay, (1 + self.refreshes) / (10 + self.refreshes))
         sigma = torch.zeros_like(batch) if self.sigma is None else self.sigma
-        self.sigma = sigma.mul_(cov_decay).add_(batch, alpha=1 - cov_decay)
-        self.weight = cov_decay * self.weight + (1 - cov_decay)
+        self.sigma = sigma.mul_(decay).add_(batch, alpha=1 - decay)
+        self.weight = decay * self.weight + (1 - decay)
+        self.refreshes += 1
 
 
 class Hook:
