@@ -63,10 +63,7 @@ def sample(
             settings that cannot be used.
     """
     out, state = Path(out), this_process()
-    if num < 1:
-        raise ValueError(f"num={num}: at least one image must be asked for")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: holds files already; give a new or an empty folder")
+    _check(num, out)
     folder = RunFolder.open(run)
     config = _changed(folder.config, autoencoder, settings)
     sampling = build_sampling(config)
@@ -94,6 +91,13 @@ def sample(
         _write_folder(out, images, y, card, npz=npz)
     state.wait_for_everyone()
     return out
+
+
+def _check(num: int, out: Path) -> None:
+    if num < 1:
+        raise ValueError(f"num={num}: at least one image must be asked for")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: holds files already; give a new or an empty folder")
 
 
 def _changed(config: Config, autoencoder: str | None, settings: Mapping[str, Any]) -> Config:
