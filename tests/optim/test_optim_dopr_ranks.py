@@ -88,6 +88,7 @@ def worker(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     results: dict = {name: train(name, rank, 2) for name in SETTINGS}
     torch.save({**results, "roles": sharded_roles()}, folder / f"{rank}.pt")
+    dist.barrier()  # a rank that leaves first may take the other one with it
     dist.destroy_process_group()
 
 
