@@ -168,7 +168,7 @@ def _encoded(
                     "use --dtype float32"
                 )
             rows.setdefault(name, []).append(small)
-    return {name: torch.cat(parts) for name, parts in rows.items()}
+    return {name: torch.cat(parts).contiguous() for name, parts in rows.items()}
 
 
 def _stored(x: Tensor, encoder: Encoder, encoding: Encoding) -> Iterator[tuple[str, Tensor]]:
