@@ -19,6 +19,7 @@ import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ from flowdopr.models import DiT, UNet
 from flowdopr.optim import build_optimizer
 
 REFRESH_EVERY = 16
-EXACT = {"refresh_every": 1, "max_rows": None}
+EXACT = {"refresh_every": 1, "max_rows": "all"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ BATCH_SIZES = {
 class Arm:
     """A model with its optimizer, taking steps of velocity regression on fixed random data."""
 
-    def __init__(self, setup: Setup, name: str, options: dict[str, int | None]) -> None:
+    def __init__(self, setup: Setup, name: str, options: dict[str, Any]) -> None:
         torch.manual_seed(0)
         self.setup = setup
         self.model: nn.Module = MODELS[setup.model]().to(setup.device)
@@ -100,7 +101,7 @@ class Arm:
         return time.perf_counter()
 
 
-def arms_of(gp: str) -> dict[str, tuple[str, dict[str, int | None]]]:
+def arms_of(gp: str) -> dict[str, tuple[str, dict[str, Any]]]:
     """Arm: optimizer name and options."""
     return {"gp": (gp, {}), "dopr": (f"dopr-{gp}", {}), "dopr exact": (f"dopr-{gp}", EXACT)}
 
@@ -120,7 +121,7 @@ def time_steps(setup: Setup, gp: str, windows: int) -> dict[str, list[float]]:
     return {arm: values[1:] for arm, values in seconds.items()}
 
 
-def peak_memory(setup: Setup, name: str, options: dict[str, int | None], steps: int) -> int:
+def peak_memory(setup: Setup, name: str, options: dict[str, Any], steps: int) -> int:
     """Bytes at the peak of `steps` steps; meant for a fresh process."""
     Arm(Setup("dit-xxs-quick", 2, setup.device, setup.autocast), "sgd", {}).step()  # libraries load
     before = peak_resident()

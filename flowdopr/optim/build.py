@@ -44,9 +44,23 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> torch.optim.AdamW:
-    """torch's AdamW, weight decay for matrices and convolutions only."""
+    """torch's AdamW, fused where it can be, weight decay for matrices and convolutions only."""
     groups = parameter_groups(model, "adamw", weight_decay=weight_decay)
-    return torch.optim.AdamW(groups, lr, betas=betas, eps=eps)
+    fused = _can_fuse([parameter for group in groups for parameter in group["params"]])
+    optimizer = torch.optim.AdamW(groups, lr, betas=betas, eps=eps, fused=fused or None)
+    # A GradScaler then unscales, and skips the step of an overflow itself, as for any optimizer:
+    # accelerate would not notice the skip inside the fused kernel.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
+
+
+def _can_fuse(parameters: list[nn.Parameter]) -> bool:
+    """Whether torch's fused kernels take these. On the CPU they read memory in order, whatever the
+    strides, so state saved from another memory format would be misread: hence contiguous ones."""
+    return all(
+        p.device.type in ("cpu", "cuda") and p.is_floating_point() and p.is_contiguous()
+        for p in parameters
+    )
 
 
 def signum(

@@ -43,7 +43,8 @@ class DoPr(torch.optim.Optimizer):
             normalisation. Under the sandwich weight decay is decoupled, whatever the GP's own.
         power: alpha of S^-alpha; 1 is the paper's.
         anneal: (first, last) steps between which AP fades linearly into the bare GP; None never.
-        max_rows: rows of z one forward contributes to a layer, evenly spread; None takes all.
+        max_rows: rows of z one forward contributes to a layer, evenly spread; "all" or None
+            takes every one.
         max_side: side of the widest Sigma; wider layers fall into equal diagonal blocks, and so
             do layers that narrow to half or less (an MLP's second), as wide as their output.
         max_patch: widest convolution patch with a full Sigma; wider ones take "sua-mean".
@@ -69,7 +70,7 @@ class DoPr(torch.optim.Optimizer):
         form: str = "inverse",
         power: float = 1.0,
         anneal: tuple[int, int] | None = None,
-        max_rows: int | None = 2048,
+        max_rows: int | str | None = 2048,
         max_side: int = 1280,
         max_patch: int = 128,
         conv_mode: str = "auto",
@@ -87,7 +88,6 @@ class DoPr(torch.optim.Optimizer):
         in_order = anneal is None or 0 <= anneal[0] < anneal[1]
         _check("anneal", anneal, in_order, "(first, last) steps, first below last")
         self._anneal = anneal
-        _check("max_rows", max_rows, max_rows is None or max_rows >= 1, "1 or more, or None")
         _check("max_side", max_side, max_side >= 1, "1 or more")
         _check("conv_mode", conv_mode, conv_mode in CONV_MODES, f"one of {', '.join(CONV_MODES)}")
         super().__init__([dict(group) for group in optimizer.param_groups], {})
@@ -101,7 +101,8 @@ class DoPr(torch.optim.Optimizer):
         )
         self.statistics = Statistics()
         for layer in self.plan.layers:
-            rows = max_rows if layer.rule.max_rows is None else layer.rule.max_rows
+            limit = max_rows if layer.rule.max_rows is None else layer.rule.max_rows
+            rows = _row_limit(limit)
             statistic = Statistic(layer.name, layer.case, layer.parameters[0], rows)
             self.statistics.all.append(statistic)
             for module, case in layer.readers:
@@ -230,6 +231,7 @@ class DoPr(torch.optim.Optimizer):
                 continue
             products = layer.case.multiply([local(grad) for grad in grads], transform)
             for parameter, grad, product in zip(layer.parameters, grads, products, strict=True):
+                product = _laid_out(product, local(parameter))
                 parameter.grad = like_shard(product, grad)  # G is freed: no second copy of all
             ready.append((layer, transform))
         return ready
@@ -256,6 +258,22 @@ class DoPr(torch.optim.Optimizer):
             for parameter, old, move in zip(layer.parameters, before, moved, strict=True):
                 parameter.copy_(old.mul_(kept[id(parameter)]))
                 local(parameter).add_(move)
+
+
+def _laid_out(product: Tensor, parameter: Tensor) -> Tensor:
+    """`product` with the strides of the parameter, as autograd would leave it: torch's fused
+    optimizers read a gradient on the CPU as if it had them."""
+    if product.stride() == parameter.stride():
+        return product
+    return torch.empty_like(parameter).copy_(product)
+
+
+def _row_limit(max_rows: int | str | None) -> int | None:
+    if max_rows is None or max_rows == "all":
+        return None
+    good = isinstance(max_rows, int) and max_rows >= 1
+    _check("max_rows", max_rows, good, "1 or more, or 'all'")
+    return int(max_rows)
 
 
 def _damping_schedule(damping: float | tuple[float, float, int]) -> tuple[float, float, int]:

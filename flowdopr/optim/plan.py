@@ -35,7 +35,7 @@ class LayerRule:
         most max_side), "diagonal"; for convolutions also "offsets", "sua" and "sua-mean".
     bias: give a Linear its bias as one more coordinate.
     max_side: side of the widest Sigma "auto" and "blocks" may use.
-    max_rows: rows of z a forward contributes.
+    max_rows: rows of z a forward contributes, or "all".
     For the last three None takes what DoPr was given.
     """
 
@@ -43,7 +43,7 @@ class LayerRule:
     mode: str = "auto"
     bias: bool | None = None
     max_side: int | None = None
-    max_rows: int | None = None
+    max_rows: int | str | None = None
 
 
 @dataclass(frozen=True)

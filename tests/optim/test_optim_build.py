@@ -26,6 +26,16 @@ def test_options_reach_the_optimizer_and_none_means_not_given():
     assert all(g["betas"] == (0.5, 0.6) and g["eps"] == 1e-8 for g in optimizer.param_groups)
 
 
+@pytest.mark.parametrize(
+    "options", [{"max_rows": "all"}, {"rules": [LayerRule("", max_rows="all")]}]
+)
+def test_all_rows_can_be_asked_for_by_name(options):
+    model = network()
+    optimizer = build_optimizer(model, "dopr-sgd", 0.1, **options)
+    model(torch.zeros(5000, 3)).sum().backward()
+    assert [s.fresh.count for s in optimizer.statistics.all] == [5000, 5000]
+
+
 def test_rules_may_be_dicts():
     optimizer = build_optimizer(
         network(), "dopr-sgd", 0.1, rules=[{"pattern": "^0$", "mode": "none"}, LayerRule("2")]

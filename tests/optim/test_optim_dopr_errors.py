@@ -16,6 +16,8 @@ BAD: list[tuple[str, Callable[[nn.Module], DoPr]]] = [
     ("cov_decay is 1", lambda m: adamw(m, cov_decay=1.0)),
     ("refresh_every is 0", lambda m: adamw(m, refresh_every=0)),
     ("max_rows is 0", lambda m: adamw(m, max_rows=0)),
+    ("max_rows is many, it must be 1 or more, or 'all'", lambda m: adamw(m, max_rows="many")),
+    ("max_rows is -1", lambda m: adamw(m, rules=[LayerRule("3", max_rows=-1)])),
     ("decides no layer", lambda m: adamw(m, rules=[LayerRule("attention")])),
     ("not in the optimizer", lambda m: DoPr(torch.optim.SGD(m[0].parameters()), m)),
     ("no trainable layer", lambda m: adamw(m, rules=[LayerRule("", mode="none")])),
