@@ -16,7 +16,7 @@ from flowdopr.config import apply_overrides
 from flowdopr.evaluate import classifier
 from flowdopr.train import Interrupted, RunFolder
 
-LONG = 600  # steps of the run that is interrupted: some seconds on any machine
+LONG = 300  # steps of the run that is interrupted: more than a second on any machine
 
 
 @pytest.fixture
