@@ -5,14 +5,38 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowdopr.config import load_config, to_yaml
+from flowdopr.config import load_config, to_dict, to_yaml
 from flowdopr.config.yaml12 import parse_yaml
 from flowdopr.flow import build_objective, build_sampling
 from flowdopr.models import build_model
 from flowdopr.optim import build_optimizer, format_roles
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml"))
-SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28)}
+RECIPES = Path(__file__).parent.parent / "configs" / "recipes"
+SHAPES = {
+    **dict.fromkeys(("mnist", "fashion_mnist"), (1, 28, 28)),
+    "digits": (1, 8, 8),
+    "latents": (4, 32, 32),  # of ImageNet at 256x256
+}
+CLASSES = {"latents": 1000}
+# Parameters of the sources' models: SiT without the discarded half of its head's 2 x 2 x 8 outputs.
+PARAMETERS = {
+    "sit-s2": 33.0e6,
+    "sit-b2": 130.5e6,
+    "sit-l2": 458.1e6,
+    "sit-xl2": 675.1e6,
+    "torchcfm-cifar10": 35_746_307,
+    "flow_matching-cifar10": 55_676_419,
+    "edm-cifar10": 57.1e6,  # ours; the source's has 55.7e6
+}
+
+
+def model_of(config):
+    """The model of a config on the meta device, for the images that its data set has."""
+    channels, side, _ = SHAPES.get(config.data.name, (3, 32, 32))
+    side = config.data.image_size or side
+    with torch.device("meta"):
+        return build_model(config, (channels, side, side), CLASSES.get(config.data.name, 10))
 
 
 def has_base_only(path: Path) -> bool:
@@ -35,10 +59,8 @@ def test_config_loads_and_builds(path):
     assert "flowdopr" in text, "the comment gives the command"
     config = load_config(path)
     assert to_yaml(config)
-    channels, side, _ = SHAPES.get(config.data.name, (3, 32, 32))
-    side = config.data.image_size or side
+    model = model_of(config)
     with torch.device("meta"):
-        model = build_model(config, (channels, side, side), 10)
         for name in (config.optimizer.name, "dopr-adamw"):
             options = config.optimizer.model_dump() | {"name": name}
             if name != config.optimizer.name:
@@ -47,3 +69,25 @@ def test_config_loads_and_builds(path):
             assert format_roles(model, optimizer)
     build_objective(config)
     build_sampling(config)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_recipe_has_its_sources_size_and_a_twin_with_dopr(name):
+    config, twin = (load_config(RECIPES / f"{name}{end}.yaml") for end in ("", "-dopr"))
+    count = sum(p.numel() for p in model_of(config).parameters())
+    assert count == pytest.approx(PARAMETERS[name], rel=0.003)
+    left, right = (to_dict(item) for item in (config, twin))
+    differ = {key for key in left if left[key] != right[key]}
+    assert differ == {"name", "optimizer"}
+    settings = {
+        key for key in left["optimizer"] if left["optimizer"][key] != right["optimizer"][key]
+    }
+    assert settings == {"name"}
+    assert right["optimizer"]["name"] == "dopr-adamw"
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_recipe_tells_where_it_is_from_and_claims_nothing(name):
+    text = (RECIPES / f"{name}.yaml").read_text()
+    assert "in the source" in text
+    assert "it has not been repeated here" in text.replace("\n# ", " ")
