@@ -75,7 +75,7 @@ def test_config_loads_and_builds(path):
 def test_a_recipe_has_its_sources_size_and_a_twin_with_dopr(name):
     config, twin = (load_config(RECIPES / f"{name}{end}.yaml") for end in ("", "-dopr"))
     count = sum(p.numel() for p in model_of(config).parameters())
-    assert count == pytest.approx(PARAMETERS[name], rel=0.003)
+    assert count == pytest.approx(PARAMETERS[name], rel=0.005)
     left, right = (to_dict(item) for item in (config, twin))
     differ = {key for key in left if left[key] != right[key]}
     assert differ == {"name", "optimizer"}
