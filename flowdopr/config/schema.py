@@ -35,6 +35,9 @@ class DataConfig(Section):
     """Mirror each training image with probability 1/2. The FID reference is never mirrored."""
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share held out of training where the data set has no test split (digits, folder, zip)."""
+    held_out_root: str | None = None
+    """`folder`, `zip`: images to hold out that lie apart, in place of a share of `root`. `latents`:
+    where those lie now."""
     download: bool = True
     """Download a torchvision data set that is not in `root` yet."""
     num_workers: CountOrZero = 0
@@ -51,6 +54,11 @@ class DataConfig(Section):
             if getattr(self, key) is not None:
                 remedy = "set it at encoding" if latents else "it belongs to data.name=latents"
                 raise ValueError(f"data.{key} is not used by data.name={self.name}: {remedy}")
+        if self.held_out_root is not None and self.name not in ("folder", "zip", "latents"):
+            raise ValueError(
+                f"data.held_out_root is not used by data.name={self.name}: it belongs to folder "
+                "and zip"
+            )
         return self
 
 

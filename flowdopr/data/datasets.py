@@ -59,7 +59,8 @@ def build_pixel_datasets(config: Config) -> Datasets:
     if data.name != "latents":
         return _datasets_of(data)
     notes = read_notes(data.root)
-    moved = {"root": data.source_root} if data.source_root else {}
+    moved = {"root": data.source_root, "held_out_root": data.held_out_root}
+    moved = {key: place for key, place in moved.items() if place}
     here = {"download": data.download, "num_workers": data.num_workers}
     source = DataConfig(**notes["source"]["data"] | moved | here)
     datasets = _datasets_of(source)
@@ -78,7 +79,10 @@ def _datasets_of(data: DataConfig) -> Datasets:
         return _in_memory(data, *_load_digits(data.held_out_fraction))
     if data.name in TORCHVISION:
         return _in_memory(data, *_load_torchvision(data))
-    return _from_files(data, Archive(data.root) if data.name == "zip" else Folder(data.root))
+    kind = Archive if data.name == "zip" else Folder
+    if data.held_out_root is not None:
+        return _from_two(data, kind(data.root), kind(data.held_out_root, "data.held_out_root"))
+    return _from_files(data, kind(data.root))
 
 
 def split(labels: Tensor, held_out_fraction: float, names: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -174,25 +178,54 @@ def _to_tensors(dataset) -> ImageTensor:
 
 
 def _from_files(data: DataConfig, source: Folder | Archive) -> Datasets:
-    """The images of a folder or archive; only the first is decoded, for its shape."""
+    """The images of a folder or archive, a share of each class held out."""
     labels, names = find_classes(source)
-    channels = data.channels or 3
+    every = torch.tensor(labels)
+    train, held_out = split(every, data.held_out_fraction, names)
+    settings = (data.image_size, data.held_out_fraction)
+    return _pair(data, (source, train, every), (source, held_out, every), names, settings)
+
+
+def _from_two(data: DataConfig, source: Folder | Archive, other: Folder | Archive) -> Datasets:
+    """All images of one folder or archive to train on, all of another held out."""
+    (labels, names), (other_labels, other_names) = find_classes(source), find_classes(other)
+    if names != other_names:
+        odd = sorted(set(names) ^ set(other_names))[0]
+        raise ValueError(
+            f"data.held_out_root: the classes in '{other.root}' are not those in '{source.root}': "
+            f"only one of them has '{odd}'"
+        )
+    train, held_out = (torch.tensor(part) for part in (labels, other_labels))
+    parts = (
+        (source, torch.arange(len(train)), train),
+        (other, torch.arange(len(held_out)), held_out),
+    )
+    settings = (data.image_size, fingerprint_files(other, ()))
+    return _pair(data, *parts, names, settings)
+
+
+Part = tuple[Folder | Archive, Tensor, Tensor]  # indices into the files, labels of all files
+
+
+def _pair(
+    data: DataConfig, train: Part, held_out: Part, names: tuple[str, ...], settings: tuple
+) -> Datasets:
+    """Two splits of files; only the first file is decoded, for its shape."""
+    channels, source = data.channels or 3, train[0]
     transform = fit(data.image_size, channels)
     first = transform(decode(source, source.names[0]))
     image_shape = (channels, first.shape[1], first.shape[2])
-    every = torch.tensor(labels)
-    parts = split(every, data.held_out_fraction, names)
-    train, held_out = (
-        ImageFiles(source, part, every[part], transform, image_shape) for part in parts
-    )
-    settings = (data.name, image_shape, data.image_size, data.held_out_fraction)
+    splits = [
+        ImageFiles(files, part, labels[part], transform, image_shape)
+        for files, part, labels in (train, held_out)
+    ]
     info = DatasetInfo(
         name=data.name,
         image_shape=image_shape,
         num_classes=len(names),
         class_names=names,
-        num_train=len(train),
-        num_held_out=len(held_out),
-        fingerprint=fingerprint_files(source, settings),
+        num_train=len(splits[0]),
+        num_held_out=len(splits[1]),
+        fingerprint=fingerprint_files(source, (data.name, image_shape, *settings)),
     )
-    return Datasets(train, held_out, info)
+    return Datasets(splits[0], splits[1], info)

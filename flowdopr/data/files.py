@@ -29,10 +29,10 @@ CHECKSUM_LIMIT = 2**30  # bytes; a larger folder is fingerprinted by names and s
 class Folder:
     """The images under a folder. `names` are sorted paths relative to it, with `/`."""
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, setting: str = "data.root"):
         self.root = Path(root)
         if not self.root.is_dir():
-            raise ValueError(f"data.root: there is no folder '{root}'; give the folder of images")
+            raise ValueError(f"{setting}: there is no folder '{root}'; give the folder of images")
         found = (path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file())
         self.names = sorted(name for path in found if _is_image(name := path.as_posix()))
 
@@ -59,15 +59,15 @@ class Archive:
     loader worker would hand one process the other's bytes.
     """
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, setting: str = "data.root"):
         self.root = Path(root)
         if not self.root.is_file():
-            raise ValueError(f"data.root: there is no ZIP file '{root}'; give the archive itself")
+            raise ValueError(f"{setting}: there is no ZIP file '{root}'; give the archive itself")
         self._opened: tuple[int, zipfile.ZipFile] | None = None
         try:
             entries = self._zip().infolist()
         except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"data.root: '{root}' cannot be read as a ZIP: {error}") from None
+            raise ValueError(f"{setting}: '{root}' cannot be read as a ZIP: {error}") from None
         self._entries = {e.filename: e for e in entries if _is_image(e.filename)}
         self.names = sorted(self._entries)
 

@@ -49,8 +49,9 @@ def encode(
     with state.main_process_first():
         datasets = build_datasets(config)
     settings = data.model_dump(exclude={"num_workers", "download", "autoencoder", "source_root"})
+    places = {key: settings[key] for key in ("root", "held_out_root") if settings[key]}
     encoding = Encoding(
-        source=settings | {"root": str(Path(data.root).resolve())},
+        source=settings | {key: str(Path(place).resolve()) for key, place in places.items()},
         autoencoder=model.record(autoencoder),
         image_shape=model.latent_shape(datasets.info.image_shape),
         kept=kept,

@@ -50,7 +50,7 @@ from flowdopr.train.run_folder import RunFolder
 CLAIM = 50_000  # generated images below which a Frechet distance is a proxy
 ONE_STEP_BATCH = 128  # fixed, because noise and times are drawn batch by batch
 FIDELITY = ("fd", "kid", "isc", "prc")
-PLACES = ("root", "download", "num_workers", "autoencoder", "source_root")
+PLACES = ("root", "held_out_root", "download", "num_workers", "autoencoder", "source_root")
 CHANGEABLE = ("sample.", "evaluate.", *(f"data.{key}=" for key in PLACES))
 
 

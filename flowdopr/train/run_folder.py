@@ -30,7 +30,8 @@ from flowdopr.train.ema import Average, combine, posthoc_coefficients
 # Settings that may change when a run goes on: they do not change what the weights become.
 FREE_ON_RESUME = (
     *("name", "output", "sample", "evaluate", "compare"),
-    *("data.root", "data.download", "data.num_workers", "data.autoencoder", "data.source_root"),
+    *("data.root", "data.held_out_root", "data.download", "data.num_workers"),
+    *("data.autoencoder", "data.source_root"),
     *(f"train.{key}" for key in ("steps", "log_every", "validate_every", "sample_every")),
     *("train.checkpoint_every", "train.keep_checkpoints"),
 )

@@ -1,6 +1,8 @@
 """Latents from end to end: encode, train, sample, evaluate; decoded by the recorded autoencoder."""
 
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -150,3 +152,32 @@ def test_the_commands(tmp_path, vae, pictures, capsys):
         told = capsys.readouterr().err
         assert message in told
         assert told.count("\n") == 1
+
+
+def test_a_source_of_two_folders_may_move(tmp_path, vae, pictures):
+    test = write_pictures(tmp_path / "test", {"cat": 2, "dog": 1})
+    config = source_config(pictures, f"data.held_out_root={test}")
+    out = encode(config, autoencoder=str(vae), out=tmp_path / "out")
+    run = train(training_config(out, "evaluate.metrics=[]"))
+    assert RunFolder.open(run).dataset.num_held_out == 3
+    test.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"data.held_out_root: there is no folder"):
+        evaluate(run)
+    assert evaluate(run, [f"data.held_out_root={tmp_path / 'moved'}"]).is_file()
+
+
+def test_two_processes_write_what_one_does(tmp_path, vae, pictures):
+    alone = encode(
+        source_config(pictures), autoencoder=str(vae), out=tmp_path / "alone", shard_size=4
+    )
+    command = ["encode", str(tmp_path / "source.yaml"), "--autoencoder", str(vae)]
+    both = tmp_path / "both"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(
+        [sys.executable, *launcher, "-m", "flowdopr", *command, "--out", both, "--shard-size", "4"],
+        check=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        timeout=120,
+    )
+    assert notes_of(both) == notes_of(alone)
