@@ -6,6 +6,7 @@ Shapes: images uint8 `(N, C, H, W)` on the CPU.
 import hashlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch_fidelity
@@ -106,7 +107,9 @@ def fidelity(
 @contextmanager
 def float32_is_float32() -> Iterator[None]:
     """No TF32 in matrix products and convolutions: its rounding would move the distances."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)
+    cudnn: Any = torch.backends.cudnn  # attributes of both are made at run time
+    mkldnn: Any = torch.backends.mkldnn
+    backends = (torch.backends.cuda.matmul, cudnn.conv, mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"
