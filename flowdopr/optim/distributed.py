@@ -38,6 +38,32 @@ def sum_piles(statistics: list[Statistic], piles: list[Pile]) -> None:
             pile.sums = None
 
 
+def gather_rows(statistics: list[Statistic], piles: list[Pile]) -> None:
+    """Give every rank the rows of all ranks, in place, for layers in the dual form.
+
+    Ranks with fewer rows than others send zeros after them, which add nothing to Z^T Z.
+    """
+    if world_size() == 1 or not statistics:
+        return
+    counts = torch.tensor([pile.count for pile in piles], device=statistics[0].device)
+    every = [torch.empty_like(counts) for _ in range(world_size())]
+    dist.all_gather(every, counts)
+    by_rank = torch.stack(every)
+    most, total = by_rank.amax(0).tolist(), by_rank.sum(0).tolist()
+    for statistic, pile, width, count in zip(statistics, piles, most, total, strict=True):
+        if count == 0:
+            continue
+        groups, _, _, side = statistic.case.shape
+        padded = torch.zeros(
+            (groups, 1, width, side), dtype=statistic.dtype, device=statistic.device
+        )
+        if pile.sums is not None:
+            padded[:, :, : pile.count] = pile.sums
+        parts = [torch.empty_like(padded) for _ in range(world_size())]
+        dist.all_gather(parts, padded)
+        pile.sums, pile.count = torch.cat(parts, 2), count
+
+
 def shares(sides: Sequence[int]) -> list[int]:
     """Which matrices, of these sides, this rank factors: every rank as many of each size."""
     by_size = sorted(range(len(sides)), key=lambda i: (sides[i], i))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowdopr.optim.dual import DualCase
 from flowdopr.optim.inverse import Form, full_precision
 from flowdopr.optim.plan import CONV_MODES, Defaults, Layer, LayerRule, make_plan
 from flowdopr.optim.preconditioner import Preconditioner
@@ -99,6 +100,8 @@ class DoPr(torch.optim.Optimizer):
         self.plan = make_plan(
             model, optimized, named, Defaults(conv_mode, bias, max_side, max_patch)
         )
+        if form != "inverse" or power != 1 or 0 in self._damping[:2]:
+            _refuse_dual(self.plan.layers)
         self.statistics = Statistics()
         for layer in self.plan.layers:
             limit = max_rows if layer.rule.max_rows is None else layer.rule.max_rows
@@ -258,6 +261,15 @@ class DoPr(torch.optim.Optimizer):
             for parameter, old, move in zip(layer.parameters, before, moved, strict=True):
                 parameter.copy_(old.mul_(kept[id(parameter)]))
                 local(parameter).add_(move)
+
+
+def _refuse_dual(layers: list[Layer]) -> None:
+    for layer in layers:
+        if isinstance(layer.case, DualCase):
+            raise ValueError(
+                f"DoPr: layer {layer.name!r} has mode 'dual', which needs form 'inverse', power 1 "
+                "and damping above 0: change these or give it another mode"
+            )
 
 
 def _laid_out(product: Tensor, parameter: Tensor) -> Tensor:

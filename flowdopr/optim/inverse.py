@@ -103,7 +103,7 @@ def _transform(unit: Tensor, damping: float, form: Form) -> tuple[Tensor, Tensor
         gamma = max(damping, _floor(unit))
         power = 0.5 if form.sandwich else form.power
         return (unit + gamma) ** -power, torch.full((unit.shape[0],), damping, dtype=torch.double)
-    factors, gammas = _factor(unit, damping)
+    factors, gammas = factor(unit, damping)
     if form.sandwich:
         eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
         return torch.linalg.solve_triangular(factors, eye, upper=False).mT, gammas
@@ -114,8 +114,8 @@ def _transform(unit: Tensor, damping: float, form: Form) -> tuple[Tensor, Tensor
     return (vectors * powers[:, None]) @ vectors.mT, gammas
 
 
-def _factor(unit: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """The Cholesky factors of Sigma + gamma I, made in place in `unit`, and the gammas.
+def factor(unit: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The Cholesky factors of Sigma + gamma I, made in place in `unit` (N, s, s), and the gammas.
 
     One host synchronisation an attempt.
     """

@@ -55,6 +55,7 @@ class Case:
     """A layer whose weight is (d_out, ...) with the coordinates of z in the trailing axes."""
 
     kind = "matrix"
+    takes_bias = False
 
     def __init__(self, mode: str, groups: int, dim: int, blocks: int = 1) -> None:
         if dim % blocks:
@@ -94,6 +95,18 @@ class Case:
         rows = self.rows(x, max_rows)
         add_gram(sums, rows)
         return rows.shape[0]
+
+    def gather(self, sums: Tensor, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
+        """The sums with those of the input `x`, in place where it can be, and the rows added."""
+        return sums, self.accumulate(sums, x, max_rows)
+
+    def join(self, first: Tensor, second: Tensor) -> Tensor:
+        """The sums of two windows, in place of the first where it can be."""
+        return first.add_(second)
+
+    def trace(self, sums: Tensor) -> Tensor:
+        """sum_i |z_i|^2, which is finite if all of z is."""
+        return sums.diagonal(dim1=-2, dim2=-1).sum()
 
     def stack(self, sigma: Tensor) -> Tensor:
         """The symmetric matrices to invert, from the averaged sums."""
@@ -136,6 +149,7 @@ class LinearBiasCase(LinearCase):
     """
 
     kind = "linear+bias"
+    takes_bias = True
 
     def describe(self) -> str:
         return f"{super().describe()}+bias"

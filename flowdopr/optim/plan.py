@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -15,6 +15,7 @@ from flowdopr.optim.conv import (
     SharedOffsetsCase,
     TransposedCase,
 )
+from flowdopr.optim.dual import DualCase
 from flowdopr.optim.layers import Case, EmbeddingCase, LinearBiasCase, LinearCase, number_of_blocks
 from flowdopr.optim.world import has_whole_rows, is_sharded
 
@@ -32,7 +33,8 @@ class LayerRule:
 
     pattern: searched in the name of the module; the empty one matches every layer.
     mode: "auto" (by the layer's kind and size), "none" (GP alone), "full", "blocks" (equal, of at
-        most max_side), "diagonal"; for convolutions also "offsets", "sua" and "sua-mean".
+        most max_side), "diagonal", "dual" (the newest refresh's rows instead of Sigma, for layers
+        with fewer rows than coordinates); for convolutions also "offsets", "sua" and "sua-mean".
     bias: give a Linear its bias as one more coordinate.
     max_side: side of the widest Sigma "auto" and "blocks" may use.
     max_rows: rows of z a forward contributes, or "all".
@@ -116,7 +118,7 @@ class _Planner:
             self._refuse(weight, "sharded along the coordinates of z, where AP would need a gather")
         elif known is None:
             parameters = [weight]
-            if isinstance(case, LinearBiasCase) and isinstance(module, nn.Linear):
+            if case.takes_bias and isinstance(module, nn.Linear):
                 parameters.append(module.bias)
             self.layers[id(weight)] = Layer(name, parameters, rule, case, [(module, case)])
         elif (case.kind, case.mode, case.shape) == (
@@ -183,8 +185,10 @@ def make_case(module: nn.Module, rule: LayerRule, defaults: Defaults) -> Case | 
     """
     if rule.mode == "none":
         return f"rule {rule.pattern!r}"
+    if rule.mode == "dual" and not isinstance(module, nn.Embedding):
+        return DualCase(_full_case(module, rule, defaults))
     if isinstance(module, nn.Linear):
-        _check_mode(rule, "a Linear", ("auto", *STACKED))
+        _check_mode(rule, "a Linear", ("auto", *STACKED, "dual"))
         side = _side(rule, defaults, module.in_features, module.out_features)
         blocks = _blocks(rule, module.in_features, side)
         bias = defaults.bias if rule.bias is None else rule.bias
@@ -195,7 +199,7 @@ def make_case(module: nn.Module, rule: LayerRule, defaults: Defaults) -> Case | 
         _check_mode(rule, "an Embedding", ("auto", "diagonal"))
         return "sparse gradients" if module.sparse else EmbeddingCase(module.num_embeddings)
     if isinstance(module, TRANSPOSED):
-        _check_mode(rule, "a transposed convolution", ("auto", *STACKED))
+        _check_mode(rule, "a transposed convolution", ("auto", *STACKED, "dual"))
         side = _side(rule, defaults, module.in_channels, module.out_channels)
         blocks = _blocks(rule, module.in_channels // module.groups, side)
         return TransposedCase(module, _stacked_mode(rule, blocks), blocks)
@@ -203,8 +207,14 @@ def make_case(module: nn.Module, rule: LayerRule, defaults: Defaults) -> Case | 
     return _conv_case(module, rule, defaults)
 
 
+def _full_case(module: nn.Module, rule: LayerRule, defaults: Defaults) -> Case:
+    case = make_case(module, replace(rule, mode="full"), defaults)
+    assert isinstance(case, Case)
+    return case
+
+
 def _conv_case(module: _ConvNd, rule: LayerRule, defaults: Defaults) -> Case:
-    _check_mode(rule, "a convolution", CONV_MODES)
+    _check_mode(rule, "a convolution", (*CONV_MODES, "dual"))
     channels = module.in_channels // module.groups
     patch = channels * math.prod(module.kernel_size)
     side = _side(rule, defaults, module.in_channels, module.out_channels)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowdopr.optim.distributed import exchange, shares, sum_piles
+from flowdopr.optim.distributed import exchange, gather_rows, shares, sum_piles
+from flowdopr.optim.dual import DualCase, dual_transform
 from flowdopr.optim.inverse import Form, invert
 from flowdopr.optim.statistics import Pile, Statistic
 
@@ -42,14 +43,15 @@ class Preconditioner:
         here and one in each size of matrix.
         """
         own = [(s, p) for s, p in zip(self.statistics, piles, strict=True) if s.twin is None]
-        sum_piles([statistic for statistic, _ in own], [pile for _, pile in own])
-        ran = [(s, pile.count, pile.sums) for s, pile in own if pile.sums is not None]
-        traces = [sums.diagonal(dim1=-2, dim2=-1).sum().float() for _, _, sums in ran]
+        sum_piles([s for s, _ in own if not s.is_dual], [p for s, p in own if not s.is_dual])
+        gather_rows([s for s, _ in own if s.is_dual], [p for s, p in own if s.is_dual])
+        ran = [(s, pile) for s, pile in own if pile.sums is not None]
+        traces = [s.case.trace(p.sums).float() for s, p in ran if p.sums is not None]
         finite = torch.stack([t.to(traces[0].device) for t in traces]).isfinite() if ran else None
         good = [] if finite is None else finite.tolist()
-        for (statistic, count, sums), is_finite in zip(ran, good, strict=True):
+        for (statistic, pile), is_finite in zip(ran, good, strict=True):
             if is_finite:
-                statistic.average(sums.div_(count), self.cov_decay)
+                statistic.take(pile, self.cov_decay)
                 statistic.skipped_in_a_row = 0
             else:
                 self._skip(statistic)
@@ -57,7 +59,9 @@ class Preconditioner:
 
     def invert(self, damping: float, strength: float, *, share: bool) -> None:
         """Make T from the averages as they are; `share` the work among ranks, or do it all."""
-        ready = [statistic for statistic in self.statistics if statistic.sigma is not None]
+        known = [statistic for statistic in self.statistics if statistic.sigma is not None]
+        self._invert_dual([s for s in known if s.is_dual], damping, strength)
+        ready = [statistic for statistic in known if not statistic.is_dual]
         mine = shares([s.case.shape[-1] for s in ready]) if share else list(range(len(ready)))
         for part in _portions(mine, [math.prod(s.case.shape) for s in ready]):
             self._invert([ready[i] for i in part], damping, strength)
@@ -73,6 +77,17 @@ class Preconditioner:
             if i in inverses.raised:
                 self._report_raised(statistic.name, inverses.raised[i])
 
+    def _invert_dual(self, part: list[Statistic], damping: float, strength: float) -> None:
+        """On every rank: a few small matrices are sooner factored than sent."""
+        for statistic in part:
+            assert statistic.sigma is not None
+            assert isinstance(statistic.case, DualCase)
+            statistic.transform, used = dual_transform(
+                statistic.case, statistic.sigma, damping, self.form, strength
+            )
+            if used > damping:
+                self._report_raised(statistic.name, used)
+
     def report_unseen(self, name: str) -> None:
         """Say once that a layer has a gradient but no statistics."""
         if name not in self._unseen:
@@ -84,12 +99,12 @@ class Preconditioner:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """ "averages": layer name -> lower triangles of the average of Sigma, its weight and the
-        number of refreshes in it;
+        """ "averages": layer name -> lower triangles of the average of Sigma (dual form: the rows),
+        its weight and the number of refreshes in it;
         "twins": layer name -> name of the layer whose average it uses."""
         averages = {
             statistic.name: {
-                "sigma": _pack(statistic.sigma),
+                "sigma": statistic.sigma if statistic.is_dual else _pack(statistic.sigma),
                 "weight": statistic.weight,
                 "refreshes": statistic.refreshes,
             }
@@ -104,8 +119,10 @@ class Preconditioner:
         known = {statistic.name: statistic for statistic in self.statistics}
         averages, twins = saved["averages"], saved["twins"]
         for name in (*averages, *twins, *twins.values()):
-            shape = _packed_shape(known[name].case.shape) if name in known else None
-            if shape is None or (name in averages and averages[name]["sigma"].shape != shape):
+            fits = name in known and (
+                name not in averages or _fits(averages[name]["sigma"], known[name])
+            )
+            if not fits:
                 raise ValueError(
                     f"the optimizer state has statistics of layer {name!r}, which this model lacks "
                     "or treats in another mode: load it into the model and rules it was saved with"
@@ -148,9 +165,11 @@ def _portions(numbers: list[int], sizes: list[int]) -> Iterator[list[int]]:
         yield part
 
 
-def _packed_shape(shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
-    groups, blocks, side, _ = shape
-    return groups, blocks, side * (side + 1) // 2
+def _fits(saved: Tensor, statistic: Statistic) -> bool:
+    groups, blocks, _, side = statistic.case.shape
+    if statistic.is_dual:
+        return saved.dim() == 4 and (*saved.shape[:2], saved.shape[3]) == (groups, blocks, side)
+    return saved.shape == (groups, blocks, side * (side + 1) // 2)
 
 
 def _pack(sigma: Tensor) -> Tensor:
@@ -160,6 +179,8 @@ def _pack(sigma: Tensor) -> Tensor:
 
 
 def _unpack(packed: Tensor, statistic: Statistic) -> Tensor:
+    if statistic.is_dual:
+        return packed.to(statistic.device, statistic.dtype)
     sigma = torch.zeros(statistic.case.shape, dtype=statistic.dtype, device=statistic.device)
     rows, columns = torch.tril_indices(*sigma.shape[-2:], device=sigma.device)
     sigma[:, :, rows, columns] = packed.to(sigma)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowdopr.optim.dual import DualCase
 from flowdopr.optim.layers import Case
 from flowdopr.optim.world import agreed
 
@@ -24,16 +25,21 @@ _HANDLES = itertools.count()
 
 
 class Pile:
-    """A sum of z z^T (G, B, s, s) with its number of rows; empty until something is added."""
+    """A sum of z z^T (G, B, s, s) with its number of rows; empty until something is added.
 
-    def __init__(self) -> None:
+    Of the dual form it holds the rows themselves.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
         self.sums: Tensor | None = None
         self.count = 0
 
     def pour_into(self, other: "Pile") -> None:
         """Move everything into `other`."""
         if self.sums is not None:
-            other.sums = self.sums if other.sums is None else other.sums.add_(self.sums)
+            both = None if other.sums is None else self.case.join(other.sums, self.sums)
+            other.sums = self.sums if both is None else both
             other.count += self.count
         self.sums, self.count = None, 0
 
@@ -51,7 +57,7 @@ class Statistic:
         self.name, self.case, self.max_rows = name, case, max_rows
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.parameter = weight
-        self.fresh, self.used = Pile(), Pile()
+        self.fresh, self.used = Pile(case), Pile(case)
         self.ran_outside_backward = False
         self.sigma: Tensor | None = None
         self.transform: Tensor | None = None
@@ -64,6 +70,11 @@ class Statistic:
     def device(self) -> torch.device:
         """Where the weight is now."""
         return self.parameter.device
+
+    @property
+    def is_dual(self) -> bool:
+        """Whether this keeps rows, Z / sqrt(n) (G, 1, n, d) in `sigma`, not second moments."""
+        return isinstance(self.case, DualCase)
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -83,20 +94,27 @@ class Statistic:
         if pile.sums is None:
             pile.sums = torch.zeros(self.case.shape, dtype=self.dtype, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
-            pile.count += case.accumulate(pile.sums, x, self.max_rows)
+            pile.sums, count = case.gather(pile.sums, x, self.max_rows)
+        pile.count += count
 
     def close(self) -> Pile:
         """End the window; returns all it gathered."""
         self.fresh.pour_into(self.used)
-        whole, self.used, self.ran_outside_backward = self.used, Pile(), False
+        whole, self.used, self.ran_outside_backward = self.used, Pile(self.case), False
         return whole
 
-    def average(self, batch: Tensor, cov_decay: float) -> None:
-        """Sigma <- decay_k Sigma + (1 - decay_k) batch, in place.
+    def take(self, pile: Pile, cov_decay: float) -> None:
+        """Sigma <- decay_k Sigma + (1 - decay_k) batch, in place; of the dual form the batch alone.
 
         At this layer's refresh k, from 0, decay_k = min(cov_decay, (1 + k) / (10 + k)): inputs
         change fastest at the start of training, and a long memory of them would mislead.
         """
+        assert pile.sums is not None
+        if self.is_dual:
+            self.sigma, self.weight = pile.sums.div_(pile.count**0.5), 1.0
+            self.refreshes += 1
+            return
+        batch = pile.sums.div_(pile.count)
         decay = min(cov_decay, (1 + self.refreshes) / (10 + self.refreshes))
         sigma = torch.zeros_like(batch) if self.sigma is None else self.sigma
         self.sigma = sigma.mul_(decay).add_(batch, alpha=1 - decay)
@@ -218,7 +236,7 @@ class Statistics:
         """Throw away what a backward has already used: its step was skipped."""
         self._settle()
         for statistic in self.all:
-            statistic.used = Pile()
+            statistic.used = Pile(statistic.case)
             statistic.ran_outside_backward = statistic.fresh.sums is not None
 
     def remove_hooks(self) -> None:

@@ -191,7 +191,7 @@ def test_rules_go_by_name_and_the_first_match_wins() -> None:
     [
         (nn.Linear(2, 2), "sua"),
         (nn.Embedding(2, 2), "full"),
-        (nn.Conv2d(2, 2, 3), "dual"),
+        (nn.Conv2d(2, 2, 3), "triple"),
         (nn.Conv2d(2, 2, 3, stride=2), "offsets"),
         (nn.ConvTranspose2d(2, 2, 3), "sua"),
     ],

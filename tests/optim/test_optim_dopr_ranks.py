@@ -13,12 +13,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from flowdopr.optim.dopr import DoPr
+from flowdopr.optim.plan import LayerRule
 
 SETTINGS = {
     "ddp": {},
-    "ddp-routed": {},
+    "ddp-routed": {"rules": [LayerRule("spare", "dual"), LayerRule("")]},
+    "ddp-dual": {"rules": [LayerRule("", "dual")]},
     "ddp-sua": {"conv_mode": "sua-mean", "bias": True},
     "fsdp": {},
+    "fsdp-dual": {"rules": [LayerRule("3", "dual"), LayerRule("4", "dual"), LayerRule("")]},
     "fsdp-sandwich": {"form": "sandwich"},
 }
 
