@@ -37,6 +37,12 @@ PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print the resolved config as YAML, do nothing else.")
 ]
 
+GuideRun = Annotated[
+    str | None, typer.Option(help="Autoguidance by the model of this run folder, a worse one.")
+]
+GuideWeights = Annotated[str | None, typer.Option(help="Weights of the guide; default: ema.")]
+GuideStep = Annotated[int | None, typer.Option(help="Checkpoint of the guide.")]
+
 
 @app.command()
 def train(
@@ -75,9 +81,9 @@ def sample(
     guidance_scale: Annotated[
         float | None, typer.Option(min=0, help="Classifier-free guidance; 1 is off.")
     ] = None,
-    guide_run: Annotated[
-        str | None, typer.Option(help="Autoguidance by the newest model of this run folder.")
-    ] = None,
+    guide_run: GuideRun = None,
+    guide_weights: GuideWeights = None,
+    guide_step: GuideStep = None,
     labels: Annotated[
         str | None, typer.Option(help="Class numbers, repeated over the images: 3 or 0,1,2.")
     ] = None,
@@ -105,6 +111,8 @@ def sample(
         "rtol": rtol,
         "guidance_scale": guidance_scale,
         "guide_run": guide_run,
+        "guide_weights": guide_weights,
+        "guide_step": guide_step,
         "batch_size": batch_size,
     }
     _tell(

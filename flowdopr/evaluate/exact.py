@@ -103,8 +103,8 @@ def likelihood(config: Config, model: nn.Module, datasets: Datasets, device: Any
 
 def excess(config: Config, model: nn.Module, datasets: Datasets, device: Any) -> Measured:
     """The model's error over the exact velocity of its training set: `excess` on the path, where
-    `train_one_step_loss` = `excess` + `irreducible`, and `rollout_excess` where its own rollouts
-    go; the latter grows without bound towards t = 1, so it is read by time."""
+    `train_one_step_loss` = `excess` + `irreducible` in expectation, and `rollout_excess` where its
+    own rollouts go; the latter grows without bound towards t = 1, so it is read by time."""
     images, labels = _training_points(config, datasets)
     oracle_labels = labels if num_classes_of(model) else None
     objective, seed = build_objective(config), config.evaluate.seed

@@ -7,6 +7,7 @@ import pytest
 import torch
 from untrained import make_config, save_random_checkpoint
 
+from flowdopr.cli import run_command
 from flowdopr.config import apply_overrides
 from flowdopr.data import to_uint8
 from flowdopr.evaluate import evaluate, sample
@@ -134,6 +135,16 @@ def test_training_draws_its_grids_with_the_guide(other_run, tmp_path):
     with pytest.raises(ValueError, match="nowhere: not a run folder"):
         train(absent)
     assert not (tmp_path / "absent").exists()
+
+
+def test_the_command(make_run, other_run, tmp_path):
+    run, guide = make_run(), other_run()
+    command = ["sample", str(run.path), "--num", "1", "--out", str(tmp_path / "out")]
+    options = ["--guide-run", str(guide.path), "--guide-weights", "raw", "--guide-step", "3"]
+    assert run_command([*command, *options]) == 2
+    assert run_command([*command, *options, "--guidance-scale", "2"]) == 0
+    card = json.loads((tmp_path / "out" / "sampling.json").read_text())["sampling"]["guide"]
+    assert (card["step"], card["weights"]) == (3, "raw")
 
 
 def test_guide_and_run_need_not_be_of_one_size(make_run, other_run, tmp_path):
