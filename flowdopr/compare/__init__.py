@@ -12,7 +12,7 @@ from flowdopr.compare.execute import Executor, worker_command
 from flowdopr.compare.plan import RunPlan, expand, study_path, study_settings
 from flowdopr.compare.progress import Display
 from flowdopr.config import Config, to_yaml
-from flowdopr.data import build_datasets
+from flowdopr.data import build_pixel_datasets
 from flowdopr.evaluate import trained_classifier
 from flowdopr.train import Interrupted, RunFolder
 from flowdopr.train.run_folder import check_same_run, write_atomically
@@ -97,4 +97,4 @@ def _train_classifiers(plans: Sequence[RunPlan]) -> None:
     chosen = [plan.config for plan in plans if plan.config.evaluate.extractor == "classifier"]
     for config in {config.data.model_dump_json(): config for config in chosen}.values():
         print(f"feature extractor for {config.data.name}", file=sys.stderr)
-        trained_classifier(build_datasets(config))
+        trained_classifier(build_pixel_datasets(config))

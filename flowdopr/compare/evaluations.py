@@ -17,7 +17,13 @@ from flowdopr.train import RunFolder
 Card = dict[str, Any]
 FD_ONLY = "evaluate.metrics=[fd]"
 DISTANCES = {"classifier": "fd", "inception": "fid"}
-CARD_KEYS = {"kid": "kid_mean", "isc": "isc_mean", "prc": "precision"}
+CARD_KEYS = {
+    "kid": "kid_mean",
+    "isc": "isc_mean",
+    "prc": "precision",
+    "bpd": "bpd",
+    "excess": "excess",
+}
 """Metric of `evaluate.metrics` -> the entry of a card that proves it was measured."""
 
 
@@ -97,6 +103,7 @@ def _answers(card: Card, step: int, config: Config) -> bool:
     settings |= {"num_images": chosen.fid_num_images, "labels": chosen.labels, "seed": chosen.seed}
     # A card leaves out what its solver ignores, and the labels of an unconditional model.
     same = all(sampling.get(key) in (None, value) for key, value in settings.items())
+    same = same and sampling.get("guide_run") == config.sample.guide_run
     keys = CARD_KEYS | {"fd": DISTANCES[chosen.extractor]}
     measured = all(keys[metric] in card["metrics"] for metric in chosen.metrics)
     return (card["step"], card["weights"]) == (step, chosen.weights) and same and measured

@@ -18,7 +18,7 @@ OptimizerName = Literal[
 class RuleConfig(Section):
     pattern: str
     """Regular expression searched in a layer's name; the first rule that matches wins."""
-    mode: Literal["auto", "none", "full", "blocks", "diagonal", "offsets", "sua", "sua-mean"] = (
+    mode: Literal["auto", "none", "full", "blocks", "diagonal", "dual", "offsets", "sua", "sua-mean"] = (
         "auto"
     )
     """Form of the layer's second moment; docs/optim.md says when to use which."""
