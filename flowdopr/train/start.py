@@ -17,7 +17,7 @@ from flowdopr.models import build_model, load_decoder
 from flowdopr.optim import build_optimizer
 from flowdopr.train.guide import load_guide
 from flowdopr.train.log import run_log
-from flowdopr.train.loop import Trainer
+from flowdopr.train.loop import Trainer, TrainingFailed
 from flowdopr.train.provenance import provenance
 from flowdopr.train.run_folder import RunFolder, averages_of
 
@@ -33,7 +33,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
     Raises:
         ConfigError, ValueError: settings or data that cannot be used; nothing was trained.
         Interrupted: stopped by Ctrl-C or SIGTERM, after saving.
-        TrainingFailed: the loss is not finite.
+        TrainingFailed: the loss, or what layers are fed, is not finite.
     """
     accelerator = make_accelerator(config)
     with accelerator.main_process_first():
@@ -47,6 +47,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
     with run_log(run.path / "log.txt" if accelerator.is_main_process else None):
         try:
             Trainer(config, accelerator, datasets, model, optimizer, run).fit()
+        except FloatingPointError as error:  # DoPr met inputs that are not finite too often
+            raise TrainingFailed(f"{run.path}: {error}") from None
         finally:
             accelerator.free_memory()
     return run.path

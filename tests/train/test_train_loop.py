@@ -86,6 +86,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         train(config)
 
 
+def test_inputs_that_are_not_finite_end_the_run(tmp_path):
+    settings = ["optimizer.lr=1e30", "train.max_grad_norm=null", "train.log_every=100"]
+    settings += ["optimizer.name=dopr-sgd", "optimizer.refresh_every=1", "train.steps=50"]
+    with pytest.raises(TrainingFailed, match=r"not finite on 2 refreshes in a row"):
+        train(tiny(tmp_path, *settings, "optimizer.max_nonfinite=2"))
+
+
 def test_learning_rate_over_a_run():
     def factors(decay):
         return [lr_factor(s, steps=10, warmup_steps=4, decay=decay) for s in range(10)]
