@@ -199,13 +199,27 @@ class MeanOffsetsCase(SharedOffsetsCase):
             :, None, None, None
         ]
 
+    def batch_key(self, grads: Sequence[Tensor]) -> tuple[object, ...]:
+        return (self.kind, self.mode, self.shape, grads[0].shape, grads[0].dtype, grads[0].device)
+
+    def multiply_many(
+        self, many: Sequence[Sequence[Tensor]], stacks: Sequence[Tensor]
+    ) -> list[list[Tensor]]:
+        """One product for all K layers; the only copies are one into rows and one out of them."""
+        sides = (self.groups, -1, self.blocks, self.side, self.offsets)  # (G, r, B, s, k*k)
+        matrices = [grads[0].reshape(sides).permute(0, 2, 1, 4, 3) for grads in many]
+        matrix = torch.stack(matrices).to(stacks[0].dtype)  # (K, G, B, r, k*k, s)
+        for_mean, for_rest = torch.stack(list(stacks)).chunk(2, dim=2)
+        correction = matrix.mean(4) @ (for_mean - for_rest)
+        product = (matrix.flatten(3, 4) @ for_rest).view(matrix.shape)
+        product = product.add_(correction[:, :, :, :, None]).permute(0, 1, 3, 2, 5, 4)
+        like = many[0][0]
+        weights = torch.empty((len(many), *like.shape), dtype=like.dtype, device=like.device)
+        weights.view(product.shape).copy_(product)
+        return [[weight] for weight in weights.unbind(0)]
+
     def multiply(self, grads: Sequence[Tensor], stack: Tensor) -> list[Tensor]:
-        matrix = self.matrix(grads).to(stack.dtype)
-        for_mean, for_rest = stack.chunk(2, dim=1)
-        by_offset = matrix.unflatten(2, (-1, self.offsets))  # (G, B, C_out / G, k*k, s)
-        correction = by_offset.mean(3) @ (for_mean - for_rest)
-        product = (matrix @ for_rest).view(by_offset.shape).add_(correction[:, :, :, None])
-        return self.gradients(product.flatten(2, 3), grads)
+        return self.multiply_many([grads], [stack])[0]
 
 
 class TransposedCase(SharedOffsetsCase):

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowdopr.optim.apply import apply
 from flowdopr.optim.dual import DualCase
 from flowdopr.optim.inverse import Form, full_precision
 from flowdopr.optim.plan import CONV_MODES, Defaults, Layer, LayerRule, make_plan
 from flowdopr.optim.preconditioner import Preconditioner
 from flowdopr.optim.statistics import Statistic, Statistics
-from flowdopr.optim.world import like_shard, local
+from flowdopr.optim.world import local
 
 FORMS = ("inverse", "sandwich")
 
@@ -225,18 +226,14 @@ class DoPr(torch.optim.Optimizer):
         ready = []
         _, strength = self._schedule(self.steps)
         for layer, statistic in zip(self.plan.layers, self.statistics.all, strict=True):
-            grads = [p.grad for p in layer.parameters if p.grad is not None]
             transform = (statistic.twin or statistic).transform
-            if strength == 0 or len(grads) < len(layer.parameters):
+            if strength == 0 or any(p.grad is None for p in layer.parameters):
                 continue
             if transform is None:
                 self.preconditioner.report_unseen(layer.name)
                 continue
-            products = layer.case.multiply([local(grad) for grad in grads], transform)
-            for parameter, grad, product in zip(layer.parameters, grads, products, strict=True):
-                product = _laid_out(product, local(parameter))
-                parameter.grad = like_shard(product, grad)  # G is freed: no second copy of all
             ready.append((layer, transform))
+        apply(ready)
         return ready
 
     def _step_sandwich(self, ready: list[tuple[Layer, Tensor]]) -> None:
@@ -270,14 +267,6 @@ def _refuse_dual(layers: list[Layer]) -> None:
                 f"DoPr: layer {layer.name!r} has mode 'dual', which needs form 'inverse', power 1 "
                 "and damping above 0: change these or give it another mode"
             )
-
-
-def _laid_out(product: Tensor, parameter: Tensor) -> Tensor:
-    """`product` with the strides of the parameter, as autograd would leave it: torch's fused
-    optimizers read a gradient on the CPU as if it had them."""
-    if product.stride() == parameter.stride():
-        return product
-    return torch.empty_like(parameter).copy_(product)
 
 
 def _row_limit(max_rows: int | str | None) -> int | None:

@@ -130,6 +130,16 @@ class Case:
         product = matrix * stack if self.side == 1 else matrix @ stack
         return self.gradients(product, grads)
 
+    def batch_key(self, grads: Sequence[Tensor]) -> tuple[object, ...] | None:
+        """Layers with equal keys may share one `multiply_many`; None where nothing is gained."""
+        return None
+
+    def multiply_many(
+        self, many: Sequence[Sequence[Tensor]], stacks: Sequence[Tensor]
+    ) -> list[list[Tensor]]:
+        """`multiply` for the gradients of several layers whose cases have equal `batch_key`s."""
+        return [self.multiply(grads, stack) for grads, stack in zip(many, stacks, strict=True)]
+
 
 class LinearCase(Case):
     """`nn.Linear`: all leading axes are pooled ("expand")."""
