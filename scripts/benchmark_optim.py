@@ -62,7 +62,7 @@ MODELS = {
 # The sizes users train: MNIST on a CPU, CIFAR-10 on a GPU. The others are there by name.
 BATCH_SIZES = {
     "quick": {"dit-xxs-quick": 16, "unet-quick": 8},
-    "cpu": {"dit-xs/2": 16, "unet-32": 16},
+    "cpu": {"dit-xs/2": 64, "unet-32": 64},
     "cuda": {"dit-b/2": 256, "unet-128": 128},
     "other": {"dit-s/4": 32, "unet-64": 16},
 }
