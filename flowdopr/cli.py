@@ -244,7 +244,7 @@ def _exit_code(error: Any) -> int | None:
     """The exit code of an error that one line explains, None for a fault of ours."""
     if hasattr(error, "exit_code"):  # a wrong option, Interrupted, TrainingFailed, a failed study
         return int(error.exit_code)
-    return 2 if isinstance(error, ValueError | FileNotFoundError | PermissionError) else None
+    return 2 if isinstance(error, ValueError | OSError) else None
 
 
 def _message(error: Any) -> str:

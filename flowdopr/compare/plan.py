@@ -68,6 +68,12 @@ def expand(config: Config) -> list[RunPlan]:
     if "fd" not in config.evaluate.metrics:
         raise ConfigError("evaluate.metrics: a study compares by fd; add fd")
     bases = {arm.name: _arm_config(config, arm) for arm in study.arms}
+    for name, base in bases.items():
+        if (base.data, base.evaluate) != (config.data, config.evaluate):
+            raise ConfigError(
+                f"compare.arms '{name}': set: an arm must keep the study's data and evaluate "
+                "sections, or its numbers could not be compared; make it a study of its own"
+            )
     plans = [
         RunPlan(arm.name, lr, seed, _run_config(bases[arm.name], arm, lr, seed), study.nfe_steps)
         for seed in study.seeds

@@ -18,15 +18,15 @@ OptimizerName = Literal[
 class RuleConfig(Section):
     pattern: str
     """Regular expression searched in a layer's name; the first rule that matches wins."""
-    mode: Literal["auto", "none", "full", "blocks", "diagonal", "dual", "offsets", "sua", "sua-mean"] = (
-        "auto"
-    )
+    mode: Literal[
+        "auto", "none", "full", "blocks", "diagonal", "dual", "offsets", "sua", "sua-mean"
+    ] = "auto"
     """Form of the layer's second moment; docs/optim.md says when to use which."""
     bias: bool | None = None
     """Take a Linear's bias as one more input coordinate. null: as `optimizer.bias`."""
     max_side: Count | None = None
     """Widest full matrix of `auto` and `blocks`. null: as `optimizer.max_side`."""
-    max_rows: Count | None = None
+    max_rows: Count | Literal["all"] | None = None
     """Input rows a forward contributes. null: as `optimizer.max_rows`."""
 
 

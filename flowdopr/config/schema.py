@@ -17,6 +17,9 @@ from flowdopr.config.types import Count, CountOrZero, Fraction, NotNegative, Pos
 WeightsName = Annotated[str, Field(pattern=r"^(ema|raw|ema-.+|power-.+|posthoc-.+)$")]
 
 
+PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # no part of a path leads out of its folder
+
+
 class DataConfig(Section):
     # fmt: off
     name: Literal[
@@ -143,7 +146,8 @@ class TrainConfig(Section):
             raise ValueError("train.ema_decays and train.ema_lengths are both empty: give one")
         if self.warmup_steps > self.steps:
             raise ValueError(
-                f"train.warmup_steps {self.warmup_steps} is more than train.steps {self.steps}"
+                f"train.warmup_steps {self.warmup_steps} is more than train.steps {self.steps}: "
+                "set train.warmup_steps too"
             )
         return self
 
@@ -257,7 +261,7 @@ class CompareConfig(Section):
 
 
 class Config(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
+    name: Annotated[str, Field(pattern=rf"^{PLAIN_NAME}(/{PLAIN_NAME})*$")]
     """Name of the experiment; the run folder is `<output>/<name>`."""
     output: str = "runs"
     """Folder that holds the run folders."""

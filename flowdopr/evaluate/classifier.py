@@ -126,16 +126,21 @@ def train_classifier(model: Classifier, dataset: ImageDataset, steps: int = STEP
         schedule.step()
     model.eval()
     with torch.no_grad():
-        images, _ = dataset.batch(torch.arange(min(len(dataset), 1000)))
+        images, _ = dataset.batch(_spread(len(dataset), 1000))
         model.scale.copy_(model(images)[0].square().mean().sqrt())
     return model
 
 
+def _spread(total: int, at_most: int) -> Tensor:
+    """Indices of at most so many images, evenly over all: files may lie sorted by class."""
+    return torch.arange(0, total, max(1, total // at_most))[:at_most]
+
+
 @torch.no_grad()
 def accuracy(model: Classifier, dataset: ImageDataset) -> float:
-    """Share of (at most the first 10,000) images whose largest logit is their label's."""
+    """Share of (at most 10,000) images whose largest logit is their label's."""
     right = total = 0
-    for indices in _chunks(min(len(dataset), MAX_HELD_OUT)):
+    for indices in _spread(len(dataset), MAX_HELD_OUT).split(500):
         images, labels = dataset.batch(indices)
         right += int((predict(model, images) == labels).sum())
         total += len(labels)

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,10 @@ def _write_folder(
     out: Path, images: Tensor, labels: Tensor | None, card: Mapping[str, Any], *, npz: bool
 ) -> None:
     """Fill a folder beside `out`, then give it its name."""
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    part.chmod(0o755)  # mkdtemp's is for the owner alone
     for number, image in enumerate(images):
         to_pil_image(image).save(part / f"{number:06d}.png")
     to_pil_image(grid(images)).save(part / "grid.png")

@@ -41,14 +41,13 @@ from flowdopr.evaluate.generate import (
     labels_like_data,
     this_process,
 )
-from flowdopr.flow import build_objective, build_sampling, one_step_loss
+from flowdopr.flow import ONE_STEP_BATCH, build_objective, build_sampling, one_step_loss
 from flowdopr.flow.objective import num_classes_of
 from flowdopr.models import load_decoder
 from flowdopr.train.guide import Guide, load_guide
 from flowdopr.train.run_folder import RunFolder
 
 CLAIM = 50_000  # generated images below which a Frechet distance is a proxy
-ONE_STEP_BATCH = 128  # fixed, because noise and times are drawn batch by batch
 FIDELITY = ("fd", "kid", "isc", "prc")
 PLACES = ("root", "held_out_root", "download", "num_workers", "autoencoder", "source_root")
 CHANGEABLE = ("sample.", "evaluate.", *(f"data.{key}=" for key in PLACES))

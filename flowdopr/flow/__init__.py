@@ -12,7 +12,7 @@ from flowdopr.flow.guidance import ModelVelocity, guided_velocity
 from flowdopr.flow.likelihood import BitsPerDim, LogLikelihood, bits_per_dim, log_likelihood
 from flowdopr.flow.noise import image_generator
 from flowdopr.flow.objective import Draw, FlowMatching
-from flowdopr.flow.one_step import OneStepLoss, one_step_loss
+from flowdopr.flow.one_step import ONE_STEP_BATCH, OneStepLoss, one_step_loss
 from flowdopr.flow.oracle import EmpiricalVelocity, ExcessError, excess_error, rollout_excess
 from flowdopr.flow.path import (
     PATHS,
@@ -40,6 +40,7 @@ __all__ = [
     "BATCH_DEPENDENT_SOLVERS",
     "COUPLINGS",
     "ODE_SOLVERS",
+    "ONE_STEP_BATCH",
     "PATHS",
     "PREDICTIONS",
     "SDE_SOLVERS",

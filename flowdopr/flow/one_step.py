@@ -12,6 +12,7 @@ from flowdopr.flow.objective import FlowMatching, Model, labels_for
 from flowdopr.flow.path import Path
 
 NUM_BINS = 10
+ONE_STEP_BATCH = 128  # of all held-out losses, because noise and times are drawn batch by batch
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,10 @@ class DoPr(torch.optim.Optimizer):
         self.optimizer.load_state_dict(inner)
         self._share()
         self.steps, self._refreshed_at = own["steps"], own["refreshed_at"]
-        self.statistics.pairing = False
+        # Accelerate loads the state of an optimizer that has not stepped: nothing is paired yet.
+        self.statistics.pairing = own["steps"] == 0
+        for statistic in self.statistics.all:
+            statistic.sources.clear()
         self._set_gathering()
         with full_precision(), torch.no_grad():
             self.preconditioner.invert(*self._schedule(self._refreshed_at), share=False)
@@ -246,7 +249,13 @@ class DoPr(torch.optim.Optimizer):
         for layer, _ in ready:
             for parameter in layer.parameters:
                 parameter.zero_()
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except BaseException:
+            for (layer, _), before in zip(ready, held, strict=True):
+                for parameter, old in zip(layer.parameters, before, strict=True):
+                    parameter.copy_(old)
+            raise
         kept = {
             id(p): 1 - group["lr"] * group.get("weight_decay", 0.0)
             for group in self.param_groups

@@ -88,7 +88,8 @@ def invert(
             if strength != 1.0:
                 part = part * strength
                 part.diagonal(dim1=-2, dim2=-1).add_(1 - strength)
-            done[i] = part
+            # One layout wherever T comes from, so that products round alike after a resume.
+            done[i] = part.contiguous()
             if (worst := used.max().item()) > damping:
                 raised[i] = worst
     return Inverses([done[i] for i in range(len(stacks))], raised)

@@ -26,6 +26,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from flowdopr.optim.conv import patch_rows
 from flowdopr.optim.matrix import MatrixOptimizer, decay_weights
 from flowdopr.optim.roles import DECAYED, parameter_roles
+from flowdopr.optim.world import world_size
 
 
 class KFAC(MatrixOptimizer):
@@ -69,6 +70,11 @@ class KFAC(MatrixOptimizer):
             raise ValueError(
                 "kfac: damping must be positive, cov_decay in [0, 1) and refresh_every at least 1, "
                 f"got {damping}, {cov_decay} and {refresh_every}"
+            )
+        if world_size() > 1:
+            raise ValueError(
+                "kfac: a baseline for one process, its factors are not summed over processes; "
+                "run it on one, or choose another optimizer"
             )
         layers = _supported_layers(model)
         unsupported = [

@@ -34,7 +34,7 @@ class Average:
             raise ValueError("an average has either a decay or a length")
         self.decay = decay
         self.gamma = 0.0 if length is None else gamma_of(length)
-        self.name = f"ema-{decay:g}" if length is None else f"power-{length:g}"
+        self.name = f"ema-{decay}" if length is None else f"power-{length}"
 
     def keep(self, step: int) -> float:
         """b_k of (1) or (2): the share of the old average after optimizer step k = `step` >= 1."""
@@ -44,7 +44,8 @@ class Average:
 
 
 class EMA:
-    """Running averages of a model's floating-point weights and buffers, one for each rule.
+    """Running averages of a model's floating-point weights and buffers, one for each rule;
+    other buffers are the newest.
 
     ema = EMA(model, [Average(decay=0.999), Average(length=0.1)])
     ema.update(step)          # after each optimizer step, from 1
@@ -60,6 +61,7 @@ class EMA:
             for average in self.averages
         }
         self._moving = [name for name, value in self.live.items() if value.is_floating_point()]
+        self._others = [name for name in self.live if name not in set(self._moving)]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -67,6 +69,8 @@ class EMA:
         live = [self.live[name] for name in self._moving]
         for average in self.averages:
             values = self.values[average.name]
+            for name in self._others:
+                values[name].copy_(self.live[name])
             moving = [values[name] for name in self._moving]
             torch._foreach_lerp_(moving, live, 1.0 - average.keep(step))
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -23,7 +22,14 @@ from torchvision.utils import save_image
 
 from flowdopr.config import Config
 from flowdopr.data import Datasets, build_loader, plain_batches
-from flowdopr.flow import Draw, build_objective, build_sampling, generate, one_step_loss
+from flowdopr.flow import (
+    ONE_STEP_BATCH,
+    Draw,
+    build_objective,
+    build_sampling,
+    generate,
+    one_step_loss,
+)
 from flowdopr.models import load_decoder
 from flowdopr.optim import format_roles
 from flowdopr.train.ema import EMA
@@ -31,28 +37,18 @@ from flowdopr.train.guide import load_guide
 from flowdopr.train.log import StepProgress
 from flowdopr.train.meter import Meter
 from flowdopr.train.run_folder import RunFolder, averages_of
-from flowdopr.train.schedule import lr_factor
-from flowdopr.train.signals import Interrupted, StopSignal
+from flowdopr.train.schedule import derive_seed, lr_factor
+from flowdopr.train.signals import Interrupted, StopSignal, TrainingFailed
 
 log = logging.getLogger("flowdopr.train")
 
 # Processes agree on a stop only now and then: asking each step would make the host wait for each.
 STOP_AGREED_EVERY = 10
-
-
-class TrainingFailed(RuntimeError):
-    """Training cannot go on; one line says why and what to try."""
-
-    exit_code = 1
+TRY = "lower optimizer.lr, lengthen train.warmup_steps, or use train.precision=bf16 or no"
 
 
 def _short(value: float) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def derive_seed(*parts: int) -> int:
-    """A seed that differs in every bit for parts that differ in any."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
 
 
 class Trainer:
@@ -204,8 +200,7 @@ class Trainer:
             line["grad_norm"] = float(grad_norm)
         if not math.isfinite(line["loss"]):
             raise TrainingFailed(
-                f"{self.run.path}: the loss is {line['loss']} by step {self.step}; lower "
-                "optimizer.lr, lengthen train.warmup_steps, or use train.precision=bf16 or no"
+                f"{self.run.path}: the loss is {line['loss']} by step {self.step}; {TRY}"
             )
         progress.note(f"loss {line['loss']:.4f}")
         self._record(line)
@@ -230,7 +225,7 @@ class Trainer:
         with self._averaged_model() as model:
             if self.accelerator.is_main_process:
                 batches = plain_batches(
-                    self.datasets.held_out, self.config.sample.batch_size, self.accelerator.device
+                    self.datasets.held_out, ONE_STEP_BATCH, self.accelerator.device
                 )
                 result = one_step_loss(self.objective, model, batches, seed=self.config.seed)
                 self._record({"step": self.step, "held_out_loss": result.mean})
@@ -260,7 +255,12 @@ class Trainer:
     # Saving and going on
 
     def _save(self) -> None:
+        """Write a checkpoint, unless it would push good ones off the disk for a broken one."""
         self.meter.pause()
+        norms = torch._foreach_norm([p.detach() for p in self.bare.parameters()])
+        if not torch.stack(list(norms)).isfinite().all():
+            what = f"weights are not finite by step {self.step}"
+            raise TrainingFailed(f"{self.run.path}: {what}; {TRY}")
         if self.accelerator.is_main_process and self.step not in self.run.steps():
             scaler = self.accelerator.scaler
             state = {
@@ -292,5 +292,6 @@ class Trainer:
         self.inner.load_state_dict(state["optimizer"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        log.info("going on from step %d", steps[-1])
+        done = steps[-1] >= self.config.train.steps
+        log.info("already complete at step %d" if done else "going on from step %d", steps[-1])
         return steps[-1]

@@ -35,6 +35,11 @@ FREE_ON_RESUME = (
     *(f"train.{key}" for key in ("steps", "log_every", "validate_every", "sample_every")),
     *("train.checkpoint_every", "train.keep_checkpoints"),
 )
+# What `create` makes before config.yaml, which turns a folder into a run; a crash may leave these.
+BEFORE_CONFIG = {
+    *("checkpoints", "samples", "evaluation", "versions.json", "dataset.json"),
+    *(f"{name}.part" for name in ("versions.json", "dataset.json", "config.yaml")),
+}
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -75,20 +80,24 @@ class RunFolder:
         """
         path = Path(config.output) / config.name
         if (path / "config.yaml").exists():
-            if not resume:
-                raise ConfigError(
-                    f"{path}: a run is here already; go on with it by --resume, "
-                    "or choose another one by name=NEW"
-                )
-            check_same_run(cls.open(path), config, dataset)
-        elif path.exists() and any(path.iterdir()):
+            before = cls.open(path)
+            if before.steps():  # else it stopped before its first checkpoint: nothing to lose
+                if not resume:
+                    raise ConfigError(
+                        f"{path}: a run is here already; go on with it by --resume, "
+                        "or choose another one by name=NEW"
+                    )
+                check_same_run(before, config, dataset)
+        elif path.exists() and not {item.name for item in path.iterdir()} <= BEFORE_CONFIG:
             raise ConfigError(f"{path}: holds files that are no run; choose another by name=NEW")
         for folder in ("checkpoints", "samples", "evaluation"):
             (path / folder).mkdir(parents=True, exist_ok=True)
-        write_atomically(path / "versions.json", json.dumps(made_by, indent=2) + "\n")
+        run = cls(path, config, dataset)
+        if config.train.steps not in run.steps():  # a finished run keeps what it was made by
+            write_atomically(path / "versions.json", json.dumps(made_by, indent=2) + "\n")
         write_atomically(path / "dataset.json", json.dumps(dataset.to_dict(), indent=2) + "\n")
         write_atomically(path / "config.yaml", to_yaml(config))
-        return cls(path, config, dataset)
+        return run
 
     # Checkpoints
 
@@ -222,8 +231,12 @@ class RunFolder:
 def averages_of(config: Config) -> list[Average]:
     """The weight averages that `config.train` asks for; the first is sampled from."""
     settings = config.train
-    decays = [Average(decay=decay) for decay in settings.ema_decays]
-    return decays + [Average(length=length) for length in settings.ema_lengths]
+    averages = [Average(decay=decay) for decay in settings.ema_decays]
+    averages += [Average(length=length) for length in settings.ema_lengths]
+    names = [average.name for average in averages]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"train.ema_decays, train.ema_lengths: {twice[0]} is given twice")
+    return averages
 
 
 def check_same_run(run: RunFolder, config: Config, dataset: DatasetInfo) -> None:

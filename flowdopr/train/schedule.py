@@ -1,9 +1,11 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+"""Learning rate and seeds as pure functions of the step: nothing to save, nothing to restore."""
 
 from __future__ import annotations
 
 import math
 from typing import Literal
+
+import numpy as np
 
 
 def lr_factor(
@@ -20,3 +22,8 @@ def lr_factor(
         return 1.0
     done = (step - warmup_steps) / max(1, steps - warmup_steps)
     return 1.0 - done if decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def derive_seed(*parts: int) -> int:
+    """A seed that differs in every bit for parts that differ in any."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop at the next step, so that nothing is lost."""
+"""How a run ends early: Ctrl-C and SIGTERM ask it to stop at the next step; or training failed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ class Interrupted(Exception):
     def exit_code(self) -> int:
         """The shell's convention: 128 + signal number (130 for Ctrl-C, 143 for SIGTERM)."""
         return 128 + self.signum
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; one line says why and what to try."""
+
+    exit_code = 1
 
 
 class StopSignal:

@@ -17,9 +17,10 @@ from flowdopr.models import build_model, load_decoder
 from flowdopr.optim import build_optimizer
 from flowdopr.train.guide import load_guide
 from flowdopr.train.log import run_log
-from flowdopr.train.loop import Trainer, TrainingFailed
+from flowdopr.train.loop import Trainer
 from flowdopr.train.provenance import provenance
 from flowdopr.train.run_folder import RunFolder, averages_of
+from flowdopr.train.signals import TrainingFailed
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
@@ -96,7 +97,9 @@ def make_accelerator(config: Config) -> Accelerator:
     settings = config.train
     AcceleratorState._reset_state()  # an earlier run of this Python process may have left another
     try:
-        accelerator = Accelerator(mixed_precision=settings.precision)
+        # Told so, accelerate lets several processes without a GPU work together by gloo.
+        cpu = not torch.accelerator.is_available()
+        accelerator = Accelerator(mixed_precision=settings.precision, cpu=cpu)
     except ValueError as error:
         raise ConfigError(f"train.precision={settings.precision}: {error}") from None
     if accelerator.distributed_type not in (

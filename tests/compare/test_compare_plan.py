@@ -29,10 +29,10 @@ def test_a_run_is_a_config_of_its_own(study):
 
 
 def test_an_override_takes_mappings_and_lists(study):
-    text = "[{name: a, lrs: [1e-3], set: {optimizer.betas: [0.8, 0.9], data.image_size: 4}}]"
+    text = "[{name: a, lrs: [1e-3], set: {optimizer.betas: [0.8, 0.9], model.depth: 4}}]"
     plan = expand(arms(study, text))[0]
     assert plan.config.optimizer.betas == (0.8, 0.9)
-    assert plan.config.data.image_size == 4
+    assert plan.config.model.depth == 4
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,8 @@ def test_an_override_takes_mappings_and_lists(study):
         ("train.steps: -1", ["'a'", "train.steps"]),
         ("optimizer.lr: 1e-3", ["'a'", "optimizer.lr", "lrs"]),
         ("seed: 3", ["'a'", "seed", "compare.seeds"]),
+        ("data.image_size: 4", ["'a'", "must keep the study's data"]),
+        ("evaluate.fid_num_images: 50", ["'a'", "evaluate"]),
         ("compare.workers: 2", ["'a'", "compare.workers"]),
     ],
 )

@@ -100,6 +100,7 @@ def test_an_override_changes_one_value(write):
         ("name.first=x", "'name' is a value, not a section"),
         ("seed=[1", "override 'seed=[1'"),
         ("name=../escape", "name: "),
+        ("name=a/../../escape", "name: "),
     ],
 )
 def test_wrong_values_are_one_line(write, override, words):

@@ -86,6 +86,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         train(config)
 
 
+def test_broken_weights_are_not_saved(tmp_path):
+    settings = ["optimizer.name=sgd", "optimizer.lr=1e30", "train.max_grad_norm=null"]
+    settings += ["train.log_every=100", "train.steps=20", "train.checkpoint_every=5"]
+    with pytest.raises(TrainingFailed, match=r"weights are not finite by step 5"):
+        train(tiny(tmp_path, *settings))
+    assert RunFolder.open(tmp_path / "runs" / "tiny").steps() == []
+
+
 def test_inputs_that_are_not_finite_end_the_run(tmp_path):
     settings = ["optimizer.lr=1e30", "train.max_grad_norm=null", "train.log_every=100"]
     settings += ["optimizer.name=dopr-sgd", "optimizer.refresh_every=1", "train.steps=50"]
@@ -135,6 +143,7 @@ def test_log_lines_read_as_numbers(tmp_path):
         (["flow.path_options={power: 2}"], "flow.path_options.power: no option of linear"),
         (["optimizer.name=dopr-sgd", "optimizer.rules=[{pattern: gone}]"], "gone"),
         (["data.name=folder", "data.root=nowhere"], "nowhere"),
+        (["train.ema_decays=[0.9, 0.9]"], "ema-0.9 is given twice"),
     ],
 )
 def test_settings_that_do_not_fit_leave_nothing_behind(tmp_path, settings, words):

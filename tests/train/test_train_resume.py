@@ -112,3 +112,20 @@ def test_a_torn_checkpoint_or_metrics_line_does_no_harm(tmp_path):
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == [2, 4, 4, 6, 8, 8]
     assert RunFolder.open(path).steps() == [4, 8]
+
+
+def test_a_run_without_a_checkpoint_may_start_again(tmp_path):
+    config = tiny(tmp_path)
+    folder = tmp_path / "runs" / "tiny"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "versions.json").write_text("{}")  # stopped while the folder was being made
+    (train(config) / "checkpoints" / "step-00000008").rename(tmp_path / "taken")
+    assert RunFolder.open(train(again(config, "optimizer.lr=1e-4"))).config.optimizer.lr == 1e-4
+
+
+def test_a_finished_run_keeps_its_provenance(tmp_path):
+    path = train(tiny(tmp_path))
+    (path / "versions.json").write_text('{"hardware": "of old"}')
+    train(tiny(tmp_path), resume=True)
+    assert "of old" in (path / "versions.json").read_text()
+    assert "already complete at step 8" in (path / "log.txt").read_text()
