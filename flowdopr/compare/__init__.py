@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from flowdopr.compare.evaluations import is_finished
 from flowdopr.compare.execute import Executor, worker_command
 from flowdopr.compare.plan import RunPlan, expand, study_path, study_settings
 from flowdopr.compare.progress import Display
-from flowdopr.config import Config, to_yaml
+from flowdopr.config import Config, ConfigError, to_yaml
 from flowdopr.data import build_pixel_datasets
 from flowdopr.evaluate import trained_classifier
 from flowdopr.train import Interrupted, RunFolder
@@ -41,13 +42,19 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
         one run folder for each run.
 
     Raises:
-        ConfigError: no `compare` section, wrong overrides, or a run folder of another config.
+        ConfigError: no `compare` section, wrong overrides, a run folder of another config, or a
+            launch of several processes.
         Interrupted: stopped by Ctrl-C or SIGTERM, after the runs have saved.
         StudyFailed: some runs failed; the report is written and lists them.
     """
     # Here, because the workers import this package and draw nothing: half a second a run.
     from flowdopr.compare.report import write_report
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "compare starts the processes of its runs itself: run it without accelerate launch or "
+            "torchrun, and set compare.workers"
+        )
     study, plans = study_path(config), expand(config)
     _refuse_other_runs(plans)
     failed: list[str] = []

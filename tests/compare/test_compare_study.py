@@ -12,7 +12,7 @@ from flowdopr.compare import compare, execute
 from flowdopr.compare.evaluations import is_finished
 from flowdopr.compare.plan import expand, study_path
 from flowdopr.compare.progress import last_step
-from flowdopr.config import apply_overrides
+from flowdopr.config import ConfigError, apply_overrides
 from flowdopr.evaluate import classifier
 from flowdopr.train import Interrupted, RunFolder
 
@@ -75,3 +75,10 @@ def test_interrupted_then_gone_on_with_then_left_alone(quick, capfd):
     compare(quick)
     assert stamps(study_path(quick) / long.name) == everything
     assert "long" not in capfd.readouterr().err
+
+
+def test_several_processes_may_not_run_one_study(quick, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="without accelerate launch"):
+        compare(quick)
+    assert not study_path(quick).exists()
