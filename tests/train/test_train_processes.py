@@ -13,11 +13,12 @@ from flowdopr.config import ConfigError
 from flowdopr.train import train
 
 
-def assert_close_weights(run, other, step, tolerance=1e-5):
+def assert_close_weights(run, other, step, loose=()):
     for name in ("model", "ema-0.9"):
         mine, theirs = weights(run, step, name), weights(other, step, name)
         for key in mine:
-            torch.testing.assert_close(mine[key], theirs[key], rtol=1e-4, atol=tolerance, msg=key)
+            atol = 1e-4 if key.startswith(loose) else 1e-5
+            torch.testing.assert_close(mine[key], theirs[key], rtol=1e-4, atol=atol, msg=key)
 
 
 def train_on_two(folder, *settings):
@@ -40,8 +41,9 @@ def test_two_processes_equal_one(tmp_path, optimizer):
     one = train(tiny(tmp_path, *settings, "name=one"))
     two = train_on_two(tmp_path, *settings, "name=two")
     # Gradients behind layers that start at zero begin as rounding, which Muon makes as large as any
-    # other: after 8 steps of 3e-3 up to 5e-5 of it is left in the weights.
-    assert_close_weights(one, two, 8, tolerance=2e-4 if "muon" in optimizer else 1e-5)
+    # other: after 8 steps of 3e-3 up to 5e-5 of it is left in the time embedding.
+    loose = ("condition.",) if "muon" in optimizer else ()
+    assert_close_weights(one, two, 8, loose)
 
 
 def test_two_processes_resume_bitwise(tmp_path):
