@@ -47,6 +47,25 @@ class FusedLinear(Linear):
         self.fused_blocks = fused_blocks
 
 
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, on the CPU from 16 random bits an element: torch draws one element after the
+    other there, and its 32 bits for each were a twentieth of a U-Net's training step.
+
+    There p is the nearest multiple of 2^-16, and the kept elements are scaled by that.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        dropped = round(self.p * 2**16)
+        if not self.training or not input.is_cpu or dropped in (0, 2**16):
+            return super().forward(input)
+        words = torch.empty((input.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        bits = words.view(torch.int16)[: input.numel()]
+        mask = torch.empty_like(input)
+        in_memory_order = mask.as_strided(bits.shape, (1,))
+        in_memory_order.copy_(bits >= dropped - 2**15).mul_(2**16 / (2**16 - dropped))
+        return input * mask
+
+
 def zero_(layer: nn.Linear | nn.Conv2d) -> None:
     """Set weight and bias to zero: the layer's branch is silent at the start of training."""
     nn.init.zeros_(layer.weight)

@@ -15,34 +15,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flowdopr.models.layers import Attention, Condition, FusedLinear, modulate, zero_
+from flowdopr.models.layers import Attention, Condition, Dropout, FusedLinear, modulate, zero_
+from flowdopr.models.resample import Downsample, Upsample
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """32 groups as in ADM; fewer in narrow layers, so that a group keeps four channels or more."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
-
-
-class Upsample(nn.Module):
-    """Twice the height and width by nearest neighbour, then a 3x3 convolution if asked."""
-
-    def __init__(self, channels: int, *, conv: bool):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Downsample(nn.Module):
-    """Half the height and width: a 3x3 convolution of stride 2, or the mean of 2x2 pixels."""
-
-    def __init__(self, channels: int, *, conv: bool):
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if conv else nn.AvgPool2d(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
 
 
 class ResBlock(nn.Module):
@@ -70,7 +49,7 @@ class ResBlock(nn.Module):
         self.conv_1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.modulation = FusedLinear(cond_dim, c_out, 2 if scale_shift else 1)
         self.norm_2 = group_norm(c_out)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv_2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.resample = nn.Identity()
@@ -132,6 +111,8 @@ class UNet(nn.Module):
         scale_shift_norm: FiLM instead of an added condition.
         resample: "conv", "pool" (no weights) or "resblock" changes the resolution.
 
+    Weights are channels-last; FSDP2 wants `model.to(memory_format=torch.contiguous_format)` first.
+
     Raises:
         ValueError: sizes that do not fit together.
     """
@@ -178,6 +159,8 @@ class UNet(nn.Module):
         self.head_norm = group_norm(widths[0])
         self.head = nn.Conv2d(widths[0], image_shape[0], 3, padding=1)
         zero_(self.head)
+        # Weights laid out as the feature maps spare a copy at each use, and one of each gradient.
+        self.to(memory_format=torch.channels_last)
 
     def _block(
         self, c_in: int, c_out: int, resample: Literal["up", "down"] | None = None

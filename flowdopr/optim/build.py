@@ -51,16 +51,28 @@ def adamw(
     # A GradScaler then unscales, and skips the step of an overflow itself, as for any optimizer:
     # accelerate would not notice the skip inside the fused kernel.
     optimizer._step_supports_amp_scaling = False
+    optimizer.register_load_state_dict_post_hook(_lay_out_state)
     return optimizer
 
 
 def _can_fuse(parameters: list[nn.Parameter]) -> bool:
-    """Whether torch's fused kernels take these. On the CPU they read memory in order, whatever the
-    strides, so state saved from another memory format would be misread: hence contiguous ones."""
+    """Whether torch's fused kernels take these. On the CPU they read weights, gradients and state
+    in memory order whatever the strides, so weights must have no gaps; autograd gives gradients,
+    and `_lay_out_state` state, the strides of their weights."""
     return all(
-        p.device.type in ("cpu", "cuda") and p.is_floating_point() and p.is_contiguous()
+        p.device.type in ("cpu", "cuda")
+        and p.is_floating_point()
+        and (p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last))
         for p in parameters
     )
+
+
+def _lay_out_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded state the strides of its weights, which may have had others when it was saved."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def signum(

@@ -17,10 +17,17 @@ from torch.nn.modules.conv import _ConvNd
 from flowdopr.optim.layers import Case, strided_rows
 
 
+def image_under(conv: _ConvNd, x: Tensor) -> Tensor:
+    """What the kernel slides over, (B, C, *axes): `x` with a batch axis, enlarged by nearest
+    neighbour if the layer's attribute `enlarge` says that it does so itself."""
+    x = x[None] if x.dim() == len(conv.kernel_size) + 1 else x
+    enlarge = getattr(conv, "enlarge", 1)
+    return x if enlarge == 1 else nn.functional.interpolate(x, scale_factor=float(enlarge))
+
+
 def pad_input(x: Tensor, conv: _ConvNd) -> Tensor:
-    """`x` (B, C, *axes) padded as the layer pads it, batch axis added where it lacks one."""
-    if x.dim() == len(conv.kernel_size) + 1:
-        x = x[None]
+    """`image_under` the layer, padded as the layer pads it."""
+    x = image_under(conv, x)
     pads: list[int] = []
     for axis in reversed(range(len(conv.kernel_size))):
         if conv.padding == "same":
@@ -65,7 +72,7 @@ class PatchCase(Case):
     def key(self) -> tuple[object, ...]:
         conv = self.conv
         window = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
-        return (*super().key, *window)
+        return (*super().key, *window, getattr(conv, "enlarge", 1))
 
     def rows(self, x: Tensor, max_rows: int | None) -> Tensor:
         patches = patch_rows(x, self.conv, max_rows)
@@ -86,8 +93,7 @@ class OffsetCase(PatchCase):
             raise ValueError(f"mode 'offsets' needs stride 1, the layer has {conv.stride}")
 
     def accumulate(self, sums: Tensor, x: Tensor, max_rows: int | None) -> int:
-        axes = len(self.conv.kernel_size)
-        x = x[None] if x.dim() == axes + 1 else x
+        x = image_under(self.conv, x)
         pixels = math.prod(x.shape[2:])
         images = None if max_rows is None else max(1, max_rows // pixels)
         x = x[:: strided_rows(x.shape[0], images)].to(sums.dtype)
@@ -136,7 +142,8 @@ def channel_rows(x: Tensor, axes: int, max_rows: int | None) -> Tensor:
 class SharedOffsetsCase(Case):
     """SUA: z is the channel vector, one Sigma for all kernel offsets (arXiv 1602.01407).
 
-    The kernel's offsets become rows of the gradient matrix.
+    The kernel's offsets become rows of the gradient matrix. An image enlarged by nearest
+    neighbour has the channel vectors it had.
     """
 
     kind = "channels"
@@ -200,12 +207,13 @@ class MeanOffsetsCase(SharedOffsetsCase):
         ]
 
     def batch_key(self, grads: Sequence[Tensor]) -> tuple[object, ...]:
-        return (self.kind, self.mode, self.shape, grads[0].shape, grads[0].dtype, grads[0].device)
+        like = grads[0]
+        return (self.kind, self.mode, self.shape, like.shape, like.dtype, like.device)
 
     def multiply_many(
         self, many: Sequence[Sequence[Tensor]], stacks: Sequence[Tensor]
     ) -> list[list[Tensor]]:
-        """One product for all K layers; the only copies are one into rows and one out of them."""
+        """One product for all K layers; channels-last weights have one copy, of K layers."""
         sides = (self.groups, -1, self.blocks, self.side, self.offsets)  # (G, r, B, s, k*k)
         matrices = [grads[0].reshape(sides).permute(0, 2, 1, 4, 3) for grads in many]
         matrix = torch.stack(matrices).to(stacks[0].dtype)  # (K, G, B, r, k*k, s)
@@ -214,9 +222,7 @@ class MeanOffsetsCase(SharedOffsetsCase):
         product = (matrix.flatten(3, 4) @ for_rest).view(matrix.shape)
         product = product.add_(correction[:, :, :, :, None]).permute(0, 1, 3, 2, 5, 4)
         like = many[0][0]
-        weights = torch.empty((len(many), *like.shape), dtype=like.dtype, device=like.device)
-        weights.view(product.shape).copy_(product)
-        return [[weight] for weight in weights.unbind(0)]
+        return [[weight.reshape(like.shape).to(like.dtype)] for weight in product.unbind(0)]
 
     def multiply(self, grads: Sequence[Tensor], stack: Tensor) -> list[Tensor]:
         return self.multiply_many([grads], [stack])[0]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flowdopr.models import layers
-from flowdopr.models.layers import Attention, Condition, FusedLinear, Linear, SwiGLU
+from flowdopr.models.layers import Attention, Condition, Dropout, FusedLinear, Linear, SwiGLU
 
 
 @pytest.mark.parametrize("onednn", [True, False])
@@ -136,3 +136,43 @@ def test_wrong_sizes_are_refused_in_one_line(make, message):
     with pytest.raises(ValueError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5])
+def test_dropout_keeps_the_mean_and_drops_its_share(p):
+    torch.manual_seed(0)
+    dropout, n = Dropout(p), 2**20
+    out = dropout(torch.ones(n))
+    exact = round(p * 2**16) / 2**16
+    deviation = (exact * (1 - exact) / n) ** 0.5
+    assert abs((out == 0).double().mean() - exact) < 4 * deviation
+    torch.testing.assert_close(out[out != 0].unique(), torch.tensor([1 / (1 - exact)]))
+
+
+def test_dropout_draws_each_element_alone():
+    torch.manual_seed(0)
+    kept = (Dropout(0.5)(torch.ones(4, 2**16)) != 0).double() - 0.5
+    # Neighbours share a word of 64 bits: products of any two of the four must vanish as well.
+    for lag in (1, 2, 3, 4):
+        assert abs((kept[:, lag:] * kept[:, :-lag]).mean()) < 4 * 0.25 / 2**9
+
+
+def test_dropout_follows_the_seed_and_the_layout():
+    x = torch.randn(3, 5, 7, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
+    outs = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        outs.append(Dropout(0.25)(x))
+    assert torch.equal(*outs)
+    assert outs[0].stride() == x.stride()
+    outs[0].sum().backward()
+    torch.testing.assert_close(x.grad * x, outs[0])
+
+
+def test_dropout_at_its_ends_and_in_evaluation():
+    x = torch.randn(3, 5)
+    assert torch.equal(Dropout(0.0)(x), x)
+    assert torch.equal(Dropout(1.0)(x), torch.zeros(3, 5))
+    assert torch.equal(Dropout(0.5).eval()(x), x)
+    assert Dropout(0.5)(x[:0]).shape == (0, 5)
+    assert Dropout(0.5)(x.bfloat16()).dtype == torch.bfloat16

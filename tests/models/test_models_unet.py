@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from flowdopr.models import UNet
 from flowdopr.models.layers import FusedLinear
-from flowdopr.models.unet import AttentionBlock, Downsample, ResBlock, Upsample, group_norm
+from flowdopr.models.resample import Downsample, Upsample
+from flowdopr.models.unet import AttentionBlock, ResBlock, group_norm
 
 CIFAR10 = (3, 32, 32)
 
@@ -106,6 +107,16 @@ def test_feature_maps_are_channels_last_for_grey_images_too():
     model(torch.randn(2, 1, 8, 8), torch.rand(2))
     assert layouts
     assert all(out.is_contiguous(memory_format=torch.channels_last) for out in layouts)
+
+
+def test_weights_and_gradients_are_channels_last():
+    model = UNet((3, 8, 8), channels=16, channel_multipliers=(1, 2), attention_resolutions=())
+    model(torch.randn(2, 3, 8, 8), torch.rand(2)).sum().backward()
+    kernels = [p for p in model.parameters() if p.dim() == 4]
+    assert len(kernels) > 10
+    for kernel in kernels:
+        assert kernel.is_contiguous(memory_format=torch.channels_last)
+        assert kernel.grad.stride() == kernel.stride()
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,38 @@ from flowdopr.optim import DoPr, build_optimizer
 
 
 def test_is_fused_where_torch_can() -> None:
-    assert build_optimizer(small_model(), "adamw", 0.1).param_groups[0]["fused"]
-    for model in (small_model().to("meta"), small_model().to(memory_format=torch.channels_last)):
+    gaps = small_model()
+    gaps[3].weight = torch.nn.Parameter(torch.zeros(8, 128)[:, ::2])
+    transposed = small_model()
+    transposed[3].weight = torch.nn.Parameter(torch.zeros(64, 8).T)
+    for model in (small_model(), small_model().to(memory_format=torch.channels_last)):
+        assert build_optimizer(model, "adamw", 0.1).param_groups[0]["fused"]
+    for model in (small_model().to("meta"), gaps, transposed):
         assert build_optimizer(model, "adamw", 0.1).param_groups[0]["fused"] is None
+
+
+@pytest.mark.parametrize("name", ["adamw", "dopr-adamw"])
+@pytest.mark.parametrize("layouts", [(0, 1), (1, 0), (1, 1)], ids=str)
+def test_state_may_come_from_another_memory_format(name: str, layouts: tuple[int, int]) -> None:
+    """Two steps, save, two more: channels-last weights take the steps of contiguous ones."""
+    formats = (torch.contiguous_format, torch.channels_last)
+    runs = []
+    for first, second in ((0, 0), layouts):
+        weights, state = small_model().state_dict(), None
+        for start, layout in ((0, first), (2, second)):
+            model = small_model().to(memory_format=formats[layout])
+            model.load_state_dict(weights)
+            optimizer = build_optimizer(model, name, 0.01)
+            if state is not None:
+                optimizer.load_state_dict(state)
+            for step in (start, start + 1):
+                optimizer.zero_grad()
+                model(batch(step)).square().mean().backward()
+                optimizer.step()
+            weights, state = model.state_dict(), optimizer.state_dict()
+        runs.append([p.detach() for p in model.parameters()])
+    for ours, expected in zip(*runs, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
