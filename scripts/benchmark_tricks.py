@@ -1,0 +1,141 @@
+"""What each trick saves of DoPr's own work: one arm with every trick, and one without each of them.
+
+    python scripts/benchmark_tricks.py --threads 1 --json tricks.json
+
+DoPr's work is timed where it is done: gathering statistics in the forward, refreshing (averages,
+factorisations, inverses) and applying T. The arms take turns window by window, a window being
+`refresh_every` steps with one refresh; the figures are medians over windows, in milliseconds a
+step. `total` over that of the first arm says how much more DoPr costs without the trick.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from benchmark_optim import MODELS, REFRESH_EVERY, Arm, Setup, machine
+from torch import Tensor
+
+PARTS = ("gather", "refresh", "apply")
+
+
+def whole_gram(sums: Tensor, rows: Tensor) -> None:
+    """`layers.add_gram` without the saving: both triangles of every matrix."""
+    groups, blocks, side, _ = sums.shape
+    stacked = rows.to(sums.dtype).reshape(-1, groups * blocks, side).transpose(0, 1)
+    sums.view(-1, side, side).baddbmm_(stacked.mT, stacked)
+
+
+# Trick: DoPr's options without it, and what is replaced in the code.
+TRICKS: dict[str, tuple[dict[str, Any], dict[str, object]]] = {
+    "all": ({}, {}),
+    "no refresh interval": ({"refresh_every": 1}, {}),
+    "no row subsampling": ({"max_rows": "all"}, {}),
+    "no triangular Grams": ({}, {"flowdopr.optim.layers.add_gram": whole_gram}),
+    "no batched inverses": ({}, {"flowdopr.optim.preconditioner.MAX_TOGETHER": 0}),
+    "no batched application": ({}, {"flowdopr.optim.apply.MAX_TOGETHER": 0}),
+    "no shared statistics": (
+        {},
+        {"flowdopr.optim.statistics.Statistics._compare_input": lambda *_: None},
+    ),
+    "no blocks in wide layers": ({"max_side": 10**6}, {}),
+    "no shared kernel offsets": ({"conv_mode": "full"}, {}),
+}
+
+
+class TrickArm:
+    """A model with DoPr, one trick switched off, and its own work timed by part."""
+
+    def __init__(self, setup: Setup, trick: str) -> None:
+        options, self.replaced = TRICKS[trick]
+        self.arm = Arm(setup, "dopr-adamw", options)
+        self.cuda = setup.device == "cuda"
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        dopr: Any = self.arm.optimizer
+        dopr.statistics.gather = self._timed("gather", dopr.statistics.gather)
+        dopr.preconditioner.refresh = self._timed("refresh", dopr.preconditioner.refresh)
+        dopr._precondition = self._timed("apply", dopr._precondition)
+
+    def window(self) -> dict[str, float]:
+        """Milliseconds a step of each part over one window."""
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        with self._without_trick():
+            for _ in range(REFRESH_EVERY):
+                self.arm.step()
+        parts = {part: 1e3 * value / REFRESH_EVERY for part, value in self.seconds.items()}
+        return {**parts, "total": sum(parts.values())}
+
+    @contextmanager
+    def _without_trick(self) -> Iterator[None]:
+        patches = [mock.patch(target, value) for target, value in self.replaced.items()]
+        for patch in patches:
+            patch.start()
+        try:
+            yield
+        finally:
+            for patch in patches:
+                patch.stop()
+
+    def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            start = self._now()
+            result = function(*args)
+            self.seconds[part] += self._now() - start
+            return result
+
+        return timed
+
+    def _now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def measure(setup: Setup, windows: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds a step by trick and part; a first window warms up and is dropped."""
+    arms = {trick: TrickArm(setup, trick) for trick in TRICKS}
+    seen: dict[str, list[dict[str, float]]] = {trick: [] for trick in TRICKS}
+    for _ in range(windows + 1):
+        for trick, arm in arms.items():
+            seen[trick].append(arm.window())
+    return {
+        trick: {part: statistics.median(w[part] for w in rows[1:]) for part in (*PARTS, "total")}
+        for trick, rows in seen.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["dit-xs/2", "unet-32"])
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--windows", type=int, default=3, help=f"of {REFRESH_EVERY} steps each")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--quick", action="store_true", help="tiny models: a smoke test")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    models = ["dit-xxs-quick", "unet-quick"] if options.quick else options.models
+    batch, windows = (8, 1) if options.quick else (options.batch_size, options.windows)
+    results = {}
+    for model in models:
+        rows = results[model] = measure(Setup(model, batch, options.device, False), windows)
+        print(f"{model} batch {batch}, ms a step: gather + refresh + apply = total")
+        for trick, row in rows.items():
+            parts = " + ".join(f"{row[part]:7.2f}" for part in PARTS)
+            ratio = row["total"] / rows["all"]["total"]
+            print(f"  {trick:26s} {parts} = {row['total']:7.2f}  x{ratio:.2f}", flush=True)
+    report = {"machine": machine(options.device), "batch_size": batch, "results": results}
+    print(json.dumps(report["machine"]))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
