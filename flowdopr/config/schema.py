@@ -32,6 +32,9 @@ class DataConfig(Section):
     """Where the data set lies or is downloaded to: a folder, or the archive itself for `zip`."""
     image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
     """Side in pixels: images are resized (shorter side) and centre-cropped. Default: as is."""
+    resize: Literal["bilinear", "adm"] = "bilinear"
+    """How `image_size` is reached. bilinear: antialiased. adm: as ADM, DiT and SiT prepare
+    ImageNet, halving and then bicubic; for `folder` and `zip`."""
     channels: Literal[1, 3] | None = None
     """1 (grey) or 3 (RGB). Default: as the data set has them; 3 for `folder` and `zip`."""
     horizontal_flip: bool = False
@@ -57,6 +60,12 @@ class DataConfig(Section):
             if getattr(self, key) is not None:
                 remedy = "set it at encoding" if latents else "it belongs to data.name=latents"
                 raise ValueError(f"data.{key} is not used by data.name={self.name}: {remedy}")
+        files = self.name in ("folder", "zip")
+        if self.resize == "adm" and (self.image_size is None or not files):
+            raise ValueError(
+                "data.resize=adm is for data.name=folder or zip with data.image_size: set these, "
+                "or data.resize=bilinear"
+            )
         if self.held_out_root is not None and self.name not in ("folder", "zip", "latents"):
             raise ValueError(
                 f"data.held_out_root is not used by data.name={self.name}: it belongs to folder "

@@ -212,9 +212,10 @@ def _pair(
 ) -> Datasets:
     """Two splits of files; only the first file is decoded, for its shape."""
     channels, source = data.channels or 3, train[0]
-    transform = fit(data.image_size, channels)
+    transform = fit(data.image_size, channels, data.resize)
     first = transform(decode(source, source.names[0]))
     image_shape = (channels, first.shape[1], first.shape[2])
+    resize = () if data.resize == "bilinear" else (data.resize,)
     splits = [
         ImageFiles(files, part, labels[part], transform, image_shape)
         for files, part, labels in (train, held_out)
@@ -226,6 +227,6 @@ def _pair(
         class_names=names,
         num_train=len(splits[0]),
         num_held_out=len(splits[1]),
-        fingerprint=fingerprint_files(source, (data.name, image_shape, *settings)),
+        fingerprint=fingerprint_files(source, (data.name, image_shape, *settings, *resize)),
     )
     return Datasets(splits[0], splits[1], info)

@@ -6,7 +6,8 @@ is one rounding rule in the project.
 """
 
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 UINT8_RULE = "((x + 1) * 127.5).round().clamp(0, 255)"
@@ -27,14 +28,41 @@ def to_float(images: Tensor) -> Tensor:
     return images if images.is_floating_point() else from_uint8(images)
 
 
-def fit(image_size: int | None, channels: int) -> v2.Compose:
+class AdmCrop(nn.Module):
+    """The centre square of an image at `size` pixels as ADM prepares ImageNet, and after it DiT and
+    SiT: the shorter side is halved by the box filter while it is twice too long or longer, then
+    brought to `size` by bicubic interpolation (arXiv 2105.05233, `image_datasets.py`).
+
+    uint8 `(C, H, W)`, C 1 or 3, one image at a time -> `(C, size, size)`.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def forward(self, image: Tensor) -> Tensor:
+        picture = v2.functional.to_pil_image(image)
+        while min(picture.size) >= 2 * self.size:
+            half = (picture.width // 2, picture.height // 2)
+            picture = picture.resize(half, Image.Resampling.BOX)
+        scale = self.size / min(picture.size)
+        sides = (round(picture.width * scale), round(picture.height * scale))
+        picture = picture.resize(sides, Image.Resampling.BICUBIC)
+        left, top = ((side - self.size) // 2 for side in sides)
+        picture = picture.crop((left, top, left + self.size, top + self.size))
+        return v2.functional.pil_to_tensor(picture)
+
+
+def fit(image_size: int | None, channels: int, resize: str = "bilinear") -> v2.Compose:
     """uint8 `(..., C, H, W)` of any size -> `(..., channels, image_size, image_size)`.
 
-    The shorter side is resized (bilinear, antialiased; smaller images are enlarged), the rest is
-    cropped about the centre. `image_size` None leaves the size alone.
+    The shorter side is resized (smaller images are enlarged), the rest is cropped about the centre.
+    `resize` is "bilinear", antialiased, or "adm". `image_size` None leaves the size alone.
     """
-    steps: list[torch.nn.Module] = [v2.Grayscale(1) if channels == 1 else v2.RGB()]
-    if image_size is not None:
+    steps: list[nn.Module] = [v2.Grayscale(1) if channels == 1 else v2.RGB()]
+    if image_size is not None and resize == "adm":
+        steps += [AdmCrop(image_size)]
+    elif image_size is not None:
         steps += [v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)]
     return v2.Compose(steps)
 

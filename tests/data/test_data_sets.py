@@ -14,6 +14,7 @@ from torchvision import datasets as torchvision_sets
 
 from flowdopr.data import DatasetInfo, build_datasets, from_uint8, to_uint8
 from flowdopr.data.datasets import split
+from flowdopr.data.transforms import fit
 
 
 def write_idx(path, array):
@@ -239,3 +240,46 @@ def test_other_sizes_deep_pixels_and_cut_files_name_the_file(make_config, write_
     assert "has 9x9 pixels, the others 8x8; set data.image_size" in said["other.png"]
     assert "expected 8 bits" in said["deep.png"]
     assert not any("\n" in line for line in said.values())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_adm_halves_by_the_mean_of_four_pixels(channels):
+    """At twice or four times the size no interpolation is left: means of two columns, then of two
+    rows, rounded each time."""
+    image = torch.randint(256, (channels, 32, 32), dtype=torch.uint8)
+    expected = image.double()
+    for size in (16, 8):
+        for window in ((1, 2), (2, 1)):
+            expected = (torch.nn.functional.avg_pool2d(expected, window) + 0.5).floor()
+        assert torch.equal(fit(size, channels, "adm")(image), expected.to(torch.uint8))
+
+
+@pytest.mark.parametrize("sides", [(41, 30), (30, 47), (16, 19), (9, 12)])
+def test_adm_interpolates_and_crops_as_published(sides):
+    """The crop of a side that is odd too long begins at the smaller offset; enlarging works."""
+    width, height = sides
+    across = torch.linspace(0, 255, width).expand(3, height, width).to(torch.uint8)
+    size = 8 if min(sides) > 10 else 10
+    out = fit(size, 3, "adm")(across)
+    assert out.shape == (3, size, size)
+    halvings = 0
+    while min(width, height) >= 2 * size:
+        width, height, halvings = width // 2, height // 2, halvings + 1
+    scale = size / min(width, height)
+    first = (round(width * scale) - size) // 2
+    # Positions of the kept columns in the original image, of which the pixels are a ramp.
+    columns = (torch.arange(size) + first + 0.5) * sides[0] / round(width * scale)
+    expected = ((columns - 0.5) * 255 / (sides[0] - 1)).clamp(0, 255)
+    assert (out[0, 0].double() - expected).abs().max() < 255 / sides[0]
+
+
+def test_adm_is_a_setting_of_folders_alone(make_config, write_images, tmp_path):
+    write_images(tmp_path, {"": 4}, size=9)
+    options = {"name": "folder", "root": str(tmp_path), "image_size": 4}
+    adm, plain = (build_datasets(make_config(**options, resize=r)) for r in ("adm", "bilinear"))
+    assert adm.info.image_shape == plain.info.image_shape == (3, 4, 4)
+    assert adm.info.fingerprint != plain.info.fingerprint
+    assert plain.info.fingerprint == build_datasets(make_config(**options)).info.fingerprint
+    for wrong in ({"name": "digits", "image_size": 4}, {"name": "folder", "root": str(tmp_path)}):
+        with pytest.raises(ValueError, match=r"data\.resize=adm is for"):
+            make_config(**wrong, resize="adm")
