@@ -61,6 +61,18 @@ def test_accumulation_equals_the_whole_batch(tmp_path, optimizer):
     assert_close_weights(whole, parts, 8)
 
 
+@pytest.mark.parametrize("coupling", ["exact", "entropic"])
+def test_transport_pairs_within_a_share_of_the_batch(tmp_path, coupling):
+    """Two processes pair as one process does in two micro-batches, and not as in one."""
+    settings = [f"flow.coupling={coupling}", "optimizer.eps=1e-4"]
+    two = train_on_two(tmp_path, *settings, "name=two")
+    halves = train(tiny(tmp_path, *settings, "train.accumulation_steps=2", "name=halves"))
+    assert_close_weights(two, halves, 8)
+    whole = train(tiny(tmp_path, *settings, "name=whole"))
+    with pytest.raises(AssertionError):
+        assert_close_weights(two, whole, 8)
+
+
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"not a multiple of train\.accumulation_steps 3"):
         tiny(tmp_path, "train.accumulation_steps=3")
