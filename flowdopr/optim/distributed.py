@@ -4,38 +4,30 @@ Every rank puts every statistic into the bucket, zeros where a layer did not run
 the collective is the same on all ranks whatever gradients are present.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from flowdopr.optim.statistics import Pile, Statistic
-from flowdopr.optim.world import world_size
+from flowdopr.optim.world import summed, world_size
 
 
 def sum_piles(statistics: list[Statistic], piles: list[Pile]) -> None:
     """Add sums and counts over all ranks, in place, with one all-reduce."""
     if world_size() == 1 or not statistics:
         return
-    device = statistics[0].device
-    dtype = _widest([statistic.dtype for statistic in statistics])
-    parts = [torch.tensor([pile.count for pile in piles], dtype=dtype, device=device)]
     for statistic, pile in zip(statistics, piles, strict=True):
         if pile.sums is None:
             pile.sums = torch.zeros(
                 statistic.case.shape, dtype=statistic.dtype, device=statistic.device
             )
-        parts.append(pile.sums.flatten().to(device, dtype))
-    bucket = torch.cat(parts)
-    dist.all_reduce(bucket)
-    counts, *sums = bucket.split([len(piles)] + [part.numel() for part in parts[1:]])
-    for pile, count, total in zip(piles, counts.tolist(), sums, strict=True):
-        assert pile.sums is not None
-        pile.sums.copy_(total.view_as(pile.sums))
+    own = [pile.sums for pile in piles if pile.sums is not None]
+    counts = torch.tensor([pile.count for pile in piles], dtype=own[0].dtype, device=own[0].device)
+    counts, *totals = summed([counts, *own])
+    for pile, count, total in zip(piles, counts.tolist(), totals, strict=True):
         pile.count = int(count)
-        if pile.count == 0:
-            pile.sums = None
+        pile.sums = total if pile.count else None
 
 
 def gather_rows(statistics: list[Statistic], piles: list[Pile]) -> None:
@@ -75,21 +67,12 @@ def exchange(statistics: list[Statistic], mine: Sequence[int]) -> None:
     """Give every rank the transforms that the others have made, with one all-reduce."""
     if world_size() == 1 or not statistics:
         return
-    device, dtype = statistics[0].device, _widest([s.dtype for s in statistics])
     own = set(mine)
-    shapes = [s.case.transform_shape for s in statistics]
     made = [
-        s.transform.flatten().to(device, dtype)
+        s.transform
         if i in own and s.transform is not None
-        else torch.zeros(math.prod(shapes[i]), dtype=dtype, device=device)
+        else torch.zeros(s.case.transform_shape, dtype=s.dtype, device=s.device)
         for i, s in enumerate(statistics)
     ]
-    bucket = torch.cat(made)
-    dist.all_reduce(bucket)
-    parts = bucket.split([math.prod(shape) for shape in shapes])
-    for statistic, shape, part in zip(statistics, shapes, parts, strict=True):
-        statistic.transform = part.view(shape).to(statistic.device, statistic.dtype)
-
-
-def _widest(kinds: Sequence[torch.dtype]) -> torch.dtype:
-    return max(kinds, key=lambda kind: torch.finfo(kind).bits)
+    for statistic, whole in zip(statistics, summed(made), strict=True):
+        statistic.transform = whole

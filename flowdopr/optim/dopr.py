@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flowdopr.optim.apply import apply
 from flowdopr.optim.dual import DualCase
 from flowdopr.optim.inverse import Form, full_precision
+from flowdopr.optim.matrix import call_closure
 from flowdopr.optim.plan import CONV_MODES, Defaults, Layer, LayerRule, make_plan
 from flowdopr.optim.preconditioner import Preconditioner
 from flowdopr.optim.statistics import Statistic, Statistics
@@ -129,10 +130,7 @@ class DoPr(torch.optim.Optimizer):
         Afterwards `.grad` holds what the GP saw, M. Raises FloatingPointError after
         `max_nonfinite` refreshes in a row with activations that are not finite.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = call_closure(closure)
         with full_precision():
             if self.statistics.gathering:
                 self._refreshed_at = self.steps

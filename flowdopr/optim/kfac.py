@@ -12,6 +12,9 @@ where mean(.) is the mean eigenvalue. Rows are all positions of all samples ("ex
 Eschenhagen et al., arXiv 2311.00636). Dividing by the means drops one scalar per layer, which
 for the empirical Fisher grows without bound as the gradients vanish; M keeps the size of G, and
 the learning rate is one of SGD with momentum.
+
+Several processes (DDP) share their factors: sums and row counts are added over ranks with one
+all-reduce a refresh, so N ranks take the steps of one process with the whole batch.
 """
 
 import re
@@ -24,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from flowdopr.optim.conv import patch_rows
-from flowdopr.optim.matrix import MatrixOptimizer, decay_weights
+from flowdopr.optim.matrix import MatrixOptimizer, call_closure, decay_weights
 from flowdopr.optim.roles import DECAYED, parameter_roles
-from flowdopr.optim.world import world_size
+from flowdopr.optim.world import is_sharded, summed, world_size
 
 
 class KFAC(MatrixOptimizer):
@@ -44,7 +47,7 @@ class KFAC(MatrixOptimizer):
         adamw_lr: learning rate of the AdamW inside.
 
     Raises:
-        ValueError: a value out of range, or a pattern that matches nothing.
+        ValueError: a value out of range, a pattern that matches nothing, or sharded weights.
     """
 
     gp = "kfac"
@@ -71,11 +74,8 @@ class KFAC(MatrixOptimizer):
                 "kfac: damping must be positive, cov_decay in [0, 1) and refresh_every at least 1, "
                 f"got {damping}, {cov_decay} and {refresh_every}"
             )
-        if world_size() > 1:
-            raise ValueError(
-                "kfac: a baseline for one process, its factors are not summed over processes; "
-                "run it on one, or choose another optimizer"
-            )
+        if any(is_sharded(p) for p in model.parameters()):
+            raise ValueError("kfac: takes whole weights, not FSDP's shards: use DDP, or 'dopr-sgd'")
         layers = _supported_layers(model)
         unsupported = [
             f"^{re.escape(role.name)}$"
@@ -107,13 +107,15 @@ class KFAC(MatrixOptimizer):
         """
 
         def watch_output(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            group = self.param_groups[index]
-            due = group["steps"] % group["refresh_every"] == 0 or not self.state[weight]
-            if due and output.requires_grad:
+            if output.requires_grad and self._is_due(weight, self.param_groups[index]):
                 inputs = args[0].detach()
                 output.register_hook(lambda grad: self._gather(layer, weight, inputs, grad))
 
         layer.register_forward_hook(watch_output)
+
+    def _is_due(self, weight: Tensor, group: dict[str, Any]) -> bool:
+        """Whether this step renews the weight's factors: at refreshes, and until it has some."""
+        return group["steps"] % group["refresh_every"] == 0 or not self.state[weight]
 
     @torch.no_grad()
     def _gather(self, layer: nn.Module, weight: Tensor, inputs: Tensor, grad: Tensor) -> None:
@@ -130,11 +132,26 @@ class KFAC(MatrixOptimizer):
         self._sums.clear()
         super().zero_grad(set_to_none)
 
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Renew the factors that are due, then step; returns the closure's loss if any."""
+        loss = call_closure(closure)
+        due = [
+            (p, group)
+            for group in self.param_groups
+            for p in (group["params"] if group["gp"] == self.gp else ())
+            if self._is_due(p, group)
+        ]
+        pooled = self._pooled([p for p, _ in due])
+        for (p, group), (a, b, rows) in zip(due, pooled, strict=True):
+            if rows:
+                self._refresh(p, a / rows, b / rows, group)
+        for group in self.param_groups:
+            group["steps"] += 1
+        super().step()
+        return loss
+
     def _matrix_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        group["steps"] += 1
-        for p in params:
-            if p in self._sums:
-                self._refresh(p, *self._sums.pop(p), group)
         known = [p for p in params if "inverse_a" in self.state[p]]
         if not known:
             return
@@ -147,10 +164,30 @@ class KFAC(MatrixOptimizer):
         decay_weights(known, group)
         torch._foreach_add_(known, momenta, alpha=-group["lr"])
 
-    def _refresh(self, p: Tensor, a: Tensor, b: Tensor, rows: int, group: dict[str, Any]) -> None:
+    def _pooled(self, weights: list[Tensor]) -> list[tuple[Tensor, Tensor, float]]:
+        """What all ranks gathered for each weight: sums of z z^T and g g^T, and number of rows.
+
+        Every rank takes part for every weight, with zeros where its layer did not run. DDP
+        averages gradients, so a rank's own g is N times that of the whole batch.
+        """
+        if not weights:
+            return []
+        sums, rows = [], []
+        for p in weights:
+            d_out, d_in = p.flatten(1).shape
+            nothing = p.new_zeros(d_in, d_in), p.new_zeros(d_out, d_out), 0
+            a, b, n = self._sums.get(p, nothing)
+            sums += [a, b / world_size() ** 2]
+            rows.append(n)
+        self._sums.clear()
+        counts = torch.tensor(rows, dtype=torch.float32, device=weights[0].device)
+        counts, *sums = summed([counts, *sums])
+        return list(zip(sums[::2], sums[1::2], counts.tolist(), strict=True))
+
+    def _refresh(self, p: Tensor, a: Tensor, b: Tensor, group: dict[str, Any]) -> None:
         """Average the new factors in and invert them, each divided by its mean eigenvalue."""
         state, keep = self.state[p], group["cov_decay"]
-        for name, batch in (("a", a / rows), ("b", b / rows)):
+        for name, batch in (("a", a), ("b", b)):
             old = state.get(f"factor_{name}")
             factor = batch if old is None else old.lerp(batch, 1 - keep)
             mean = factor.diagonal().mean().clamp(min=torch.finfo(factor.dtype).tiny)

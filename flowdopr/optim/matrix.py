@@ -5,7 +5,7 @@ axis and cols all other axes flattened; `fused_blocks` of the group says how man
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -68,10 +68,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     @torch.no_grad()
     def step(self, closure=None):
         """One update of every parameter that has a gradient; returns the closure's loss if any."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = call_closure(closure)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -113,6 +110,14 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             if name not in self.state[p]:
                 self.state[p][name] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return [self.state[p][name] for p in params]
+
+
+def call_closure(closure: Callable[[], Any] | None) -> Any:
+    """The loss that an optimizer's closure computes, with gradients; None without a closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def decay_weights(params: list[Tensor], group: dict[str, Any]) -> None:

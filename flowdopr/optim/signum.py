@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flowdopr.optim.matrix import decay_weights
+from flowdopr.optim.matrix import call_closure, decay_weights
 
 
 class Signum(torch.optim.Optimizer):
@@ -46,10 +46,7 @@ class Signum(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One update of every parameter that has a gradient; returns the closure's loss if any."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = call_closure(closure)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:

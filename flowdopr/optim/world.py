@@ -21,6 +21,22 @@ def agreed(numbers: list[int], device: torch.device) -> list[int]:
     return [low if low == -negated else -1 for low, negated in pairs]
 
 
+def summed(tensors: list[Tensor]) -> list[Tensor]:
+    """Each tensor summed over all ranks, all with one all-reduce in their widest dtype.
+
+    Every rank must give tensors of the same shapes in the same order. With one rank they come
+    back as they are.
+    """
+    if world_size() == 1 or not tensors:
+        return tensors
+    device = tensors[0].device
+    dtype = max((t.dtype for t in tensors), key=lambda kind: torch.finfo(kind).bits)
+    bucket = torch.cat([t.flatten().to(device, dtype) for t in tensors])
+    dist.all_reduce(bucket)
+    parts = bucket.split([t.numel() for t in tensors])
+    return [part.view(t.shape).to(t) for part, t in zip(parts, tensors, strict=True)]
+
+
 def local(tensor: Tensor) -> Tensor:
     """The rows of a sharded tensor (DTensor) that this process holds; others unchanged."""
     to_local = getattr(tensor, "to_local", None)

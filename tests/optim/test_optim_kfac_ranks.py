@@ -1,0 +1,103 @@
+"""K-FAC on two processes (gloo, DDP): the steps of one process with the whole batch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from layer_cases import small_model
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from flowdopr.optim.kfac import KFAC
+
+
+class Routed(nn.Module):
+    """A spare layer reads the samples whose first pixel is positive; an idle one reads none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.spare, self.idle = small_model(), nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        marked = x[:, 0, 0, 0] > 0
+        y = self.main(x)
+        if not marked.any():
+            return y
+        return y.index_add(0, marked.nonzero()[:, 0], self.spare(y[marked]))
+
+
+def samples(step: int) -> Tensor:
+    """Eight samples: at step 0 none is marked, at step 1 on the first rank, then on both."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 2, 4, 4, generator=generator, dtype=torch.float64)
+    x[:, 0, 0, 0] = -1
+    x[: (0, 2, 6, 3, 8)[step], 0, 0, 0] = 1
+    return x
+
+
+def train(rank: int, world: int) -> tuple[list[Tensor], dict]:
+    """Five steps with refreshes at 0, 2 and 4; two micro-batches a step."""
+    torch.manual_seed(0)
+    model = Routed().double()
+    optimizer = KFAC(model, 0.05, refresh_every=2, weight_decay=0.1)
+    parallel = DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
+    for step in range(5):
+        optimizer.zero_grad()
+        for micro_batch in samples(step).chunk(world)[rank].chunk(2):
+            (parallel(micro_batch).square().mean() / 2).backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()], optimizer.state_dict()["state"]
+
+
+def refusal_of_shards() -> str:
+    model = nn.Sequential(nn.Linear(4, 4))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    try:
+        KFAC(model)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def worker(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    torch.save((*train(rank, 2), refusal_of_shards()), folder / f"{rank}.pt")
+    dist.barrier()  # a rank that leaves first may take the other one with it
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (folder,), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def test_two_ranks_take_the_steps_of_one(ranks: list[tuple]) -> None:
+    expected, state = train(0, 1)
+    for weights, saved, _ in ranks:
+        for a, b in zip(weights, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        assert saved.keys() == state.keys()
+        for key, entry in saved.items():  # the factors themselves, too: runs can change ranks
+            torch.testing.assert_close(entry, state[key], rtol=1e-9, atol=1e-11)
+
+
+def test_a_layer_that_no_rank_saw_stays_as_it_was(ranks: list[tuple]) -> None:
+    torch.manual_seed(0)
+    before = dict(Routed().double().named_parameters())
+    names = list(before)
+    for weights, _, _ in ranks:
+        after = dict(zip(names, weights, strict=True))
+        assert torch.equal(after["idle.weight"], before["idle.weight"])
+        assert not torch.equal(after["spare.weight"], before["spare.weight"])
+
+
+def test_shards_are_refused(ranks: list[tuple]) -> None:
+    assert "use DDP" in ranks[0][2]
