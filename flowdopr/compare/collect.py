@@ -105,8 +105,12 @@ def _evaluation(card: Card) -> Evaluation:
 
 def _sampling(card: Card) -> str:
     sampling = card["sampling"]
-    steps = sampling.get("steps")
-    accuracy = f"{steps} steps" if steps else f"tolerances {sampling['atol']}, {sampling['rtol']}"
+    if "steps" in sampling:
+        accuracy = f"{sampling['steps']} steps"
+    elif isinstance(sampling["time_grid"], list):
+        accuracy = f"{len(sampling['time_grid']) - 1} steps"
+    else:
+        accuracy = f"tolerances {sampling['atol']}, {sampling['rtol']}"
     return (
         f"{sampling['solver']}, {accuracy}, guidance scale {sampling['guidance_scale']:g}, "
         f"{card['weights']} weights, {sampling['labels']} labels, seed {sampling['seed']}"

@@ -11,20 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowdopr.compare.plan import RunPlan
-from flowdopr.config import Config, apply_overrides
+from flowdopr.config import apply_overrides
+from flowdopr.evaluate.card import answers, card_settings
 from flowdopr.train import RunFolder
 
 Card = dict[str, Any]
 FD_ONLY = "evaluate.metrics=[fd]"
-DISTANCES = {"classifier": "fd", "inception": "fid"}
-CARD_KEYS = {
-    "kid": "kid_mean",
-    "isc": "isc_mean",
-    "prc": "precision",
-    "bpd": "bpd",
-    "excess": "excess",
-}
-"""Metric of `evaluate.metrics` -> the entry of a card that proves it was measured."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +62,14 @@ def wanted_cards(plan: RunPlan) -> WantedCards:
 
 def known_cards(plan: RunPlan) -> dict[CardRequest, Card]:
     """The wanted cards that are in the run folder, whoever made them."""
+    dataset = RunFolder.open(plan.path).dataset
     paths = sorted((plan.path / "evaluation").glob("*.json"))
     cards = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     found = {}
     for request in wanted_cards(plan).all():
-        config = apply_overrides(plan.config, request.overrides)
-        match = next((card for card in cards if _answers(card, request.step, config)), None)
+        settings = card_settings(apply_overrides(plan.config, request.overrides), dataset)
+        fitting = (card for card in cards if card["step"] == request.step)
+        match = next((card for card in fitting if answers(card, settings)), None)
         if match is not None:
             found[request] = match
     return found
@@ -94,16 +88,3 @@ def is_finished(plan: RunPlan) -> bool:
         return False
     trained = plan.config.train.steps in RunFolder.open(plan.path).steps()
     return trained and not missing_cards(plan)
-
-
-def _answers(card: Card, step: int, config: Config) -> bool:
-    """Whether `card` was made of checkpoint `step` with exactly these settings."""
-    chosen, sampling = config.evaluate, card["sampling"]
-    settings = config.sample.model_dump(mode="json", exclude={"num_images", "batch_size"})
-    settings |= {"num_images": chosen.fid_num_images, "labels": chosen.labels, "seed": chosen.seed}
-    # A card leaves out what its solver ignores, and the labels of an unconditional model.
-    same = all(sampling.get(key) in (None, value) for key, value in settings.items())
-    same = same and sampling.get("guide_run") == config.sample.guide_run
-    keys = CARD_KEYS | {"fd": DISTANCES[chosen.extractor]}
-    measured = all(keys[metric] in card["metrics"] for metric in chosen.metrics)
-    return (card["step"], card["weights"]) == (step, chosen.weights) and same and measured

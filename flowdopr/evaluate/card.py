@@ -1,9 +1,12 @@
 """The card that goes with every number: what was measured, of what, against what, and how.
 
-run, step, weights, checkpoint {step, sha256}, metrics {...}, proxy,
+run, step, weights, checkpoint {step, sha256}, settings {...}, metrics {...}, proxy,
 sampling {solver, steps | atol, rtol, ..., nfe, num_images, labels, seed},
 extractor {name, space, weights_sha256, held_out_accuracy},
 reference {name, fingerprint, num_images}, uint8, versions, commit, seconds
+
+`settings` are those that decide the numbers, for telling whether a card answers a question;
+`sampling` says in words of the solver what came of them.
 """
 
 import hashlib
@@ -17,7 +20,8 @@ from torch import nn
 
 from flowdopr.config import Config
 from flowdopr.data import UINT8_RULE, DatasetInfo
-from flowdopr.flow import ADAPTIVE_SOLVERS, BATCH_DEPENDENT_SOLVERS, Sampling
+from flowdopr.evaluate.classifier import RECIPE
+from flowdopr.flow import ADAPTIVE_SOLVERS, BATCH_DEPENDENT_SOLVERS, build_sampling
 from flowdopr.models.weights import weights_sha256
 from flowdopr.train.guide import Guide
 from flowdopr.train.provenance import commit, versions
@@ -45,19 +49,67 @@ def decoder_record(dataset: DatasetInfo, config: Config) -> dict[str, Any] | Non
     return dataset.autoencoder | moved
 
 
-def sampling_settings(config: Config, sampling: Sampling, guide: Guide) -> dict[str, Any]:
-    """What decides the rollouts: section `sample` without what this solver ignores."""
-    settings = config.sample.model_dump(mode="json", exclude={"num_images"})
-    if guide.model is not None:
-        settings["guide"] = (guide.origin or {}) | {"sha256": weights_sha256(guide.model)}
-    guided = ("guide_run", "guide_weights", "guide_step")
-    ignored = set(guided) if guide.model is None else set()
-    ignored |= {"noise_scale"} if not sampling.stochastic else set()
-    if sampling.solver in ADAPTIVE_SOLVERS:
+def sampling_settings(config: Config) -> dict[str, Any]:
+    """What decides the rollouts: section `sample` without what this solver ignores.
+
+    Raises:
+        ValueError: a solver or times that cannot be used.
+    """
+    settings, sampling = config.sample, build_sampling(config)
+    ignored = {"num_images"}
+    if settings.guide_run is None:
+        ignored |= {"guide_run", "guide_weights", "guide_step"}
+    if not sampling.stochastic:
+        ignored |= {"noise_scale"}
+    if settings.solver in ADAPTIVE_SOLVERS or not isinstance(settings.time_grid, str):
         ignored |= {"steps"}
-    if sampling.solver not in BATCH_DEPENDENT_SOLVERS:
+    if settings.solver not in BATCH_DEPENDENT_SOLVERS:
         ignored |= {"atol", "rtol", "batch_size"}
-    return {key: value for key, value in settings.items() if key not in ignored}
+    return settings.model_dump(mode="json", exclude=ignored)
+
+
+def guide_record(guide: Guide) -> dict[str, Any]:
+    """Which weights guided the rollouts, for a card's `sampling`; empty if none did."""
+    if guide.model is None:
+        return {}
+    return {"guide": (guide.origin or {}) | {"sha256": weights_sha256(guide.model)}}
+
+
+def card_settings(config: Config, dataset: DatasetInfo, *, processes: int = 1) -> dict[str, Any]:
+    """Every setting that the numbers of a card depend on, as plain JSON values.
+
+    Args:
+        processes: that share the rollouts; it matters to solvers that depend on the batch alone.
+    """
+    chosen, sample = config.evaluate, config.sample
+    sampling = sampling_settings(config)
+    if "batch_size" in sampling:
+        sampling["processes"] = processes
+    sampling["num_images"] = chosen.fid_num_images
+    conditional = config.model.class_conditional and dataset.num_classes > 0
+    sampling["labels"] = chosen.labels if conditional else None
+    sampling["seed"] = chosen.seed
+    inception = chosen.extractor == "inception"
+    # The likelihood's solver is adaptive whatever the rollouts' is, so the batch counts.
+    tolerances = [sample.atol, sample.rtol, sample.batch_size]
+    exact = {
+        "bpd": [chosen.bpd_num_images, chosen.bpd_trace, *tolerances],
+        "excess": [chosen.excess_num_images],
+    }
+    return {name: exact[name] for name in exact if name in chosen.metrics} | {
+        "weights": chosen.weights,
+        "sampling": sampling,
+        "metrics": sorted(chosen.metrics),
+        "extractor": [chosen.extractor, chosen.inception_weights if inception else RECIPE],
+        "reference": dataset.fingerprint,
+    }
+
+
+def answers(card: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether `card` was made with `settings` (`card_settings`); it may hold further metrics."""
+    made = card.get("settings", {})
+    same = all(made.get(key) == value for key, value in settings.items() if key != "metrics")
+    return same and set(settings["metrics"]) <= set(made.get("metrics", ()))
 
 
 def card_path(folder: Path, step: int, settings: Mapping[str, Any]) -> Path:

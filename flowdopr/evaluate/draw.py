@@ -15,7 +15,13 @@ from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from flowdopr.config import Config, apply_overrides
-from flowdopr.evaluate.card import decoder_record, origin, sampling_settings, write_card
+from flowdopr.evaluate.card import (
+    decoder_record,
+    guide_record,
+    origin,
+    sampling_settings,
+    write_card,
+)
 from flowdopr.evaluate.generate import (
     balanced_labels,
     device_of,
@@ -83,7 +89,7 @@ def sample(
         decode=load_decoder(decoder, device_of(state)),
     )
     if state.is_main_process:
-        described = sampling_settings(config, sampling, guide)
+        described = sampling_settings(config) | guide_record(guide)
         described |= {"nfe": nfe, "num_images": num, "seed": seed}
         described["labels"] = list(labels) if labels else None if y is None else "balanced"
         card = origin(folder, model, step, weights) | {"sampling": described}

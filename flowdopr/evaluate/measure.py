@@ -19,13 +19,14 @@ from flowdopr.data import (
 )
 from flowdopr.evaluate.card import (
     card_path,
+    card_settings,
     decoder_record,
+    guide_record,
     origin,
     read_card,
-    sampling_settings,
     write_card,
 )
-from flowdopr.evaluate.classifier import RECIPE, load_classifier, predict
+from flowdopr.evaluate.classifier import load_classifier, predict
 from flowdopr.evaluate.exact import Measured, check_exact, excess, likelihood
 from flowdopr.evaluate.extractors import (
     CLASSIFIER,
@@ -90,8 +91,9 @@ def evaluate(
     model, step = folder.load_model(step, weights, device_of(state))
     made_of = origin(folder, model, step, weights)
     guide = load_guide(config, folder.dataset, device_of(state))
-    settings = _settings(config, model, folder.dataset.fingerprint, state, guide)
-    path = card_path(folder.path / "evaluation", step, settings)
+    settings = card_settings(config, folder.dataset, processes=state.num_processes)
+    guided = guide_record(guide)
+    path = card_path(folder.path / "evaluation", step, settings | guided)
     known = None if force else read_card(path)
     if known is not None and known["checkpoint"] == made_of["checkpoint"]:
         return path
@@ -109,9 +111,9 @@ def evaluate(
     images, labels, nfe = measurement.images()
     if state.is_main_process:
         measured = measurement.card(images, labels)
-        settings["sampling"] |= {"nfe": nfe}
+        sampled = {"sampling": settings["sampling"] | guided | {"nfe": nfe}}
         seconds = {"seconds": round(time.perf_counter() - started, 3)}
-        write_card(path, made_of | {"sampling": settings["sampling"]} | measured | seconds)
+        write_card(path, made_of | {"settings": settings} | sampled | measured | seconds)
     state.wait_for_everyone()
     return path
 
@@ -204,30 +206,6 @@ class Measurement:
             return {}
         found = predict(load_classifier(self.extractor.weights), images)
         return {"label_accuracy": (found == labels).double().mean().item()}
-
-
-def _settings(
-    config: Config, model: nn.Module, fingerprint: str, state: PartialState, guide: Guide
-) -> dict[str, Any]:
-    """What a card's name is a hash of: every setting that its numbers depend on."""
-    chosen = config.evaluate
-    sampling = sampling_settings(config, build_sampling(config), guide)
-    if "batch_size" in sampling:
-        sampling["processes"] = state.num_processes
-    sampling["num_images"] = chosen.fid_num_images
-    sampling["labels"] = chosen.labels if num_classes_of(model) else None
-    sampling["seed"] = chosen.seed
-    exact = {
-        "bpd": [chosen.bpd_num_images, chosen.bpd_trace, config.sample.atol, config.sample.rtol],
-        "excess": [chosen.excess_num_images],
-    }
-    return {name: exact[name] for name in exact if name in chosen.metrics} | {
-        "weights": chosen.weights,
-        "sampling": sampling,
-        "metrics": sorted(chosen.metrics),
-        "extractor": [chosen.extractor, chosen.inception_weights, RECIPE],
-        "reference": fingerprint,
-    }
 
 
 def _changed(config: Config, overrides: Iterable[str]) -> Config:

@@ -18,6 +18,7 @@ from flowdopr.compare.plots import looks
 from flowdopr.compare.statistics import summarise
 from flowdopr.config import ConfigError, apply_overrides
 from flowdopr.data import DatasetInfo
+from flowdopr.evaluate.card import card_settings
 from flowdopr.train import RunFolder
 
 DIGITS = DatasetInfo("digits", (1, 8, 8), 10, tuple("0123456789"), 1600, 197, "f" * 64)
@@ -33,6 +34,7 @@ def card(plan, step, fd, config):
     return {
         "step": step,
         "weights": "ema",
+        "settings": json.loads(json.dumps(card_settings(config, DIGITS))),
         "metrics": {"one_step_loss": 0.5 + fd / 100, "fd": fd, "label_accuracy": 0.9},
         "sampling": {
             "solver": "euler",
@@ -200,6 +202,60 @@ def test_other_evaluation_settings_need_other_cards(finished):
     assert [request.overrides[-1] for request in missing_cards(expand(more)[0])] == [
         "sample.steps=4"
     ]
+
+
+EVERY_METRIC = "evaluate.metrics=[fd, kid, isc, prc, bpd, excess]"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("evaluate.bpd_num_images=65", "evaluate.bpd_trace=exact", "sample.batch_size=8"),
+        *("sample.rtol=1e-3", "evaluate.excess_num_images=9", "evaluate.seed=1"),
+        *("evaluate.weights=raw", "evaluate.labels=data", "evaluate.extractor=inception"),
+        *("sample.steps=3", "sample.time_grid=edm", "sample.guidance_scale=2.0"),
+    ],
+)
+def test_no_number_of_other_settings_is_taken_for_the_final_one(study, change):
+    study = apply_overrides(study, [EVERY_METRIC])
+    make_run(expand(study)[0], 1.0)
+    assert is_finished(expand(study)[0])
+    plan = expand(apply_overrides(study, [change]))[0]
+    assert wanted_cards(plan).final in missing_cards(plan)
+
+
+def test_other_inception_weights_need_other_cards(study):
+    study = apply_overrides(study, ["evaluate.extractor=inception"])
+    make_run(expand(study)[0], 1.0)
+    assert is_finished(expand(study)[0])
+    plan = expand(apply_overrides(study, ["evaluate.inception_weights=other.pth"]))[0]
+    assert missing_cards(plan) == wanted_cards(plan).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("evaluate.bpd_num_images=65", "evaluate.inception_weights=unused.pth"),
+        *("sample.rtol=1e-3", "sample.batch_size=8", "sample.num_images=3"),
+    ],
+)
+def test_settings_that_decide_no_number_here_need_no_new_card(finished, change):
+    assert all(is_finished(plan) for plan in expand(apply_overrides(finished, [change])))
+
+
+def test_a_card_with_more_metrics_answers_too_and_one_without_settings_never(finished):
+    plan = expand(finished)[0]
+    cards = list((plan.path / "evaluation").iterdir())
+    for path in cards:
+        known = json.loads(path.read_text())
+        known["settings"] |= {"metrics": ["fd", "kid"]}
+        path.write_text(json.dumps(known))
+    assert is_finished(plan)
+    for path in cards:
+        known = json.loads(path.read_text())
+        del known["settings"]
+        path.write_text(json.dumps(known))
+    assert missing_cards(plan) == wanted_cards(plan).all()
 
 
 def test_a_run_folder_of_another_config_is_refused(finished):

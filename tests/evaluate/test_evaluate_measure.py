@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
+from flowdopr.config import apply_overrides
 from flowdopr.data import plain_batches
 from flowdopr.evaluate import evaluate
-from flowdopr.evaluate.card import write_card
+from flowdopr.evaluate.card import answers, card_settings, write_card
 from flowdopr.evaluate.generate import balanced_labels, labels_like_data, repeated_labels
 from flowdopr.evaluate.measure import ONE_STEP_BATCH
 from flowdopr.flow import build_objective, one_step_loss
@@ -75,6 +76,16 @@ def test_the_same_question_is_answered_once_and_alike(make_run):
     assert evaluate(run.path, force=True) == path
     assert path.stat().st_mtime_ns != written
     assert read(path)["metrics"] == first["metrics"]
+
+
+def test_a_card_holds_the_settings_that_decided_it(make_run):
+    run = make_run()
+    config = apply_overrides(run.config, ["evaluate.metrics=[fd]", "sample.time_grid=[0.0, 1.0]"])
+    card = read(evaluate(run.path, ["evaluate.metrics=[fd]", "sample.time_grid=[0.0, 1.0]"]))
+    assert card["settings"] == card_settings(config, run.dataset)
+    assert answers(card, card_settings(config, run.dataset))
+    assert not answers(card, card_settings(run.config, run.dataset))
+    assert "steps" not in card["sampling"]
 
 
 def test_other_settings_and_checkpoints_get_other_cards(make_run):
