@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowdopr.config import ArmConfig, CompareConfig, Config, ConfigError, apply_overrides
+from flowdopr.evaluate.card import sampling_settings
 
 OWNED = {"name": "name", "output": "output", "seed": "compare.seeds", "optimizer.lr": "lrs"}
 """Settings that an arm must not set, and where the study takes them from."""
@@ -62,7 +63,8 @@ def expand(config: Config) -> list[RunPlan]:
 
     Raises:
         ConfigError: no `compare` section, no FD among the metrics, an arm's overrides are wrong
-            (the arm is named), or two runs would share a folder.
+            (the arm is named), numbers of solver steps for a solver that ignores them, or two runs
+            would share a folder.
     """
     study = study_settings(config)
     if "fd" not in config.evaluate.metrics:
@@ -73,6 +75,14 @@ def expand(config: Config) -> list[RunPlan]:
             raise ConfigError(
                 f"compare.arms '{name}': set: an arm must keep the study's data and evaluate "
                 "sections, or its numbers could not be compared; make it a study of its own"
+            )
+        if study.nfe_steps and "steps" not in sampling_settings(base):
+            what = f"solver={base.sample.solver}"
+            what += " with a list as sample.time_grid" if base.sample.time_grid != "uniform" else ""
+            raise ConfigError(
+                f"compare.nfe_steps: in arm '{name}' sample.{what} has its own times, so all "
+                "entries would be the same sampling; set compare.nfe_steps=[] or a fixed-step "
+                "solver with a named grid"
             )
     plans = [
         RunPlan(arm.name, lr, seed, _run_config(bases[arm.name], arm, lr, seed), study.nfe_steps)

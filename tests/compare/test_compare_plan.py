@@ -66,6 +66,14 @@ def test_a_study_needs_a_rollout_metric(study):
         expand(apply_overrides(study, ["evaluate.metrics=[kid]"]))
 
 
+@pytest.mark.parametrize("times", ["solver: dopri5", "time_grid: [0.0, 0.4, 1.0]"])
+def test_numbers_of_steps_need_a_solver_that_heeds_them(study, times):
+    changed = arms(study, f"[{{name: a, lrs: [1e-3], set: {{sample.{times}}}}}]")
+    with pytest.raises(ConfigError, match=r"^compare\.nfe_steps: in arm 'a' sample\.solver="):
+        expand(changed)
+    assert expand(apply_overrides(changed, ["compare.nfe_steps=[]"]))
+
+
 def test_a_config_without_a_study_is_refused(study):
     with pytest.raises(ConfigError, match=r"compare\.arms"):
         expand(apply_overrides(study, ["compare=null"]))
