@@ -11,13 +11,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import these rooms of ours, and itself.
 MAY_IMPORT = {
     "config": set(),
+    "disk": set(),
     "optim": set(),
     "flow": {"config"},
     "models": {"config"},
-    "data": {"config"},
-    "train": {"config", "optim", "flow", "models", "data"},
-    "evaluate": {"config", "data", "flow", "models", "train"},
-    "compare": {"config", "data", "train", "evaluate"},
+    "data": {"config", "disk"},
+    "train": {"config", "disk", "optim", "flow", "models", "data"},
+    "evaluate": {"config", "disk", "data", "flow", "models", "train"},
+    "compare": {"config", "disk", "data", "train", "evaluate"},
     "cli": {"config", "train", "evaluate", "compare"},
     "__main__": {"cli"},
     "__init__": set(),

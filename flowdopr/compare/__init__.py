@@ -14,9 +14,10 @@ from flowdopr.compare.plan import RunPlan, expand, study_path, study_settings
 from flowdopr.compare.progress import Display
 from flowdopr.config import Config, ConfigError, to_yaml
 from flowdopr.data import build_pixel_datasets
+from flowdopr.disk import write_text
 from flowdopr.evaluate import trained_classifier
 from flowdopr.train import Interrupted, RunFolder
-from flowdopr.train.run_folder import check_same_run, write_atomically
+from flowdopr.train.run_folder import check_same_run
 
 __all__ = ["StudyFailed", "compare"]
 
@@ -86,7 +87,7 @@ def _run_missing(config: Config, plans: Sequence[RunPlan], workers: int) -> list
     if not waiting:
         return []
     study.mkdir(parents=True, exist_ok=True)
-    write_atomically(study / "study.yaml", to_yaml(config))
+    write_text(study / "study.yaml", to_yaml(config))
     _train_classifiers(waiting)
     executor = Executor(study, worker_command(study / "study.yaml"), workers=workers)
     with Display(len(plans), done=len(plans) - len(waiting)) as display:

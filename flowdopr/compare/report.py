@@ -8,9 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -24,6 +22,7 @@ from flowdopr.compare.statistics import ArmSummary, spread, summarise
 from flowdopr.compare.table import rows, shared_values, shown_rows, to_csv, to_results
 from flowdopr.compare.verdict import Verdict, metric_name, verdict
 from flowdopr.config import Config, to_yaml
+from flowdopr.disk import write_bytes, write_text
 
 CAPTIONS = {
     "scatter": "Rollout quality against one-step loss, one marker a run: down and left is better. "
@@ -51,10 +50,9 @@ def write_report(config: Config, runs: Sequence[RunResult]) -> Verdict:
     for name, png in pictures.items():
         write_bytes(folder / "plots" / f"{name}.png", png)
     results = to_results(config.name, runs, summaries, said)
-    write_bytes(folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    write_bytes(folder / "table.csv", to_csv(rows(runs, summaries)).encode())
-    page = render(config, runs, summaries, pictures)
-    write_bytes(folder / "report.html", page.encode())
+    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(folder / "table.csv", to_csv(rows(runs, summaries)))
+    write_text(folder / "report.html", render(config, runs, summaries, pictures))
     return said
 
 
@@ -107,13 +105,6 @@ def to_png(figure: Figure) -> bytes:
 
 def to_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write beside `path` and rename, so that a reader sees the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
 
 
 def _subtitle(runs: Sequence[RunResult], summaries: Sequence[ArmSummary]) -> str:

@@ -5,7 +5,6 @@ Shapes: images float32 `(B, C, H, W)` in [-1, 1]; means and deviations `(B, L, h
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from flowdopr.data.info import Datasets
 from flowdopr.data.latents import NOTES, SPLITS
 from flowdopr.data.loader import span_batches
+from flowdopr.disk import replacing, write_text
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 KEPT = ("posterior", "mean")
@@ -125,9 +125,7 @@ def write_notes(
         "shards": shards,
         "versions": versions,
     }
-    part = out / (NOTES + ".part")
-    part.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, out / NOTES)
+    write_text(out / NOTES, json.dumps(notes, indent=2) + "\n")
     return out / NOTES
 
 
@@ -181,11 +179,8 @@ def _stored(x: Tensor, encoder: Encoder, encoding: Encoding) -> Iterator[tuple[s
 
 
 def _save(path: Path, tensors: dict[str, Tensor], identity: str) -> None:
-    part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata={"flowdopr": identity})
-    with open(part, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(part, path)
+    with replacing(path) as part:
+        save_file(tensors, part, metadata={"flowdopr": identity})
 
 
 def _sha256(path: Path) -> str:

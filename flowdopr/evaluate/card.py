@@ -20,12 +20,13 @@ from torch import nn
 
 from flowdopr.config import Config
 from flowdopr.data import UINT8_RULE, DatasetInfo
+from flowdopr.disk import write_text
 from flowdopr.evaluate.classifier import RECIPE
 from flowdopr.flow import ADAPTIVE_SOLVERS, BATCH_DEPENDENT_SOLVERS, build_sampling
 from flowdopr.models.weights import weights_sha256
 from flowdopr.train.guide import Guide
 from flowdopr.train.provenance import commit, versions
-from flowdopr.train.run_folder import RunFolder, write_atomically
+from flowdopr.train.run_folder import RunFolder
 
 
 def origin(run: RunFolder, model: nn.Module, step: int, weights: str) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def write_card(path: Path, card: Mapping[str, Any]) -> None:
     """Write `card` whole or not at all; a number that is not finite becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_finite(card), indent=2, allow_nan=False)
-    write_atomically(path, text + "\n")
+    write_text(path, text + "\n")
 
 
 def _finite(value: Any) -> Any:

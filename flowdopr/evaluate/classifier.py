@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from flowdopr.data import Datasets, ImageDataset, from_uint8
 from flowdopr.data.loader import picks_between
+from flowdopr.disk import replacing
 
 RECIPE = 2  # part of the cache key: raise it with any change of the network or its training
 NUM_FEATURES = 64
@@ -185,9 +186,8 @@ def _save(path: Path, model: Classifier, held_out_accuracy: float) -> None:
         "held_out_accuracy": held_out_accuracy,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    save_file(model.state_dict(), part, metadata={"flowdopr": json.dumps(notes)})
-    os.replace(part, path)
+    with replacing(path, f".{os.getpid()}.part") as part:
+        save_file(model.state_dict(), part, metadata={"flowdopr": json.dumps(notes)})
 
 
 def _notes(path: str | Path) -> dict:

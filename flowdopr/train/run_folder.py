@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from flowdopr.config import Config, ConfigError, load_config, to_dict, to_yaml
 from flowdopr.data import DatasetInfo
+from flowdopr.disk import to_disk, write_text
 from flowdopr.models import build_model
 from flowdopr.train.ema import Average, combine, posthoc_coefficients
 
@@ -40,13 +41,6 @@ BEFORE_CONFIG = {
     *("checkpoints", "samples", "evaluation", "versions.json", "dataset.json"),
     *(f"{name}.part" for name in ("versions.json", "dataset.json", "config.yaml")),
 }
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 class RunFolder:
@@ -94,9 +88,9 @@ class RunFolder:
             (path / folder).mkdir(parents=True, exist_ok=True)
         run = cls(path, config, dataset)
         if config.train.steps not in run.steps():  # a finished run keeps what it was made by
-            write_atomically(path / "versions.json", json.dumps(made_by, indent=2) + "\n")
-        write_atomically(path / "dataset.json", json.dumps(dataset.to_dict(), indent=2) + "\n")
-        write_atomically(path / "config.yaml", to_yaml(config))
+            write_text(path / "versions.json", json.dumps(made_by, indent=2) + "\n")
+        write_text(path / "dataset.json", json.dumps(dataset.to_dict(), indent=2) + "\n")
+        write_text(path / "config.yaml", to_yaml(config))
         return run
 
     # Checkpoints
@@ -137,8 +131,7 @@ class RunFolder:
         torch.save(state, part / "state.pt")
         (part / "checkpoint.json").write_text(json.dumps({"step": step, **note}, indent=2) + "\n")
         for file in part.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+            to_disk(file)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(part, final)
         keep = self.config.train.keep_checkpoints
@@ -225,7 +218,7 @@ class RunFolder:
         """Drop what a cut run logged beyond the checkpoint it goes on from."""
         kept = [line for line in self.metrics() if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomically(self.path / "metrics.jsonl", text)
+        write_text(self.path / "metrics.jsonl", text)
 
 
 def averages_of(config: Config) -> list[Average]:
