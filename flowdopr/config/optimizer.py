@@ -55,6 +55,8 @@ class OptimizerConfig(Section):
     """Learning rate of the AdamW part of muon, adamuon and kfac. null: `lr`."""
     adamw_for: tuple[str, ...] | None = None
     """Names (regular expressions) of matrices that muon, adamuon and kfac leave to AdamW."""
+    split_heads: bool | None = None
+    """Treat each head of attention's q, k and v as a matrix of its own (muon, adamuon)."""
     precondition_frequency: Count | None = None
     """SOAP: steps between renewals of its basis."""
     damping: NotNegative | tuple[Positive, Positive, Count] | None = None

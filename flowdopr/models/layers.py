@@ -4,7 +4,8 @@ Shapes: B batch, N tokens, D width, H heads, E = D / H head width, h x w token g
 
 Every weight sits in a plain `nn.Linear`, `nn.Conv2d` or `nn.Embedding`, so that an optimizer that
 listens to layer inputs sees each of them. A Linear that is several maps side by side carries
-`fused_blocks`: its rows are that many equal blocks, to be treated as separate matrices.
+`fused_blocks`: its rows are that many equal blocks, to be treated as separate matrices. Where each
+block's rows are attention heads, `heads` says how many.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ class Linear(nn.Linear):
 
 
 class FusedLinear(Linear):
-    """A Linear of `fused_blocks` maps (d_in -> d_out each) that read the same input."""
+    """A Linear of `fused_blocks` maps (d_in -> d_out each, of `heads` heads) of the same input."""
 
-    def __init__(self, d_in: int, d_out: int, fused_blocks: int):
+    def __init__(self, d_in: int, d_out: int, fused_blocks: int, heads: int = 1):
         super().__init__(d_in, d_out * fused_blocks)
-        self.fused_blocks = fused_blocks
+        self.fused_blocks, self.heads = fused_blocks, heads
 
 
 class Dropout(nn.Dropout):
@@ -189,7 +190,7 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide the width {dim}")
         self.num_heads = num_heads
-        self.qkv = FusedLinear(dim, dim, 3)
+        self.qkv = FusedLinear(dim, dim, 3, num_heads)
         self.q_norm = RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = Linear(dim, dim)

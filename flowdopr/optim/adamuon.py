@@ -34,13 +34,13 @@ class AdaMuon(MatrixOptimizer):
 
     Args:
         params, weight_decay, nesterov, ns_steps, ns_coefficients, ns_dtype, betas, adamw_lr,
-            adamw_for: as in `Muon`.
+            adamw_for, split_heads: as in `Muon`.
         lr: learning rate of all groups, in AdamW's units.
         momentum: b above, of the momentum and of the second moment.
         eps: in both denominators, and in the AdamW inside.
 
     Raises:
-        ValueError: a value out of range, or a pattern that matches nothing.
+        ValueError: a value out of range, a pattern that matches nothing, or no heads to split.
     """
 
     gp = "adamuon"
@@ -60,6 +60,7 @@ class AdaMuon(MatrixOptimizer):
         eps: float = 1e-8,
         adamw_lr: float | None = None,
         adamw_for: Sequence[str] = (),
+        split_heads: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -72,7 +73,7 @@ class AdaMuon(MatrixOptimizer):
             "betas": betas,
             "eps": eps,
         }
-        super().__init__(params, defaults, adamw_lr, adamw_for)
+        super().__init__(params, defaults, adamw_lr, adamw_for, split_heads)
 
     def _matrix_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
         grads = [p.grad for p in params if p.grad is not None]

@@ -12,7 +12,9 @@ A parameter's role follows from the module that owns it:
 
 Weight decay belongs to matrices and convolutions alone. A module may say that its weight holds
 several matrices stacked along the rows (q, k and v; the chunks of an adaLN modulation) with an
-integer attribute `fused_blocks`; the groups of a convolution count as such blocks as well.
+integer attribute `fused_blocks`; the groups of a convolution count as such blocks as well. A Linear
+whose output is attention's, (fused_blocks, heads, head width) along its rows, may say how many
+heads with an integer attribute `heads`; nn.MultiheadAttention has its own `num_heads`.
 """
 
 import re
@@ -36,12 +38,14 @@ class Role:
         parameter: the tensor itself.
         kind: one of the roles listed at the top of this file.
         blocks: how many matrices are stacked along its first axis.
+        heads: how many attention heads the rows of each of these are.
     """
 
     name: str
     parameter: nn.Parameter
     kind: str
     blocks: int = 1
+    heads: int = 1
 
 
 def parameter_roles(model: nn.Module) -> list[Role]:
@@ -60,7 +64,8 @@ def parameter_roles(model: nn.Module) -> list[Role]:
             known = roles.get(parameter)
             if known is None:
                 name = f"{prefix}.{leaf}" if prefix else leaf
-                roles[parameter] = Role(name, parameter, kind, _blocks(module, leaf, parameter))
+                blocks, heads = _blocks(module, leaf, parameter), _heads(module, leaf)
+                roles[parameter] = Role(name, parameter, kind, blocks, heads)
             elif kind == "embedding":
                 roles[parameter] = Role(known.name, parameter, kind)
     for role in roles.values():
@@ -100,8 +105,21 @@ def _blocks(module: nn.Module, leaf: str, parameter: nn.Parameter) -> int:
     return blocks
 
 
+def _heads(module: nn.Module, leaf: str) -> int:
+    if isinstance(module, nn.MultiheadAttention) and leaf.endswith("proj_weight"):
+        return module.num_heads
+    if isinstance(module, nn.Linear) and leaf == "weight":
+        return int(getattr(module, "heads", 1))
+    return 1
+
+
 def parameter_groups(
-    model: nn.Module, gp: str, *, weight_decay: float, adamw_for: Sequence[str] | None = None
+    model: nn.Module,
+    gp: str,
+    *,
+    weight_decay: float,
+    adamw_for: Sequence[str] | None = None,
+    split_heads: bool = False,
 ) -> list[dict]:
     """Parameter groups for every trainable parameter of `model`.
 
@@ -112,9 +130,11 @@ def parameter_groups(
             and convolutions only, everything else goes to groups with gp "adamw", and so do the
             matrices whose names match one of these regular expressions (first and last layers,
             say). The method's groups then carry `fused_blocks`.
+        split_heads: count each attention head of the method's matrices as a block of its own.
 
     Raises:
-        ValueError: a pattern that matches no parameter, or a model without trainable parameters.
+        ValueError: a pattern that matches no parameter, a model without trainable parameters, or
+            `split_heads` where no matrix of the method has several heads, or its rows do not fit.
     """
     roles = [role for role in parameter_roles(model) if role.parameter.requires_grad]
     if not roles:
@@ -123,17 +143,34 @@ def parameter_groups(
         if not any(re.search(pattern, role.name) for role in roles):
             raise ValueError(f"adamw_for: pattern '{pattern}' matches no parameter of the model")
     groups: dict[tuple, dict] = {}
+    found_heads = False
     for role in roles:
         decay = weight_decay if role.kind in DECAYED else 0.0
         name, blocks = gp, 1
         if adamw_for is not None:
             if role.kind in DECAYED and not any(re.search(p, role.name) for p in adamw_for):
-                blocks = role.blocks
+                blocks = _blocks_of_heads(role) if split_heads else role.blocks
+                found_heads |= role.heads > 1
             else:
                 name = "adamw"
         group = {"params": [], "gp": name, "fused_blocks": blocks, "weight_decay": decay}
         groups.setdefault((name, blocks, decay), group)["params"].append(role.parameter)
+    if split_heads and not found_heads:
+        raise ValueError(
+            f"split_heads: no matrix of {type(model).__name__} that {gp} updates has several "
+            "heads: leave it out, or set the integer attribute 'heads' of its q, k, v Linear"
+        )
     return list(groups.values())
+
+
+def _blocks_of_heads(role: Role) -> int:
+    blocks, rows = role.blocks * role.heads, role.parameter.shape[0]
+    if blocks < 1 or rows % blocks:
+        raise ValueError(
+            f"parameter '{role.name}' has {rows} rows, which fused_blocks={role.blocks} times "
+            f"heads={role.heads} does not divide: correct its layer's heads"
+        )
+    return blocks
 
 
 def split_by_dimension(params: Iterable, gp: str) -> list[dict]:
