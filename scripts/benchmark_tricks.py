@@ -44,7 +44,6 @@ TRICKS: dict[str, tuple[dict[str, Any], dict[str, object]]] = {
         {},
         {"flowdopr.optim.statistics.Statistics._compare_input": lambda *_: None},
     ),
-    "no blocks in wide layers": ({"max_side": 10**6}, {}),
     "no shared kernel offsets": ({"conv_mode": "full"}, {}),
 }
 
