@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from flowdopr.flow import generate, image_generator
 from flowdopr.models import DiT, UNet
 
-
 # In one batch; small models take more, so that a round is long enough to be timed.
 IMAGES = {"dit-xxs": 512, "dit-s": 16, "unet": 16}
 
