@@ -24,7 +24,7 @@ from flowdopr.optim.matrix import (
     stack_blocks,
     unstack_blocks,
 )
-from flowdopr.optim.muon import NS_COEFFICIENTS, newton_schulz
+from flowdopr.optim.muon import NS_COEFFICIENTS, orthogonalised
 
 UPDATE_RMS = 0.2
 
@@ -76,24 +76,12 @@ class AdaMuon(MatrixOptimizer):
         super().__init__(params, defaults, adamw_lr, adamw_for, split_heads)
 
     def _matrix_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [p.grad for p in params if p.grad is not None]
-        momenta = self.buffers(params, "momentum_buffer")
         squares = self.buffers(params, "second_moment")
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        updates = momenta
-        if group["nesterov"]:
-            updates = torch._foreach_lerp(grads, momenta, group["momentum"])
-        signs = torch._foreach_sign(updates)
+        signs = torch._foreach_sign(self.momentum(params, group))
         decay_weights(params, group)
         for indices in same_shape(params):
             moved = [params[i] for i in indices]
-            stacked = newton_schulz(
-                stack_blocks([signs[i] for i in indices], group["fused_blocks"]),
-                steps=group["ns_steps"],
-                coefficients=group["ns_coefficients"],
-                dtype=group["ns_dtype"],
-            )
-            steps = unstack_blocks(stacked, moved)
+            steps = unstack_blocks(orthogonalised([signs[i] for i in indices], group), moved)
             moments = [squares[i] for i in indices]
             torch._foreach_mul_(moments, group["momentum"])
             torch._foreach_addcmul_(moments, steps, steps, value=1 - group["momentum"])

@@ -115,6 +115,15 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
                 self.state[p][name] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return [self.state[p][name] for p in params]
 
+    def momentum(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """B <- m B + (1 - m) G; returns B, or (1 - m) G + m B in groups with "nesterov"."""
+        grads = [p.grad for p in params if p.grad is not None]
+        momenta = self.buffers(params, "momentum_buffer")
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        if group.get("nesterov"):
+            return list(torch._foreach_lerp(grads, momenta, group["momentum"]))
+        return momenta
+
 
 def call_closure(closure: Callable[[], Any] | None) -> Any:
     """The loss that an optimizer's closure computes, with gradients; None without a closure."""

@@ -61,6 +61,16 @@ def newton_schulz(
     return x.mT if tall else x
 
 
+def orthogonalised(tensors: list[Tensor], group: dict[str, Any]) -> Tensor:
+    """msgn of tensors of one shape by a group's settings, stacked: (K * blocks, rows, cols)."""
+    return newton_schulz(
+        stack_blocks(tensors, group["fused_blocks"]),
+        steps=group["ns_steps"],
+        coefficients=group["ns_coefficients"],
+        dtype=group["ns_dtype"],
+    )
+
+
 class Muon(MatrixOptimizer):
     """Muon for matrices and convolutions, AdamW inside for everything else.
 
@@ -122,21 +132,10 @@ class Muon(MatrixOptimizer):
         super().__init__(params, defaults, adamw_lr, adamw_for, split_heads)
 
     def _matrix_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [p.grad for p in params if p.grad is not None]
-        momenta = self.buffers(params, "momentum_buffer")
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        updates = momenta
-        if group["nesterov"]:
-            updates = torch._foreach_lerp(grads, momenta, group["momentum"])
+        updates = self.momentum(params, group)
         decay_weights(params, group)
         for indices in same_shape(params):
-            stacked = stack_blocks([updates[i] for i in indices], group["fused_blocks"])
-            scale = SCALES[group["adjust_lr"]](*stacked.shape[-2:])
-            steps = newton_schulz(
-                stacked,
-                steps=group["ns_steps"],
-                coefficients=group["ns_coefficients"],
-                dtype=group["ns_dtype"],
-            )
+            steps = orthogonalised([updates[i] for i in indices], group)
+            scale = SCALES[group["adjust_lr"]](*steps.shape[-2:])
             moved = [params[i] for i in indices]
             torch._foreach_add_(moved, unstack_blocks(steps, moved), alpha=-group["lr"] * scale)

@@ -58,10 +58,7 @@ class RowNorm(MatrixOptimizer):
         super().__init__(params, defaults, adamw_lr, adamw_for)
 
     def _matrix_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [p.grad for p in params if p.grad is not None]
-        momenta = self.buffers(params, "momentum_buffer")
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        rows = [momentum.flatten(1) for momentum in momenta]
+        rows = [update.flatten(1) for update in self.momentum(params, group)]
         lengths = [torch.linalg.vector_norm(row, dim=1, keepdim=True) for row in rows]
         torch._foreach_clamp_min_(lengths, group["eps"])
         torch._foreach_div_(lengths, [UPDATE_RMS * row.shape[1] ** 0.5 for row in rows])
