@@ -1,8 +1,15 @@
-"""Files are whole or not there."""
+"""Files are whole or not there, and a folder has one process at work."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 
-from flowdopr.disk import replacing, write_bytes, write_text
+from flowdopr import disk
+from flowdopr.disk import LOCK, locked, replacing, write_bytes, write_text
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -27,3 +34,64 @@ def test_what_fails_half_way_leaves_the_old_file_alone(tmp_path):
         interrupted(path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert path.read_text() == "old"
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from flowdopr.disk import locked
+with locked(Path(sys.argv[1]), "wait"):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other_process(tmp_path):
+    """A process that holds the lock of `tmp_path / "run"` until its standard input is closed."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        yield process
+
+
+@pytest.mark.parametrize("end", ["exit", "kill"])
+def test_a_folder_is_locked_as_long_as_the_other_process_lives(tmp_path, other_process, end):
+    folder = tmp_path / "run"
+    words = f"^{folder}: process {other_process.pid} on .* is at work here; go elsewhere$"
+    with pytest.raises(ValueError, match=words), locked(folder, "go elsewhere"):
+        pass
+    if end == "kill":
+        other_process.kill()
+    other_process.communicate()
+    for _ in range(2):
+        with locked(folder, "go elsewhere"):
+            assert f"process {os.getpid()} " in (folder / LOCK).read_text()
+
+
+def test_patience_waits_for_the_other_process(tmp_path, other_process):
+    threading.Timer(0.5, other_process.stdin.close).start()
+    with locked(tmp_path / "run", "wait", patience=60):
+        assert other_process.wait(60) == 0
+
+
+def test_forked_children_do_not_keep_the_lock(tmp_path, other_process):
+    folder = tmp_path / "run"
+    other_process.communicate()
+    code = HOLD.replace(
+        "    sys", "    import os; os.fork() or __import__('time').sleep(60)\n    sys"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True) as process:
+        assert process.stdout.readline() == b"locked\n"
+        process.kill()
+        with locked(folder, "wait", patience=20):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_without_locks_of_the_system_nobody_is_kept_out(tmp_path, other_process, monkeypatch):
+    monkeypatch.setattr(disk, "fcntl", None)
+    with locked(tmp_path / "run", "wait"):
+        assert other_process.poll() is None

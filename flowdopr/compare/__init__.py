@@ -14,7 +14,7 @@ from flowdopr.compare.plan import RunPlan, expand, study_path, study_settings
 from flowdopr.compare.progress import Display
 from flowdopr.config import Config, ConfigError, to_yaml
 from flowdopr.data import build_pixel_datasets
-from flowdopr.disk import write_text
+from flowdopr.disk import locked, write_text
 from flowdopr.evaluate import trained_classifier
 from flowdopr.train import Interrupted, RunFolder
 from flowdopr.train.run_folder import check_same_run
@@ -43,8 +43,8 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
         one run folder for each run.
 
     Raises:
-        ConfigError: no `compare` section, wrong overrides, a run folder of another config, or a
-            launch of several processes.
+        ConfigError, ValueError: no `compare` section, wrong overrides, a run folder of another
+            config, a launch of several processes, or another process is at work on this study.
         Interrupted: stopped by Ctrl-C or SIGTERM, after the runs have saved.
         StudyFailed: some runs failed; the report is written and lists them.
     """
@@ -86,12 +86,12 @@ def _run_missing(config: Config, plans: Sequence[RunPlan], workers: int) -> list
     waiting = [plan for plan in plans if not is_finished(plan)]
     if not waiting:
         return []
-    study.mkdir(parents=True, exist_ok=True)
-    write_text(study / "study.yaml", to_yaml(config))
-    _train_classifiers(waiting)
-    executor = Executor(study, worker_command(study / "study.yaml"), workers=workers)
-    with Display(len(plans), done=len(plans) - len(waiting)) as display:
-        outcome = executor.execute(waiting, display)
+    with locked(study, "wait for it; --report-only shows what is there"):
+        write_text(study / "study.yaml", to_yaml(config))
+        _train_classifiers(waiting)
+        executor = Executor(study, worker_command(study / "study.yaml"), workers=workers)
+        with Display(len(plans), done=len(plans) - len(waiting)) as display:
+            outcome = executor.execute(waiting, display)
     if outcome.signum:
         raise Interrupted(
             f"{study}: stopped; the same command, or flowdopr compare {study}/study.yaml, goes on",

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from flowdopr.config import Config, ConfigError, load_config, to_dict, to_yaml
 from flowdopr.data import DatasetInfo
-from flowdopr.disk import to_disk, write_text
+from flowdopr.disk import LOCK, to_disk, write_text
 from flowdopr.models import build_model
 from flowdopr.train.ema import Average, combine, posthoc_coefficients
 
@@ -38,7 +38,7 @@ FREE_ON_RESUME = (
 )
 # What `create` makes before config.yaml, which turns a folder into a run; a crash may leave these.
 BEFORE_CONFIG = {
-    *("checkpoints", "samples", "evaluation", "versions.json", "dataset.json"),
+    *("checkpoints", "samples", "evaluation", "versions.json", "dataset.json", LOCK),
     *(f"{name}.part" for name in ("versions.json", "dataset.json", "config.yaml")),
 }
 
@@ -70,7 +70,26 @@ class RunFolder:
         """The folder `<output>/<name>`, new or, with `resume`, the one that is there.
 
         Raises:
-            ConfigError: the folder holds a run and `resume` is off, or a run of another config.
+            ConfigError: see `check_place`.
+        """
+        cls.check_place(config, dataset, resume=resume)
+        path = Path(config.output) / config.name
+        for folder in ("checkpoints", "samples", "evaluation"):
+            (path / folder).mkdir(parents=True, exist_ok=True)
+        run = cls(path, config, dataset)
+        if config.train.steps not in run.steps():  # a finished run keeps what it was made by
+            write_text(path / "versions.json", json.dumps(made_by, indent=2) + "\n")
+        write_text(path / "dataset.json", json.dumps(dataset.to_dict(), indent=2) + "\n")
+        write_text(path / "config.yaml", to_yaml(config))
+        return run
+
+    @classmethod
+    def check_place(cls, config: Config, dataset: DatasetInfo, *, resume: bool) -> None:
+        """Refuse a folder that this run must not be written into; writes nothing.
+
+        Raises:
+            ConfigError: the folder holds a run and `resume` is off, or a run of another config, or
+                something else.
         """
         path = Path(config.output) / config.name
         if (path / "config.yaml").exists():
@@ -84,14 +103,6 @@ class RunFolder:
                 check_same_run(before, config, dataset)
         elif path.exists() and not {item.name for item in path.iterdir()} <= BEFORE_CONFIG:
             raise ConfigError(f"{path}: holds files that are no run; choose another by name=NEW")
-        for folder in ("checkpoints", "samples", "evaluation"):
-            (path / folder).mkdir(parents=True, exist_ok=True)
-        run = cls(path, config, dataset)
-        if config.train.steps not in run.steps():  # a finished run keeps what it was made by
-            write_text(path / "versions.json", json.dumps(made_by, indent=2) + "\n")
-        write_text(path / "dataset.json", json.dumps(dataset.to_dict(), indent=2) + "\n")
-        write_text(path / "config.yaml", to_yaml(config))
-        return run
 
     # Checkpoints
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from flowdopr.config import Config, ConfigError
 from flowdopr.data import DatasetInfo, build_datasets
+from flowdopr.disk import locked
 from flowdopr.flow import build_objective, build_sampling
 from flowdopr.models import build_model, load_decoder
 from flowdopr.optim import build_optimizer
@@ -23,16 +25,18 @@ from flowdopr.train.run_folder import RunFolder, averages_of
 from flowdopr.train.signals import TrainingFailed
 
 
-def train(config: Config, *, resume: bool = False) -> Path:
+def train(config: Config, *, resume: bool = False, patience: float = 0.0) -> Path:
     """Train as `config` says and return the run folder, `<output>/<name>`.
 
     Runs on the devices and processes that accelerate finds.
 
     Args:
         resume: go on from the newest checkpoint, or start where there is none.
+        patience: seconds to wait for another process that is at work on this run.
 
     Raises:
-        ConfigError, ValueError: settings or data that cannot be used; nothing was trained.
+        ConfigError, ValueError: settings or data that cannot be used, or another process is at work
+            on this run; nothing was trained.
         Interrupted: stopped by Ctrl-C or SIGTERM, after saving.
         TrainingFailed: the loss, or what layers are fed, is not finite.
     """
@@ -41,11 +45,15 @@ def train(config: Config, *, resume: bool = False) -> Path:
         datasets = build_datasets(config)
     model, optimizer = build_model_and_optimizer(config, datasets.info)
     run = RunFolder(Path(config.output) / config.name, config, datasets.info)
-    if accelerator.is_main_process:
-        made_by = provenance(accelerator.device) | {"processes": accelerator.num_processes}
-        run = RunFolder.create(config, datasets.info, made_by, resume=resume)
-    accelerator.wait_for_everyone()
-    with run_log(run.path / "log.txt" if accelerator.is_main_process else None):
+    with ExitStack() as held:
+        if accelerator.is_main_process:
+            run.check_place(config, datasets.info, resume=resume)
+            remedy = "wait for it, or choose another folder by name=NEW"
+            held.enter_context(locked(run.path, remedy, patience=patience))
+            made_by = provenance(accelerator.device) | {"processes": accelerator.num_processes}
+            run = RunFolder.create(config, datasets.info, made_by, resume=resume)
+        accelerator.wait_for_everyone()
+        held.enter_context(run_log(run.path / "log.txt" if accelerator.is_main_process else None))
         try:
             Trainer(config, accelerator, datasets, model, optimizer, run).fit()
         except FloatingPointError as error:  # DoPr met inputs that are not finite too often

@@ -3,6 +3,8 @@
 import csv
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -75,6 +77,25 @@ def test_interrupted_then_gone_on_with_then_left_alone(quick, capfd):
     compare(quick)
     assert stamps(study_path(quick) / long.name) == everything
     assert "long" not in capfd.readouterr().err
+
+
+def test_a_study_that_another_process_works_on_is_refused(quick):
+    study = study_path(quick)
+    code = f"""if True:
+        from pathlib import Path
+        from flowdopr.disk import locked
+        with locked(Path({str(study)!r}), ""):
+            input(print("locked", flush=True))
+    """
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe) as other:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(ValueError, match=f"process {other.pid} on .* is at work") as caught:
+            compare(quick)
+        assert "\n" not in str(caught.value)
+        assert not (study / "study.yaml").exists()
+        compare(quick, report_only=True)
+        other.communicate(b"\n")
 
 
 def test_several_processes_may_not_run_one_study(quick, monkeypatch):

@@ -87,6 +87,8 @@ def test_stopped_at_any_moment(tmp_path, signum, code):
     process = launch(path, shared, "train.steps=100000")
     run = tmp_path / "runs" / "stopped"
     wait_for_checkpoint(run, process)
+    with pytest.raises(ValueError, match=f"process {process.pid} on .* is at work here; wait for"):
+        train(again(config, "name=stopped", "train.steps=100000"), resume=True)
     process.send_signal(signum)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code
