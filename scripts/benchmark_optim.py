@@ -17,12 +17,12 @@ import re
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from flowdopr.models import DiT, UNet
 from flowdopr.optim import build_optimizer
@@ -41,15 +41,19 @@ class Setup:
     autocast: bool
 
 
-def small_unet(image_shape: tuple[int, int, int], **options: int) -> UNet:
+def small_unet(image_shape: tuple[int, int, int], channels: int, num_res_blocks: int = 2) -> UNet:
     """Three levels, attention at the lowest."""
-    lowest = image_shape[1] // 4
     return UNet(
-        image_shape, 10, channel_multipliers=(1, 2, 2), attention_resolutions=(lowest,), **options
+        image_shape,
+        10,
+        channels=channels,
+        channel_multipliers=(1, 2, 2),
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=(image_shape[1] // 4,),
     )
 
 
-MODELS = {
+MODELS: dict[str, Callable[[], DiT | UNet]] = {
     "dit-xxs-quick": lambda: DiT((3, 8, 8), 10, size="XXS", patch_size=2),
     "unet-quick": lambda: small_unet((3, 8, 8), channels=8, num_res_blocks=1),
     "dit-xs/2": lambda: DiT((1, 28, 28), 10, size="XS", patch_size=2),
@@ -74,7 +78,7 @@ class Arm:
     def __init__(self, setup: Setup, name: str, options: dict[str, Any]) -> None:
         torch.manual_seed(0)
         self.setup = setup
-        self.model: nn.Module = MODELS[setup.model]().to(setup.device)
+        self.model = MODELS[setup.model]().to(setup.device)
         given = dict(options)
         if name.startswith("dopr-"):
             given.setdefault("refresh_every", REFRESH_EVERY)
@@ -194,7 +198,7 @@ def machine(device: str) -> dict[str, str | int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What DoPr costs: time and memory.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--gps", nargs="+", default=["adamw", "muon"])
     parser.add_argument("--models", nargs="+", choices=MODELS, help="default: by device")

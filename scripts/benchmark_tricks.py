@@ -55,7 +55,7 @@ class TrickArm:
         options, self.replaced = TRICKS[trick]
         self.arm = Arm(setup, "dopr-adamw", options)
         self.cuda = setup.device == "cuda"
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         dopr: Any = self.arm.optimizer
         dopr.statistics.gather = self._timed("gather", dopr.statistics.gather)
         dopr.preconditioner.refresh = self._timed("refresh", dopr.preconditioner.refresh)
@@ -110,7 +110,7 @@ def measure(setup: Setup, windows: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What each trick saves of DoPr's work.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["dit-xs/2", "unet-32"])
     parser.add_argument("--batch-size", type=int, default=64)
