@@ -1,6 +1,6 @@
 """Training speed beside the peers': whole steps in images a second, interleaved on one machine.
 
-    python scripts/benchmark_train.py [--quick] [--json FILE] [--threads N]
+    python scripts/benchmark_train.py [--quick] [--compile] [--json FILE] [--threads N]
 
 Two pairs, float32, our default settings against each peer's own recipe:
 
@@ -11,7 +11,7 @@ Two pairs, float32, our default settings against each peer's own recipe:
 
 A step is what a training loop does with a batch: noise and times, forward, backward, clipping,
 optimizer, EMA. `model` counts forward and backward alone. A ratio is the median over rounds of
-theirs / ours in seconds: above 1 we are faster.
+theirs / ours in seconds: above 1 we are faster. `--compile` puts torch.compile on our model.
 """
 
 from __future__ import annotations
@@ -37,12 +37,16 @@ from flowdopr.train.ema import EMA, Average
 Step = Callable[[], Iterator[None]]
 
 
-def our_step(model: nn.Module, x_1: Tensor, y: Tensor | None, *, max_norm: float | None) -> Step:
+def our_step(
+    model: nn.Module, x_1: Tensor, y: Tensor | None, *, max_norm: float | None, compiled: bool
+) -> Step:
     """A step as `flowdopr.train` makes it."""
     objective = FlowMatching(class_dropout_prob=0.0 if y is None else 0.1)
     optimizer = build_optimizer(model, "adamw", lr=1e-4)
     ema = EMA(model, [Average(decay=0.9999)])
     generator = torch.Generator().manual_seed(0)
+    if compiled:
+        model.compile()
 
     def step() -> Iterator[None]:
         draw = objective.draw(len(x_1), x_1.shape[1:], generator=generator, device=x_1.device)
@@ -100,21 +104,24 @@ def torchcfm_step(model: nn.Module, x_1: Tensor) -> Step:
     return step
 
 
-def dit_pair(batch_size: int) -> dict[str, Step]:
+def dit_pair(batch_size: int, compiled: bool) -> dict[str, Step]:
     """Steps of DiT-S/2 and SiT-S/2 on the same latents."""
     shape, classes = (4, 32, 32), 1000
     x_1, y = torch.randn(batch_size, *shape), torch.randint(classes, (batch_size,))
     theirs = SiT(shape, classes, depth=12, hidden_size=384, num_heads=6)
-    ours = our_step(DiT(shape, classes, size="S"), x_1, y, max_norm=None)
+    ours = our_step(DiT(shape, classes, size="S"), x_1, y, max_norm=None, compiled=compiled)
     return {"ours": ours, "theirs": sit_step(theirs, x_1, y)}
 
 
-def unet_pair(batch_size: int) -> dict[str, Step]:
+def unet_pair(batch_size: int, compiled: bool) -> dict[str, Step]:
     """Steps of both U-Nets of torchcfm's CIFAR-10 settings, proved equal first."""
     x_1 = torch.randn(batch_size, 3, 32, 32)
     theirs, ours = torchcfm_unet(), UNet((3, 32, 32), **TORCHCFM_CIFAR10)
     check_equal(ours, theirs)
-    return {"ours": our_step(ours, x_1, None, max_norm=1.0), "theirs": torchcfm_step(theirs, x_1)}
+    return {
+        "ours": our_step(ours, x_1, None, max_norm=1.0, compiled=compiled),
+        "theirs": torchcfm_step(theirs, x_1),
+    }
 
 
 @torch.no_grad()
@@ -180,6 +187,7 @@ def environment() -> dict[str, str | int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few rounds of small batches")
+    parser.add_argument("--compile", action="store_true", help="torch.compile our model")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--pairs", nargs="+", choices=["dit", "unet"], default=["dit", "unet"])
@@ -190,7 +198,7 @@ def main() -> None:
     report: dict[str, object] = {"environment": environment()}
     for name in arguments.pairs:
         try:
-            pair = {"dit": dit_pair, "unet": unet_pair}[name](batch_size)
+            pair = {"dit": dit_pair, "unet": unet_pair}[name](batch_size, arguments.compile)
         except ValueError as error:
             print(f"{name}: left out: {error}")
             continue
