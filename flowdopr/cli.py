@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from flowdopr.exits import Commands, end, exit_code, one_line
+
 app = typer.Typer(
-    help="Flow-matching image generation that judges optimizers by their samples.",
+    cls=Commands,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -42,6 +45,22 @@ GuideRun = Annotated[
 ]
 GuideWeights = Annotated[str | None, typer.Option(help="Weights of the guide; default: ema.")]
 GuideStep = Annotated[int | None, typer.Option(help="Checkpoint of the guide.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"flowdopr {version('flowdopr')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Flow-matching image generation that judges optimizers by their samples."""
 
 
 @app.command()
@@ -230,32 +249,14 @@ def run_command(arguments: list[str] | None = None) -> int:
             command.main(arguments or ["--help"], prog_name="flowdopr", standalone_mode=False) or 0
         )
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return end("interrupted", 130)
     except Exception as error:
         if os.environ.get("FLOWDOPR_TRACEBACK"):
             raise
-        code = _exit_code(error)
+        code = exit_code(error)
         if code is None:
             raise
-        return _fail(_message(error), code)
-
-
-def _exit_code(error: Any) -> int | None:
-    """The exit code of an error that one line explains, None for a fault of ours."""
-    if hasattr(error, "exit_code"):  # a wrong option, Interrupted, TrainingFailed, a failed study
-        return int(error.exit_code)
-    return 2 if isinstance(error, ValueError | OSError) else None
-
-
-def _message(error: Any) -> str:
-    text = error.format_message() if hasattr(error, "format_message") else str(error)
-    return " ".join(text.split())
-
-
-def _fail(message: str, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":  # one line, not one a process
-        print(f"flowdopr: {message}", file=sys.stderr)
-    return code
+        return end(one_line(error), code)
 
 
 def _tell(path: Path) -> None:

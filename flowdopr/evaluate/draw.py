@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -128,18 +129,21 @@ def _write_folder(
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     part.chmod(0o755)  # mkdtemp's is for the owner alone
-    for number, image in enumerate(images):
-        to_pil_image(image).save(part / f"{number:06d}.png")
-    to_pil_image(grid(images)).save(part / "grid.png")
-    if npz:
-        arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy()}
-        if labels is not None:
-            arrays["labels"] = labels.numpy()
-        np.savez(part / "samples.npz", allow_pickle=False, **arrays)
-    write_card(part / "sampling.json", card)
-    if out.exists():
-        out.rmdir()
-    os.replace(part, out)
+    try:
+        for number, image in enumerate(images):
+            to_pil_image(image).save(part / f"{number:06d}.png")
+        to_pil_image(grid(images)).save(part / "grid.png")
+        if npz:
+            arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy()}
+            if labels is not None:
+                arrays["labels"] = labels.numpy()
+            np.savez(part / "samples.npz", allow_pickle=False, **arrays)
+        write_card(part / "sampling.json", card)
+        if out.exists():
+            out.rmdir()
+        os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # where something failed; else it is gone
 
 
 def grid(images: Tensor) -> Tensor:

@@ -31,10 +31,9 @@ from flowdopr.flow import (
     one_step_loss,
 )
 from flowdopr.models import load_decoder
-from flowdopr.optim import format_roles
 from flowdopr.train.ema import EMA
 from flowdopr.train.guide import load_guide
-from flowdopr.train.log import StepProgress
+from flowdopr.train.log import StepProgress, log_roles, shown_line
 from flowdopr.train.meter import Meter
 from flowdopr.train.run_folder import RunFolder, averages_of
 from flowdopr.train.schedule import derive_seed, lr_factor
@@ -45,10 +44,6 @@ log = logging.getLogger("flowdopr.train")
 # Processes agree on a stop only now and then: asking each step would make the host wait for each.
 STOP_AGREED_EVERY = 10
 TRY = "lower optimizer.lr, lengthen train.warmup_steps, or use train.precision=bf16 or no"
-
-
-def _short(value: float) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 class Trainer:
@@ -66,7 +61,7 @@ class Trainer:
         self.config, self.accelerator, self.datasets, self.run = config, accelerator, datasets, run
         self.shape = datasets.info.image_shape
         self.objective = build_objective(config)
-        log.info("%s\n%s", config.name, format_roles(model, optimizer))
+        log_roles(config.name, model, optimizer, run.path / "log.txt")
         # `bare` and `inner` are what the wrappers around them share: the same tensors, whatever
         # accelerate adds for precision and processes.
         self.bare, self.inner = model, optimizer
@@ -208,7 +203,7 @@ class Trainer:
     def _record(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             self.run.append_metrics(line)
-            log.info(" ".join(f"{key} {_short(value)}" for key, value in line.items()))
+            log.info(shown_line(line, self.config.train.steps))
 
     @contextmanager
     def _averaged_model(self) -> Iterator[nn.Module]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from typing import get_args
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from tiny import again, tiny, weights
 
+import flowdopr
 from flowdopr.cli import run_command
 from flowdopr.config import ConfigError, to_yaml
 from flowdopr.config.optimizer import OptimizerName
@@ -124,6 +126,23 @@ def test_the_command_line_says_one_line(tmp_path, capsys):
     assert capsys.readouterr().out == to_yaml(again(tiny(tmp_path), "output=runs"))
     assert run_command(["nonsense"]) == 2
     assert run_command([]) == 0
+    capsys.readouterr()
+    assert run_command(["--version"]) == 0
+    assert capsys.readouterr().out == f"flowdopr {flowdopr.__version__}\n"
+
+
+def test_the_terminal_gets_counts_and_the_log_every_parameter(tmp_path, capfd):
+    path = train(tiny(tmp_path, "optimizer.name=dopr-sgd", "train.steps=2"))
+    shown, kept = capfd.readouterr().err, (path / "log.txt").read_text()
+    summary, step, held_out = shown.strip().split("\n")
+    found = re.findall(r"(\d+) (?:matrix|bias|embedding)", summary)
+    assert sum(map(int, found)) == kept.count(".weight ") + kept.count(".bias ")
+    assert summary.startswith("tiny: ")
+    assert "1 embedding (AP: 1 diagonal)" in summary
+    assert summary.endswith(f"; each is listed in {path / 'log.txt'}")
+    assert step.startswith("step 2/2 images 32 loss ")
+    assert held_out.startswith("step 2/2 held_out_loss ")
+    assert all(line in kept for line in (summary, step, held_out))
 
 
 def test_log_lines_read_as_numbers(tmp_path):
