@@ -71,8 +71,8 @@ class Trainer:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         self.ema = EMA(self.bare, averages_of(config))
-        self.step = self._restore()
         self.meter = Meter(accelerator)
+        self.step = self._restore()
 
     # The loop
 
@@ -81,7 +81,7 @@ class Trainer:
         settings = self.config.train
         loader = self._loader()
         self.model.train()
-        self.meter.start()
+        self.meter.go_on()
         shown = self.accelerator.is_main_process
         with StopSignal() as stop, StepProgress(settings.steps, self.step, shown=shown) as progress:
             while self.step < settings.steps:
@@ -256,9 +256,11 @@ class Trainer:
         if not torch.stack(list(norms)).isfinite().all():
             what = f"weights are not finite by step {self.step}"
             raise TrainingFailed(f"{self.run.path}: {what}; {TRY}")
+        losses = self.meter.state()
         if self.accelerator.is_main_process and self.step not in self.run.steps():
             scaler = self.accelerator.scaler
             state = {
+                "losses": losses,
                 "optimizer": self.inner.state_dict(),
                 "scaler": scaler.state_dict() if scaler else None,
             }
@@ -285,6 +287,7 @@ class Trainer:
         for average in self.ema.averages:
             self.ema.load(average.name, self.run.load_weights(steps[-1], average.name))
         self.inner.load_state_dict(state["optimizer"])
+        self.meter.restore(state.get("losses", torch.zeros(0)))
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         done = steps[-1] >= self.config.train.steps

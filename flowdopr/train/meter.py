@@ -19,8 +19,20 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        self.steps, self.seconds, self.losses = 0, 0.0, []
+        self.steps, self.seconds = 0, 0.0
+        self.losses: list[Tensor] = []
         self.go_on()
+
+    def state(self) -> Tensor:
+        """The losses since the last line, means over all processes, `(steps,)`: all processes call
+        this together."""
+        if not self.losses:
+            return torch.zeros(0)
+        return self.accelerator.reduce(torch.stack(self.losses), reduction="mean")  # pyright: ignore
+
+    def restore(self, losses: Tensor) -> None:
+        """Go on from `state`; times count from now."""
+        self.losses = list(losses.to(self.accelerator.device))
 
     def add(self, loss: Tensor) -> None:
         self.losses.append(loss)
