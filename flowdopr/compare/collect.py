@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +53,8 @@ def _status(study: Path, plan: RunPlan) -> Status:
 def _training(plan: RunPlan) -> dict[str, Any]:
     """What the run's log, its versions and its samples say."""
     run = RunFolder.open(plan.path)
-    made_by = json.loads((plan.path / "versions.json").read_text(encoding="utf-8"))
+    made_by = run.made_by()
+    parts = [*made_by.get("earlier", []), made_by]
     windows = [line for line in run.metrics() if "seconds_per_step" in line]
     speeds = [line["seconds_per_step"] for line in windows[1:] or windows]  # the first warms up
     memory = [line["peak_memory_mib"] * 2**20 for line in windows]
@@ -65,8 +65,8 @@ def _training(plan: RunPlan) -> dict[str, Any]:
         "images_seen": batch * plan.config.train.steps,
         "seconds_per_step": median(speeds) if speeds else None,
         "peak_memory_bytes": max(memory, default=None),
-        "hardware": made_by["hardware"],
-        "commit": made_by["commit"],
+        "hardware": " | ".join(dict.fromkeys(part["hardware"] for part in parts)),
+        "commit": " | ".join(dict.fromkeys(part["commit"] for part in parts)),
         "versions": made_by["versions"],
         "sample_grid": grids[-1] if grids else None,
     }

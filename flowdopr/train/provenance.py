@@ -45,6 +45,18 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {"versions": versions(), "commit": commit(), "hardware": hardware(device)}
 
 
+def with_earlier(made_by: dict[str, Any], before: dict[str, Any], step: int) -> dict[str, Any]:
+    """`made_by`, the maker of what follows `step`, with the makers of what came before.
+
+    Args:
+        before: what this function returned for the part before; {} for none. A part that began at
+            `step` or later left nothing that lasts, and is dropped.
+    """
+    parts = [*before.get("earlier", []), {k: v for k, v in before.items() if k != "earlier"}]
+    lasting = [part for part in parts if part and part.get("from_step", 0) < step]
+    return made_by | {"from_step": step, "earlier": lasting}
+
+
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(

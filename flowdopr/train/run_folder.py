@@ -27,6 +27,7 @@ from flowdopr.data import DatasetInfo
 from flowdopr.disk import LOCK, to_disk, write_text
 from flowdopr.models import build_model
 from flowdopr.train.ema import Average, combine, posthoc_coefficients
+from flowdopr.train.provenance import with_earlier
 
 # Settings that may change when a run goes on: they do not change what the weights become.
 FREE_ON_RESUME = (
@@ -78,6 +79,7 @@ class RunFolder:
             (path / folder).mkdir(parents=True, exist_ok=True)
         run = cls(path, config, dataset)
         if config.train.steps not in run.steps():  # a finished run keeps what it was made by
+            made_by = with_earlier(made_by, run.made_by(), max(run.steps(), default=0))
             write_text(path / "versions.json", json.dumps(made_by, indent=2) + "\n")
         write_text(path / "dataset.json", json.dumps(dataset.to_dict(), indent=2) + "\n")
         write_text(path / "config.yaml", to_yaml(config))
@@ -103,6 +105,12 @@ class RunFolder:
                 check_same_run(before, config, dataset)
         elif path.exists() and not {item.name for item in path.iterdir()} <= BEFORE_CONFIG:
             raise ConfigError(f"{path}: holds files that are no run; choose another by name=NEW")
+
+    def made_by(self) -> dict[str, Any]:
+        """versions.json: what made the newest part of the run, from which step on, and under
+        "earlier" the same of the parts before it; {} where there is none yet."""
+        path = self.path / "versions.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     # Checkpoints
 

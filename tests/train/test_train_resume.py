@@ -142,6 +142,22 @@ def test_a_run_without_a_checkpoint_may_start_again(tmp_path):
     assert RunFolder.open(train(again(config, "optimizer.lr=1e-4"))).config.optimizer.lr == 1e-4
 
 
+def test_every_part_of_a_run_has_its_provenance(tmp_path):
+    config = tiny(tmp_path)
+    path = train(again(config, "train.steps=3"))
+    first = json.loads((path / "versions.json").read_text())
+    assert (first["from_step"], first["earlier"]) == (0, [])
+    (path / "versions.json").write_text(json.dumps(first | {"commit": "of old"}))
+    train(again(config, "train.steps=5"), resume=True)
+    for step in ("00000005", "00000008"):  # the last part leaves nothing that lasts
+        shutil.rmtree(path / "checkpoints" / f"step-{step}", ignore_errors=True)
+        train(config, resume=True)
+        made_by = json.loads((path / "versions.json").read_text())
+        assert [part["commit"] for part in made_by["earlier"]] == ["of old"]
+        assert (made_by["from_step"], made_by["commit"]) == (3, first["commit"])
+        assert set(made_by["earlier"][0]) == set(first) - {"earlier"}
+
+
 def test_a_finished_run_keeps_its_provenance(tmp_path):
     path = train(tiny(tmp_path))
     (path / "versions.json").write_text('{"hardware": "of old"}')
