@@ -12,7 +12,7 @@ from flowdopr.compare.evaluations import is_finished
 from flowdopr.compare.execute import Executor, worker_command
 from flowdopr.compare.plan import RunPlan, expand, study_path, study_settings
 from flowdopr.compare.progress import Display
-from flowdopr.config import Config, ConfigError, to_yaml
+from flowdopr.config import Config, ConfigError, apply_overrides, to_yaml
 from flowdopr.data import build_pixel_datasets
 from flowdopr.disk import locked, write_text
 from flowdopr.evaluate import trained_classifier
@@ -56,11 +56,13 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
             "compare starts the processes of its runs itself: run it without accelerate launch or "
             "torchrun, and set compare.workers"
         )
+    if workers is not None:
+        config = apply_overrides(config, [f"compare.workers={workers}"])
     study, plans = study_path(config), expand(config)
     _refuse_other_runs(plans)
     failed: list[str] = []
     if not report_only:
-        failed = _run_missing(config, plans, workers or study_settings(config).workers)
+        failed = _run_missing(config, plans, study_settings(config).workers)
     runs = collect(study, plans)
     said = write_report(config, runs)
     print("\n".join([said.headline, *said.pairs]))

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from flowdopr.compare.formats import count, number, percent, seconds
-from flowdopr.compare.plan import study_path
+from flowdopr.compare.plan import study_path, study_settings
 from flowdopr.compare.plots import draw_all, looks
 from flowdopr.compare.results import RunResult
 from flowdopr.compare.statistics import ArmSummary, spread, summarise
@@ -86,6 +86,7 @@ def render(
         metric_words=METRIC_WORDS[metric],
         table=shown_rows(metric, table),
         shared=shared_values(metric, table),
+        beside=min(study_settings(config).workers, len(runs)),
         colours={arm: look.colour for arm, look in looks(summaries).items()},
         failed=[run for run in runs if run.status == "failed"],
         plots=plots,

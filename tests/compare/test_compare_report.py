@@ -150,6 +150,23 @@ def test_the_report_is_a_pure_function_of_the_run_folders(finished):
     assert not list(study_path(finished).rglob("*.part"))
 
 
+def test_steps_measured_beside_other_runs_are_said_to_be(finished):
+    page = (compare(finished, report_only=True) / "report.html").read_text()
+    assert "Up to 2 runs shared the machine" in page
+    page = (compare(finished, report_only=True, workers=1) / "report.html").read_text()
+    assert "shared the machine" not in page
+
+
+def test_the_hardware_and_commit_of_every_part_are_shown(study):
+    first, *_ = plans = expand(study)
+    for plan in plans:
+        make_run(plan, 1.0)
+    before = json.loads((first.path / "versions.json").read_text())
+    made_by = before | {"from_step": 4, "hardware": "slide rule", "earlier": [before]}
+    (first.path / "versions.json").write_text(json.dumps(made_by))
+    assert collect(study_path(study), plans)[0].hardware == "abacus, 1 thread | slide rule"
+
+
 def test_names_are_escaped(study):
     arms = "[{name: AdamW, lrs: [1e-3]}]"
     config = apply_overrides(study, [f"compare.arms={arms}", "data.root='<b>&'"])
