@@ -2,7 +2,8 @@
 
 Two layouts, in a folder and in an archive alike: all images beside each other (no classes), or one
 sub-folder a class. Folders that everything lies in (`images/cat/1.png`, `images/dog/2.png`) are
-passed over. Hidden files and files that are not images are ignored. Nothing is ever extracted.
+passed over. Hidden files and files that are not images are ignored, links are followed. Nothing is
+ever extracted.
 
 Shapes: an image is uint8 `(C, H, W)`, a label an int (0 where there are no classes).
 """
@@ -13,7 +14,7 @@ import os
 import posixpath
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -32,9 +33,10 @@ class Folder:
     def __init__(self, root: str | Path, setting: str = "data.root"):
         self.root = Path(root)
         if not self.root.is_dir():
-            raise ValueError(f"{setting}: there is no folder '{root}'; give the folder of images")
-        found = (path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file())
-        self.names = sorted(name for path in found if _is_image(name := path.as_posix()))
+            archive = self.root.is_file() and zipfile.is_zipfile(self.root)
+            remedy = "set data.name=zip for an archive" if archive else "give the folder of images"
+            raise ValueError(f"{setting}: there is no folder '{root}'; {remedy}")
+        self.names = sorted(filter(_is_image, _files_under(self.root)))
 
     def read(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
@@ -62,7 +64,9 @@ class Archive:
     def __init__(self, root: str | Path, setting: str = "data.root"):
         self.root = Path(root)
         if not self.root.is_file():
-            raise ValueError(f"{setting}: there is no ZIP file '{root}'; give the archive itself")
+            folder = self.root.is_dir()
+            remedy = "set data.name=folder for a folder" if folder else "give the archive itself"
+            raise ValueError(f"{setting}: there is no ZIP file '{root}'; {remedy}")
         self._opened: tuple[int, zipfile.ZipFile] | None = None
         try:
             entries = self._zip().infolist()
@@ -88,6 +92,21 @@ class Archive:
     def stamps(self) -> list[tuple[int, int]]:
         """(size, CRC-32) of each image, from the archive's own directory."""
         return [(self._entries[name].file_size, self._entries[name].CRC) for name in self.names]
+
+
+def _files_under(
+    folder: str | Path, prefix: str = "", above: frozenset[str] = frozenset()
+) -> Iterator[str]:
+    """Paths of all files, with `/`; links to folders are followed unless they lead back up."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _files_under(entry.path, f"{prefix}{entry.name}/", above | {real})
+            elif entry.is_file():
+                yield prefix + entry.name
 
 
 def _is_image(name: str) -> bool:

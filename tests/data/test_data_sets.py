@@ -217,7 +217,7 @@ def test_an_empty_folder_and_a_file_that_is_no_zip_say_so(make_config, tmp_path)
     (tmp_path / "images.zip").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="cannot be read as a ZIP"):
         build_datasets(make_config(name="zip", root=str(tmp_path / "images.zip")))
-    with pytest.raises(ValueError, match="there is no ZIP file"):
+    with pytest.raises(ValueError, match=r"there is no ZIP file .*; give the archive"):
         build_datasets(make_config(name="zip", root=str(tmp_path / "none.zip")))
 
 
