@@ -67,6 +67,10 @@ def to_yaml(config: Config) -> str:
 def _read(path: Path, opened: tuple[Path, ...]) -> dict[str, Any]:
     """The merged mapping of `path` and its bases; `opened` are the files that led here."""
     path = path.resolve() if opened else path
+    if path.is_dir():
+        inside = [path / name for name in ("config.yaml", "study.yaml") if (path / name).is_file()]
+        remedy = f"give {inside[0]}" if inside else "give a YAML file"
+        raise ConfigError(f"{path}: a folder is no config; {remedy}")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -153,6 +157,10 @@ def _one_line(error: dict[str, Any]) -> tuple[str, str]:
         said = "missing; this setting has no default"
     elif error["type"].startswith("union_tag"):
         dotted, said = f"{dotted}.name", f"must be one of {', '.join(MODEL_SECTIONS)}"
+    elif error["type"] in ("tuple_type", "list_type"):
+        value = error["input"]
+        remedy = f"; write [{value}]" if isinstance(value, str | int | float) else ""
+        said = f"must be a list, got {_shown(value)}{remedy}"
     else:
         said = f"{message[0].lower()}{message[1:]}, got {_shown(error['input'])}"
     return dotted, f"{dotted}: {said}"

@@ -90,6 +90,10 @@ def test_an_override_changes_one_value(write):
         ("optimizer.lr=-1", "optimizer.lr: input should be greater than 0, got -1"),
         ("optimizer.lr=.nan", "optimizer.lr: "),
         ("train.steps=1.5", "train.steps: "),
+        ("train.ema_decays=0.9", "train.ema_decays: must be a list, got 0.9; write [0.9]"),
+        ("train.ema_decays='.9, .99'", 'must be a list, got ".9, .99"; write [.9, .99]'),
+        ("evaluate.metrics=fd", 'evaluate.metrics: must be a list, got "fd"; write [fd]'),
+        ("train.ema_decays=null", "train.ema_decays: must be a list, got null"),
         ("train.compile=yes", "train.compile: "),
         ("data.name=digitz", "data.name: input should be 'digits'"),
         ("model.name=mlp", "model.name: must be one of dit, unet"),
@@ -116,8 +120,18 @@ def test_wrong_files_are_one_line(write, tmp_path):
     assert "base of" in refused(write("base: gone.yaml\n"))
     assert "leads back" in refused(write("base: config.yaml\n"))
     assert "train: missing" in refused(write("name: a\ndata: {name: digits}\nmodel: {name: dit}\n"))
-    assert "cannot be read" in refused(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    assert "cannot be read" in refused(tmp_path / "latin.yaml")
     assert "not a word" in refused(write("1: a\n"))
+
+
+def test_a_folder_is_answered_with_the_file_in_it(write, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert refused(empty) == f"{empty}: a folder is no config; give a YAML file"
+    for name in ("study.yaml", "config.yaml"):  # of a study, of a run
+        write(SMALL, f"run/{name}")
+        assert refused(tmp_path / "run").endswith(f"give {tmp_path / 'run' / name}")
 
 
 def test_no_python_objects_from_yaml(write):
