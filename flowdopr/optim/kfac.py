@@ -15,8 +15,12 @@ the learning rate is one of SGD with momentum.
 
 Several processes (DDP) share their factors: sums and row counts are added over ranks with one
 all-reduce a refresh, so N ranks take the steps of one process with the whole batch.
+
+Factors and inverses are float32, and float64 for weights in float64; of a wide factor only the
+lower triangle is gathered, which is all that is read.
 """
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -26,14 +30,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from flowdopr.optim.conv import patch_rows
+from flowdopr.optim.conv import PatchCase
+from flowdopr.optim.layers import LinearCase, add_gram
 from flowdopr.optim.matrix import MatrixOptimizer, call_closure, decay_weights
 from flowdopr.optim.roles import DECAYED, parameter_roles
 from flowdopr.optim.world import is_sharded, summed, world_size
 
+logger = logging.getLogger("flowdopr.optim")
+
 
 class KFAC(MatrixOptimizer):
     """K-FAC for Linear layers and ungrouped convolutions, AdamW inside for everything else.
+
+    A weight whose factors are not known, because no refresh has seen its layer's forward, takes
+    the same step with G in place of M; the log names it once.
 
     Args:
         model: its layers are watched by hooks until the optimizer is gone.
@@ -77,9 +87,10 @@ class KFAC(MatrixOptimizer):
         if any(is_sharded(p) for p in model.parameters()):
             raise ValueError("kfac: takes whole weights, not FSDP's shards: use DDP, or 'dopr-sgd'")
         layers = _supported_layers(model)
+        roles = parameter_roles(model)
         unsupported = [
             f"^{re.escape(role.name)}$"
-            for role in parameter_roles(model)
+            for role in roles
             if role.kind in DECAYED and role.parameter not in layers
         ]
         defaults = {
@@ -94,6 +105,8 @@ class KFAC(MatrixOptimizer):
             "eps": eps,
         }
         super().__init__(model, defaults, adamw_lr, [*adamw_for, *unsupported])
+        self._names: dict[Tensor, str] = {role.parameter: role.name for role in roles}
+        self._reported: set[str] = set()
         self._sums: dict[Tensor, tuple[Tensor, Tensor, int]] = {}
         for index, group in enumerate(self.param_groups):
             for weight in group["params"] if group["gp"] == self.gp else ():
@@ -106,26 +119,30 @@ class KFAC(MatrixOptimizer):
         once: only one of its two forwards has an output that receives a gradient.
         """
 
-        def watch_output(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def watch_output(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> None:
             if output.requires_grad and self._is_due(weight, self.param_groups[index]):
-                inputs = args[0].detach()
+                inputs = (args[0] if args else kwargs["input"]).detach()
                 output.register_hook(lambda grad: self._gather(layer, weight, inputs, grad))
 
-        layer.register_forward_hook(watch_output)
+        layer.register_forward_hook(watch_output, with_kwargs=True)
 
     def _is_due(self, weight: Tensor, group: dict[str, Any]) -> bool:
         """Whether this step renews the weight's factors: at refreshes, and until it has some."""
-        return group["steps"] % group["refresh_every"] == 0 or not self.state[weight]
+        return group["steps"] % group["refresh_every"] == 0 or "inverse_a" not in self.state[weight]
 
     @torch.no_grad()
     def _gather(self, layer: nn.Module, weight: Tensor, inputs: Tensor, grad: Tensor) -> None:
-        if isinstance(layer, _ConvNd):
-            z, g = patch_rows(inputs, layer, None), grad.movedim(1, -1).flatten(0, -2)
-        else:
-            z, g = inputs.flatten(0, -2), grad.flatten(0, -2)
-        z, g = z.to(weight.dtype), g.to(weight.dtype)
-        a, b, rows = self._sums.get(weight, (0, 0, 0))
-        self._sums[weight] = (a + z.mT @ z, b + g.mT @ g, rows + z.shape[0])
+        axes = len(layer.kernel_size) if isinstance(layer, _ConvNd) else 0
+        g = grad.movedim(-1 - axes, -1).reshape(-1, 1, 1, weight.shape[0])
+        linear = LinearCase("full", 1, weight.shape[1])
+        case = PatchCase(layer) if isinstance(layer, _ConvNd) else linear
+        a, b, rows = self._sums.get(weight) or (*_no_sums(weight), 0)
+        with torch.autocast(grad.device.type, enabled=False):
+            rows += case.accumulate(a[None, None], inputs, None)
+            add_gram(b[None, None], g)
+        self._sums[weight] = (a, b, rows)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; what was gathered with the gradients goes with them."""
@@ -151,18 +168,40 @@ class KFAC(MatrixOptimizer):
         super().step()
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, which would round the factors to the precision of their weights."""
+        super().load_state_dict(state_dict)
+        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(numbers, params, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if name.startswith(("factor_", "inverse_")):
+                    self.state[p][name] = value.to(p.device, _precision(p))
+
     def _matrix_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        known = [p for p in params if "inverse_a" in self.state[p]]
-        if not known:
-            return
-        momenta = self.buffers(known, "momentum_buffer")
+        momenta = self.buffers(params, "momentum_buffer")
         torch._foreach_mul_(momenta, group["momentum"])
-        for p, momentum in zip(known, momenta, strict=True):
-            if p.grad is not None:
-                step = self.state[p]["inverse_b"] @ p.grad.flatten(1) @ self.state[p]["inverse_a"]
-                momentum.add_(step.reshape(p.shape))
-        decay_weights(known, group)
-        torch._foreach_add_(known, momenta, alpha=-group["lr"])
+        for p, momentum in zip(params, momenta, strict=True):
+            momentum.add_(self._preconditioned(p))
+        decay_weights(params, group)
+        torch._foreach_add_(params, momenta, alpha=-group["lr"])
+
+    def _preconditioned(self, p: Tensor) -> Tensor:
+        """M, or G while the weight has no factors."""
+        state, grad = self.state[p], p.grad
+        assert grad is not None
+        if "inverse_a" in state:
+            matrix = grad.flatten(1).to(_precision(p))
+            return (state["inverse_b"] @ matrix @ state["inverse_a"]).reshape(p.shape)
+        name = self._names[p]
+        if name not in self._reported:
+            self._reported.add(name)
+            logger.warning(
+                "weight %s: has a gradient but no factors; until a refresh gives it some, or for "
+                "good if it is used without calling its module, it has SGD with momentum",
+                name,
+            )
+        return grad
 
     def _pooled(self, weights: list[Tensor]) -> list[tuple[Tensor, Tensor, float]]:
         """What all ranks gathered for each weight: sums of z z^T and g g^T, and number of rows.
@@ -174,9 +213,7 @@ class KFAC(MatrixOptimizer):
             return []
         sums, rows = [], []
         for p in weights:
-            d_out, d_in = p.flatten(1).shape
-            nothing = p.new_zeros(d_in, d_in), p.new_zeros(d_out, d_out), 0
-            a, b, n = self._sums.get(p, nothing)
+            a, b, n = self._sums.get(p) or (*_no_sums(p), 0)
             sums += [a, b / world_size() ** 2]
             rows.append(n)
         self._sums.clear()
@@ -198,11 +235,26 @@ class KFAC(MatrixOptimizer):
             state[f"inverse_{name}"] = torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
 
+def _precision(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _no_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros for the sums of z z^T and of g g^T."""
+    d_out, d_in = weight.flatten(1).shape
+    a, b = (weight.new_zeros(side, side, dtype=_precision(weight)) for side in (d_in, d_out))
+    return a, b
+
+
 def _supported_layers(model: nn.Module) -> dict[Tensor, nn.Module]:
-    """Weights that exactly one Linear or ungrouped convolution of `model` owns, and that owner."""
+    """Weights that exactly one Linear or ungrouped convolution of `model` owns, and that owner.
+
+    Without nn.MultiheadAttention's output projection, whose forward attention never calls.
+    """
     owners: Counter[Tensor] = Counter()
     for module in model.modules():
         owners.update(module.parameters(recurse=False))
+    bypassed = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     return {
         module.weight: module
         for module in model.modules()
@@ -212,5 +264,5 @@ def _supported_layers(model: nn.Module) -> dict[Tensor, nn.Module]:
             and not isinstance(module, _ConvTransposeNd)
             and module.groups == 1
         )
-        if owners[module.weight] == 1
+        if owners[module.weight] == 1 and module not in bypassed
     }

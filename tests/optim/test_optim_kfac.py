@@ -1,0 +1,121 @@
+"""K-FAC where training is not plain: no factors, NaN, bfloat16, odd calls, copies of the model."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from flowdopr.optim.kfac import KFAC
+
+
+class Bypassed(nn.Module):
+    """Reads the weight of one layer without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.called(x), self.read.weight)
+
+
+def train(model: nn.Module, optimizer: KFAC, steps: range, batch: int = 8) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        x = torch.randn(batch, 4, generator=torch.Generator().manual_seed(step))
+        model(x.to(next(model.parameters()).dtype)).square().mean().backward()
+        optimizer.step()
+
+
+def test_a_weight_read_past_its_module_has_sgd_with_momentum_and_is_named_once(caplog):
+    model = Bypassed()
+    optimizer = KFAC(model, 0.1, momentum=0.5, weight_decay=0.2)
+    weight, velocity = model.read.weight.detach().clone(), torch.zeros(3, 4)
+    for step in range(3):
+        train(model, optimizer, range(step, step + 1))
+        grad = model.read.weight.grad
+        assert grad is not None
+        velocity = 0.5 * velocity + grad
+        weight = (1 - 0.1 * 0.2) * weight - 0.1 * velocity
+        torch.testing.assert_close(model.read.weight.detach(), weight)
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("weight read.weight: has a gradient but no factors")
+
+
+def test_all_of_attention_is_left_to_adamw(caplog):
+    model = nn.MultiheadAttention(4, 2)
+    gates = nn.ModuleList([model, nn.Linear(4, 4)])
+    optimizer = KFAC(gates, 0.1)
+    by_kfac = [p for g in optimizer.param_groups if g["gp"] == "kfac" for p in g["params"]]
+    assert [p is gates[1].weight for p in by_kfac] == [True]
+    before = model.out_proj.weight.detach().clone()
+    x = torch.randn(3, 2, 4)
+    gates[1](model(x, x, x)[0]).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(model.out_proj.weight, before)
+    assert not caplog.records
+
+
+def train_in(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2), nn.Flatten())
+    model.append(nn.Linear(3, 2)).to(dtype)
+    train(model, KFAC(model, 0.02, refresh_every=2), range(6))
+    return model
+
+
+def test_bfloat16_weights_take_nearly_the_steps_of_float64():
+    start = nn.utils.parameters_to_vector(train_in(torch.float64).parameters())
+    rough = nn.utils.parameters_to_vector(train_in(torch.bfloat16).parameters())
+    torch.testing.assert_close(rough.double(), start, rtol=0.03, atol=0.03)
+
+
+def test_factors_of_bfloat16_weights_stay_float32_and_resume_bitwise():
+    torch.manual_seed(0)
+    models = [nn.Linear(4, 3).bfloat16()]
+    optimizers = [KFAC(models[0], 0.02, refresh_every=4)]
+    train(models[0], optimizers[0], range(2))
+    models.append(nn.Linear(4, 3).bfloat16())
+    optimizers.append(KFAC(models[1], 0.02, refresh_every=4))
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for model, optimizer in zip(models, optimizers, strict=True):
+        state = optimizer.state[model.weight]
+        assert {state[name].dtype for name in ("factor_a", "inverse_b")} == {torch.float32}
+        train(model, optimizer, range(2, 6))
+    assert torch.equal(models[0].weight, models[1].weight)
+
+
+def test_sums_are_float32_though_the_backward_runs_under_autocast():
+    steps = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 3)
+        optimizer = KFAC(layer, 0.1)
+        loss = layer(torch.randn(8, 4)).square().mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss.backward()
+        optimizer.step()
+        steps.append(optimizer.state[layer.weight]["factor_a"])
+    assert torch.equal(*steps)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(4, 3), (4,)), (nn.Conv2d(2, 3, 3, stride=2, padding=1), (2, 6, 5))],
+)
+def test_keywords_and_inputs_without_a_batch_axis_count_alike(layer, shape):
+    weights = []
+    x = torch.randn(shape)
+    for call in (lambda m: m(x[None]), lambda m: m(x), lambda m: m(input=x)):
+        model = copy.deepcopy(layer)
+        optimizer = KFAC(model, 0.1)
+        call(model).square().sum().backward()
+        optimizer.step()
+        assert "inverse_a" in optimizer.state[model.weight]
+        weights.append(model.weight)
+    torch.testing.assert_close(weights[1], weights[0])
+    torch.testing.assert_close(weights[2], weights[0])
