@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from flowdopr.optim.layers import Case, strided_rows
+from flowdopr.optim.layers import Case, kept_rows
 
 
 def image_under(conv: _ConvNd, x: Tensor) -> Tensor:
@@ -41,8 +41,9 @@ def pad_input(x: Tensor, conv: _ConvNd) -> Tensor:
     return nn.functional.pad(x, pads, mode=mode) if any(pads) else x
 
 
-def patch_rows(x: Tensor, conv: _ConvNd, max_rows: int | None) -> Tensor:
-    """The patches the layer sees, (n, C * k * k), ordered as its weight; only kept ones copied."""
+def patch_rows(x: Tensor, conv: _ConvNd, max_rows: int | None) -> tuple[Tensor, int]:
+    """The kept patches the layer sees, (n, C * k * k), ordered as its weight, and how many there
+    were; only kept ones are copied."""
     windows = pad_input(x, conv)
     axes = len(conv.kernel_size)
     for axis in range(axes):
@@ -51,11 +52,11 @@ def patch_rows(x: Tensor, conv: _ConvNd, max_rows: int | None) -> Tensor:
     windows = windows.movedim(1, 1 + axes)  # (B, *positions, C, *kernel)
     grid = windows.shape[: 1 + axes]
     total = math.prod(grid)
-    step = strided_rows(total, max_rows)
-    if step > 1:
-        kept = torch.arange(0, total, step, device=x.device)
+    kept = kept_rows(total, max_rows, x.device)
+    if kept is not None:
         windows = windows[torch.unravel_index(kept, grid)]
-    return windows.reshape(-1, math.prod(windows.shape[-1 - axes :]))
+    side = math.prod(windows.shape[-1 - axes :])
+    return windows.reshape(-1, side), total
 
 
 class PatchCase(Case):
@@ -74,9 +75,9 @@ class PatchCase(Case):
         window = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
         return (*super().key, *window, getattr(conv, "enlarge", 1))
 
-    def rows(self, x: Tensor, max_rows: int | None) -> Tensor:
-        patches = patch_rows(x, self.conv, max_rows)
-        return patches.reshape(-1, self.groups, self.blocks, self.side)
+    def rows(self, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
+        patches, total = patch_rows(x, self.conv, max_rows)
+        return patches.reshape(-1, self.groups, self.blocks, self.side), total
 
 
 class OffsetCase(PatchCase):
@@ -94,9 +95,15 @@ class OffsetCase(PatchCase):
 
     def accumulate(self, sums: Tensor, x: Tensor, max_rows: int | None) -> int:
         x = image_under(self.conv, x)
-        pixels = math.prod(x.shape[2:])
-        images = None if max_rows is None else max(1, max_rows // pixels)
-        x = x[:: strided_rows(x.shape[0], images)].to(sums.dtype)
+        total, pixels = x.shape[0], math.prod(x.shape[2:])
+        images = None if max_rows is None else max(1, max_rows // max(1, pixels))
+        kept = kept_rows(total, images, x.device)
+        # Kept images stand for all: their products, of two images each, are scaled through them.
+        x = (
+            x.to(sums.dtype)
+            if kept is None
+            else x[kept].to(sums.dtype) * (total / len(kept)) ** 0.5
+        )
         x = x.unflatten(1, (self.groups, -1)).transpose(0, 1).movedim(2, -1)  # (G, B, *axes, c)
         offsets = list(itertools.product(*(range(size) for size in self.conv.kernel_size)))
         blocks = sums.view(self.groups, -1, len(offsets), x.shape[-1], len(offsets))
@@ -110,7 +117,7 @@ class OffsetCase(PatchCase):
             if lag not in products:
                 products[lag] = self._lagged_product(x, lag)
             blocks[:, :, i, :, j] += products[lag]
-        return x.shape[1] * pixels
+        return total * pixels
 
     def _lagged_product(self, x: Tensor, lag: tuple[int, ...]) -> Tensor:
         """sum_p x_p x_{p + lag}^T of (G, B, *axes, c), as (G, c, c)."""
@@ -127,16 +134,16 @@ class OffsetCase(PatchCase):
         return x.flatten(1, -2).mT @ shifted.flatten(1, -2)
 
 
-def channel_rows(x: Tensor, axes: int, max_rows: int | None) -> Tensor:
-    """The channel vectors of all pixels of (B, C, *axes), (n, C); only kept ones copied."""
+def channel_rows(x: Tensor, axes: int, max_rows: int | None) -> tuple[Tensor, int]:
+    """The channel vectors of kept pixels of (B, C, *axes), (n, C), and how many there were; only
+    kept ones are copied."""
     x = (x[None] if x.dim() == axes + 1 else x).flatten(2)
     total = x.shape[0] * x.shape[2]
-    step = strided_rows(total, max_rows)
-    if step == 1:
-        return x.transpose(1, 2).reshape(-1, x.shape[1])
-    kept = torch.arange(0, total, step, device=x.device)
+    kept = kept_rows(total, max_rows, x.device)
+    if kept is None:
+        return x.transpose(1, 2).reshape(-1, x.shape[1]), total
     image, pixel = torch.unravel_index(kept, (x.shape[0], x.shape[2]))
-    return x[image, :, pixel]
+    return x[image, :, pixel], total
 
 
 class SharedOffsetsCase(Case):
@@ -156,9 +163,9 @@ class SharedOffsetsCase(Case):
     def key(self) -> tuple[object, ...]:
         return (*super().key, self.offsets if self.mode == "sua-mean" else 0)
 
-    def rows(self, x: Tensor, max_rows: int | None) -> Tensor:
-        flat = channel_rows(x, self.axes, max_rows)
-        return flat.reshape(-1, self.groups, self.blocks, self.side)
+    def rows(self, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
+        flat, total = channel_rows(x, self.axes, max_rows)
+        return flat.reshape(-1, self.groups, self.blocks, self.side), total
 
     def matrix(self, grads: Sequence[Tensor]) -> Tensor:
         weight = grads[0].flatten(2).transpose(1, 2)  # (C_out, k*k, c)
@@ -191,8 +198,9 @@ class MeanOffsetsCase(SharedOffsetsCase):
     def transform_shape(self) -> tuple[int, int, int, int]:
         return (self.groups, 2 * self.blocks, self.side, self.side)
 
-    def rows(self, x: Tensor, max_rows: int | None) -> Tensor:
-        return nn.functional.pad(super().rows(x, max_rows), (0, 1), value=1.0)
+    def rows(self, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
+        rows, total = super().rows(x, max_rows)
+        return nn.functional.pad(rows, (0, 1), value=1.0), total
 
     def stack(self, sigma: Tensor) -> Tensor:
         mu = sigma[..., -1:, :-1]

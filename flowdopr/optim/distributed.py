@@ -37,11 +37,12 @@ def gather_rows(statistics: list[Statistic], piles: list[Pile]) -> None:
     """
     if world_size() == 1 or not statistics:
         return
-    counts = torch.tensor([pile.count for pile in piles], device=statistics[0].device)
-    every = [torch.empty_like(counts) for _ in range(world_size())]
-    dist.all_gather(every, counts)
+    widths = [0 if pile.sums is None else pile.sums.shape[2] for pile in piles]
+    sizes = torch.tensor([widths, [pile.count for pile in piles]], device=statistics[0].device)
+    every = [torch.empty_like(sizes) for _ in range(world_size())]
+    dist.all_gather(every, sizes)
     by_rank = torch.stack(every)
-    most, total = by_rank.amax(0).tolist(), by_rank.sum(0).tolist()
+    most, total = by_rank[:, 0].amax(0).tolist(), by_rank[:, 1].sum(0).tolist()
     for statistic, pile, width, count in zip(statistics, piles, most, total, strict=True):
         if count == 0:
             continue
@@ -50,7 +51,7 @@ def gather_rows(statistics: list[Statistic], piles: list[Pile]) -> None:
             (groups, 1, width, side), dtype=statistic.dtype, device=statistic.device
         )
         if pile.sums is not None:
-            padded[:, :, : pile.count] = pile.sums
+            padded[:, :, : pile.sums.shape[2]] = pile.sums
         parts = [torch.empty_like(padded) for _ in range(world_size())]
         dist.all_gather(parts, padded)
         pile.sums, pile.count = torch.cat(parts, 2), count

@@ -46,8 +46,9 @@ class DualCase(Case):
         return "dual+bias" if self.takes_bias else "dual"
 
     def gather(self, sums: Tensor, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
-        rows = self.full.rows(x, max_rows).movedim(0, 2).to(sums.dtype)
-        return self.join(sums, rows), rows.shape[2]
+        kept, total = self.full.rows(x, max_rows)
+        rows = kept.movedim(0, 2).to(sums.dtype) * (total / max(1, len(kept))) ** 0.5
+        return self.join(sums, rows), total
 
     def join(self, first: Tensor, second: Tensor) -> Tensor:
         return torch.cat([first, second], 2)

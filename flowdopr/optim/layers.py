@@ -9,29 +9,30 @@ r rows of the gradient matrix. Sigma is a stack (G, B, s, s); a full Sigma of a 
 (1, 1, d, d) and a diagonal one (1, d, 1, 1).
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 
-def strided_rows(total: int, max_rows: int | None) -> int:
-    """The step that keeps at most `max_rows` of `total` evenly spread rows.
+def kept_rows(total: int, max_rows: int | None, device: torch.device) -> Tensor | None:
+    """The numbers of `max_rows` of `total` evenly spread rows, ascending; None where all are kept.
 
-    The step shares no factor with `total`, so that no image column or token position is favoured
-    when the width of the grid divides the step. The choice depends on the two numbers alone.
+    One of each of `max_rows` equal stretches, at a place that moves by the golden ratio from one to
+    the next, so that no image column or token position is favoured when the width of the grid
+    divides a stretch. The choice depends on the two numbers alone.
     """
     if max_rows is None or total <= max_rows:
-        return 1
-    step = math.ceil(total / max_rows)
-    while math.gcd(step, total) != 1:
-        step += 1
-    return step
+        return None
+    number = torch.arange(max_rows, device=device)
+    place = number * 633 % 1024  # 633 / 1024 is the golden ratio; in integers, alike everywhere
+    # In stretches of fewer than two rows all places are taken but the last, so that none repeats.
+    reach = total if total >= 2 * max_rows else total - max_rows
+    return (number * total * 1024 + place * reach) // (max_rows * 1024)
 
 
-def add_gram(sums: Tensor, rows: Tensor) -> None:
-    """Add sum_i z_i z_i^T of `rows` (n, G, B, s) to `sums` (G, B, s, s), in place.
+def add_gram(sums: Tensor, rows: Tensor, weight: float = 1.0) -> None:
+    """Add weight * sum_i z_i z_i^T of `rows` (n, G, B, s) to `sums` (G, B, s, s), in place.
 
     Of a wide matrix only the lower triangle is made, in strips, and a third of the work saved:
     nothing reads the upper one.
@@ -39,16 +40,17 @@ def add_gram(sums: Tensor, rows: Tensor) -> None:
     groups, blocks, side, _ = sums.shape
     rows = rows.to(sums.dtype)
     if side == 1:
-        sums.add_(rows.square().sum(0)[..., None])
+        sums.add_(rows.square().sum(0)[..., None], alpha=weight)
     elif groups * blocks == 1:
         flat = rows.reshape(-1, side)
         strips = 4 if side >= 128 else 1
         for i in range(strips):
             first, last = side * i // strips, side * (i + 1) // strips
-            sums[0, 0, first:last, :last].addmm_(flat[:, first:last].mT, flat[:, :last])
+            strip = sums[0, 0, first:last, :last]
+            strip.addmm_(flat[:, first:last].mT, flat[:, :last], alpha=weight)
     else:
         stacked = rows.reshape(-1, groups * blocks, side).transpose(0, 1)
-        sums.view(-1, side, side).baddbmm_(stacked.mT, stacked)
+        sums.view(-1, side, side).baddbmm_(stacked.mT, stacked, alpha=weight)
 
 
 class Case:
@@ -86,18 +88,21 @@ class Case:
         """The mode as the role table prints it."""
         return f"{self.mode} {self.blocks}x{self.side}" if self.mode == "blocks" else self.mode
 
-    def rows(self, x: Tensor, max_rows: int | None) -> Tensor:
-        """The input `x` as rows of z: (n, G, B, s)."""
+    def rows(self, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
+        """The kept rows of z of the input `x`, (n, G, B, s), and how many there were."""
         raise TypeError(f"{type(self).__name__} gathers without rows")
 
     def accumulate(self, sums: Tensor, x: Tensor, max_rows: int | None) -> int:
-        """Add the second-moment sum of the input `x` to `sums`; returns the number of rows."""
-        rows = self.rows(x, max_rows)
-        add_gram(sums, rows)
-        return rows.shape[0]
+        """Add the second-moment sum of the input `x` to `sums`; returns the number of rows.
+
+        Kept rows stand for all, so that forwards of unequal size pool by their sizes.
+        """
+        rows, total = self.rows(x, max_rows)
+        add_gram(sums, rows, total / max(1, rows.shape[0]))
+        return total
 
     def gather(self, sums: Tensor, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
-        """The sums with those of the input `x`, in place where it can be, and the rows added."""
+        """The sums with those of the input `x`, in place where it can be, and its rows."""
         return sums, self.accumulate(sums, x, max_rows)
 
     def join(self, first: Tensor, second: Tensor) -> Tensor:
@@ -141,15 +146,21 @@ class Case:
         return [self.multiply(grads, stack) for grads, stack in zip(many, stacks, strict=True)]
 
 
+def vector_rows(x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
+    """The kept vectors of (..., d), (n, d), and how many there were."""
+    flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    kept = kept_rows(flat.shape[0], max_rows, x.device)
+    return flat if kept is None else flat[kept], flat.shape[0]
+
+
 class LinearCase(Case):
     """`nn.Linear`: all leading axes are pooled ("expand")."""
 
     kind = "linear"
 
-    def rows(self, x: Tensor, max_rows: int | None) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        flat = flat[:: strided_rows(flat.shape[0], max_rows)]
-        return flat.reshape(-1, self.groups, self.blocks, self.side)
+    def rows(self, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
+        flat, total = vector_rows(x, max_rows)
+        return flat.reshape(-1, self.groups, self.blocks, self.side), total
 
 
 class LinearBiasCase(LinearCase):
@@ -164,10 +175,9 @@ class LinearBiasCase(LinearCase):
     def describe(self) -> str:
         return f"{super().describe()}+bias"
 
-    def rows(self, x: Tensor, max_rows: int | None) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        flat = flat[:: strided_rows(flat.shape[0], max_rows)]
-        return nn.functional.pad(flat, (0, 1), value=1.0).reshape(-1, 1, 1, self.side)
+    def rows(self, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
+        flat, total = vector_rows(x, max_rows)
+        return nn.functional.pad(flat, (0, 1), value=1.0).reshape(-1, 1, 1, self.side), total
 
     def matrix(self, grads: Sequence[Tensor]) -> Tensor:
         weight, bias = grads
@@ -209,8 +219,10 @@ class EmbeddingCase(Case):
 
 
 def number_of_blocks(dim: int, max_side: int) -> int:
-    """The smallest number of equal blocks of `dim` coordinates with sides of at most `max_side`."""
-    blocks = math.ceil(dim / max_side)
-    while dim % blocks:
-        blocks += 1
-    return blocks
+    """The smallest number of equal blocks of `dim` coordinates with sides of at most `max_side`;
+    where that leaves less than a quarter of it, as in a prime `dim`, up to four times will do."""
+    divisors = [n for n in range(1, dim + 1) if dim % n == 0]
+    fewest = next(n for n in divisors if dim // n <= max_side)
+    if dim // fewest < max_side / 4:
+        return next(n for n in divisors if dim // n <= 4 * max_side)
+    return fewest

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -90,6 +91,9 @@ class _Planner:
         self.defaults = defaults
         self.layers: dict[int, Layer] = {}
         self.refused: dict[int, str] = {}
+        # A bias belongs to one layer: tied weights leave it to the GP.
+        owners = Counter(id(m._parameters.get("weight")) for m in model.modules())
+        self.tied = {key for key, count in owners.items() if count > 1}
         used: set[int] = set()
         for name, module in model.named_modules():
             if isinstance(module, nn.MultiheadAttention):
@@ -98,7 +102,8 @@ class _Planner:
             if not isinstance(module, LAYERS) or weight is None or id(weight) in self.refused:
                 continue
             number = next((i for i, r in enumerate(rules) if re.search(r.pattern, name)), None)
-            used.add(-1 if number is None else number)
+            if id(weight) not in self.layers:
+                used.add(-1 if number is None else number)
             self._add(
                 name, module, weight, rules[number] if number is not None else defaults.rule(module)
             )
@@ -111,7 +116,10 @@ class _Planner:
 
     def _add(self, name: str, module: nn.Module, weight: nn.Parameter, rule: LayerRule) -> None:
         known = self.layers.get(id(weight))
-        case = make_case(module, known.rule if known else rule, self.defaults)
+        rule = known.rule if known else rule
+        if id(weight) in self.tied or not _trains_bias(module):
+            rule = replace(rule, bias=False)
+        case = make_case(module, rule, self.defaults)
         if isinstance(case, str):
             self._refuse(weight, case)
         elif is_sharded(weight) and not (case.rows_first and has_whole_rows(weight)):
@@ -141,6 +149,11 @@ class _Planner:
                 self._refuse(parameter, reason)
 
 
+def _trains_bias(module: nn.Module) -> bool:
+    bias = module._parameters.get("bias")
+    return bias is not None and bias.requires_grad
+
+
 def make_plan(
     model: nn.Module, optimized: set[int], rules: Sequence[LayerRule], defaults: Defaults
 ) -> Plan:
@@ -159,8 +172,9 @@ def make_plan(
         for parameter in layer.parameters:
             if id(parameter) not in optimized:
                 raise ValueError(
-                    f"the weight of layer {layer.name!r} is trainable but not in the optimizer: "
-                    "add it to a parameter group or set requires_grad_(False)"
+                    f"the {'weight' if parameter is layer.parameters[0] else 'bias'} of layer "
+                    f"{layer.name!r} is trainable but not in the optimizer: add it to a parameter "
+                    "group or set requires_grad_(False)"
                 )
             modes[id(parameter)] = layer.case.describe()
         layers.append(layer)
@@ -192,7 +206,7 @@ def make_case(module: nn.Module, rule: LayerRule, defaults: Defaults) -> Case | 
         side = _side(rule, defaults, module.in_features, module.out_features)
         blocks = _blocks(rule, module.in_features, side)
         bias = defaults.bias if rule.bias is None else rule.bias
-        if bias and module.bias is not None and blocks == 1:
+        if bias and blocks == 1:
             return LinearBiasCase("full", 1, module.in_features + 1)
         return LinearCase(_stacked_mode(rule, blocks), 1, module.in_features, blocks)
     if isinstance(module, nn.Embedding):

@@ -45,7 +45,7 @@ class Preconditioner:
         own = [(s, p) for s, p in zip(self.statistics, piles, strict=True) if s.twin is None]
         sum_piles([s for s, _ in own if not s.is_dual], [p for s, p in own if not s.is_dual])
         gather_rows([s for s, _ in own if s.is_dual], [p for s, p in own if s.is_dual])
-        ran = [(s, pile) for s, pile in own if pile.sums is not None]
+        ran = [(s, pile) for s, pile in own if pile.count > 0]
         traces = [s.case.trace(p.sums).float() for s, p in ran if p.sums is not None]
         finite = torch.stack([t.to(traces[0].device) for t in traces]).isfinite() if ran else None
         good = [] if finite is None else finite.tolist()
@@ -93,8 +93,8 @@ class Preconditioner:
         if name not in self._unseen:
             self._unseen.add(name)
             logger.warning(
-                "layer %s: has a gradient but no refresh has seen its forward; until one does, or "
-                "for good if its weight is used without calling the module, it has the GP alone",
+                "layer %s: has a gradient but no refresh has seen finite inputs; the GP alone takes "
+                "it until one does, or for good if its weight is used without calling the module",
                 name,
             )
 

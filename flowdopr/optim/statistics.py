@@ -27,7 +27,8 @@ _HANDLES = itertools.count()
 class Pile:
     """A sum of z z^T (G, B, s, s) with its number of rows; empty until something is added.
 
-    Of the dual form it holds the rows themselves.
+    Of the dual form it holds the rows themselves. Where rows were left out, those kept are scaled
+    to stand for all, and all are counted.
     """
 
     def __init__(self, case: Case) -> None:
@@ -58,7 +59,6 @@ class Statistic:
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.parameter = weight
         self.fresh, self.used = Pile(case), Pile(case)
-        self.ran_outside_backward = False
         self.sigma: Tensor | None = None
         self.transform: Tensor | None = None
         self.twin: Statistic | None = None
@@ -81,13 +81,6 @@ class Statistic:
         """Statistics of equal keys make the same Sigma of the same input."""
         return (*self.case.key, self.dtype, self.max_rows)
 
-    def is_recomputation(self) -> bool:
-        """Whether a forward running now repeats, for checkpointing, one already counted."""
-        if torch._C._current_graph_task_id() != -1:  # inside a backward
-            return self.ran_outside_backward
-        self.ran_outside_backward = True
-        return False
-
     def gather(self, x: Tensor, case: Case) -> None:
         """Add one forward input."""
         pile = self.fresh
@@ -100,7 +93,7 @@ class Statistic:
     def close(self) -> Pile:
         """End the window; returns all it gathered."""
         self.fresh.pour_into(self.used)
-        whole, self.used, self.ran_outside_backward = self.used, Pile(self.case), False
+        whole, self.used = self.used, Pile(self.case)
         return whole
 
     def take(self, pile: Pile, cov_decay: float) -> None:
@@ -120,6 +113,18 @@ class Statistic:
         self.sigma = sigma.mul_(decay).add_(batch, alpha=1 - decay)
         self.weight = decay * self.weight + (1 - decay)
         self.refreshes += 1
+
+
+def is_recomputation() -> bool:
+    """Whether a forward running now repeats, for checkpointing, one that was counted.
+
+    Inside a backward, reentrant checkpointing runs a forward for the first time with gradients, by
+    a node of its own; the other kind repeats what a layer's own node wants to have again.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    node = torch._C._current_autograd_node()
+    return node is None or node.name() != "CheckpointFunctionBackward"
 
 
 class Hook:
@@ -195,12 +200,10 @@ class Statistics:
     @torch.no_grad()
     def gather(self, index: int, x: Tensor, traced: bool) -> None:
         """One forward of the module watched as number `index`."""
-        if not self.gathering:
+        if not self.gathering or is_recomputation():
             return
         self._settle()
         statistic, case = self._readers[index]
-        if statistic.is_recomputation():
-            return
         if statistic.twin is None:
             statistic.gather(x.detach(), case)
         if not traced:
@@ -237,7 +240,6 @@ class Statistics:
         self._settle()
         for statistic in self.all:
             statistic.used = Pile(statistic.case)
-            statistic.ran_outside_backward = statistic.fresh.sums is not None
 
     def remove_hooks(self) -> None:
         """Take every hook off the model."""

@@ -1,7 +1,5 @@
 """The modes of a layer: blocks, diagonal, bias coordinate, offsets, SUA, row subsampling."""
 
-import math
-
 import pytest
 import torch
 from layer_cases import conv, small_model
@@ -10,7 +8,7 @@ from torch import Tensor, nn
 from flowdopr.optim import reference
 from flowdopr.optim.conv import channel_rows, patch_rows
 from flowdopr.optim.dopr import DoPr
-from flowdopr.optim.layers import strided_rows
+from flowdopr.optim.layers import kept_rows, number_of_blocks, vector_rows
 from flowdopr.optim.plan import LayerRule
 
 
@@ -135,16 +133,24 @@ def test_shared_offsets_of_a_1x1_kernel_are_its_patches() -> None:
         torch.testing.assert_close(update, updates[0], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("total", [1, 7, 64, 100, 4096, 32768, 196608])
-@pytest.mark.parametrize("limit", [1, 5, 64, 1000, 4096])
-def test_kept_rows_are_few_spread_and_favour_no_column(total: int, limit: int) -> None:
-    step = strided_rows(total, limit)
-    kept = torch.arange(0, total, step)
-    assert len(kept) <= limit
-    assert total <= limit or total - kept[-1] <= step
-    if total == 32768 and limit >= 1000:  # 32 images of 32 x 32: every column equally often
+@pytest.mark.parametrize("total", [1, 7, 64, 100, 2310, 4096, 32768, 196608])
+@pytest.mark.parametrize("limit", [1, 5, 64, 1000, 2048, 4096])
+def test_kept_rows_are_as_many_as_asked_spread_and_favour_no_column(total: int, limit: int) -> None:
+    kept = kept_rows(total, limit, torch.device("cpu"))
+    if total <= limit:
+        assert kept is None
+        return
+    assert kept is not None
+    assert len(kept) == limit
+    assert kept[0] >= 0
+    assert kept[-1] < total
+    assert (kept.diff() >= 1).all()
+    stretch = total / limit
+    assert (kept.diff() <= 2 * stretch).all()
+    if total == 32768 and limit >= 1000:  # 32 images of 32 x 32: every column about equally often
         counts = torch.bincount(kept % 32, minlength=32)
-        assert counts.max() - counts.min() <= 1
+        assert counts.min() > 0.75 * limit / 32
+        assert counts.max() < 1.25 * limit / 32
 
 
 def test_subsampled_rows_are_rows_of_the_whole() -> None:
@@ -153,10 +159,45 @@ def test_subsampled_rows_are_rows_of_the_whole() -> None:
     for whole, part in (
         (patch_rows(x, layer, None), patch_rows(x, layer, 17)),
         (channel_rows(x, 2, None), channel_rows(x, 2, 17)),
+        (vector_rows(x, None), vector_rows(x, 17)),
     ):
-        step = strided_rows(len(whole), 17)
-        assert math.gcd(step, len(whole)) == 1
-        assert torch.equal(whole[::step], part)
+        (rows, total), (kept, counted) = whole, part
+        assert len(rows) == total == counted
+        assert torch.equal(rows[kept_rows(total, 17, x.device)], kept)
+
+
+@pytest.mark.parametrize("mode", ["full", "sua", "sua-mean", "offsets", "dual"])
+def test_forwards_of_unequal_size_count_by_their_size(mode: str) -> None:
+    """Constant images: what is kept of each is exact, and so must be how they are weighed."""
+    many, few = torch.ones(30, 2, 4, 4).double(), 10 * torch.ones(2, 2, 4, 4).double()
+    updates = []
+    for limit in (None, 32):
+        torch.manual_seed(0)
+        layer = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular").double()
+        gp = torch.optim.SGD(layer.parameters(), lr=1.0)
+        optimizer = DoPr(gp, layer, rules=[LayerRule("", mode)], max_rows=limit)
+        before = layer.weight.detach().clone()
+        for x in (many, few):
+            layer(x).square().mean().backward()
+        optimizer.step()
+        updates.append(layer.weight.detach() - before)
+    torch.testing.assert_close(*updates)
+
+
+@pytest.mark.parametrize(
+    ("dim", "side", "blocks"),
+    [
+        (128, 64, 2),
+        (1280, 1280, 1),
+        (1281, 1280, 3),
+        (131, 64, 1),
+        (134, 64, 1),
+        (262, 64, 2),
+        (1283, 1280, 1),
+    ],
+)
+def test_blocks_are_few(dim: int, side: int, blocks: int) -> None:
+    assert number_of_blocks(dim, side) == blocks
 
 
 def test_convolutions_of_one_and_three_axes() -> None:
