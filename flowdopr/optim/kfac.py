@@ -161,8 +161,14 @@ class KFAC(MatrixOptimizer):
         ]
         pooled = self._pooled([p for p, _ in due])
         for (p, group), (a, b, rows) in zip(due, pooled, strict=True):
-            if rows:
+            if rows and (a.trace() + b.trace()).isfinite():  # of all ranks, so alike on each
                 self._refresh(p, a / rows, b / rows, group)
+            elif rows:
+                logger.warning(
+                    "weight %s: its layer's inputs or output gradients are not finite, refresh "
+                    "skipped",
+                    self._names[p],
+                )
         for group in self.param_groups:
             group["steps"] += 1
         super().step()

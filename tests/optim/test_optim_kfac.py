@@ -29,6 +29,10 @@ def train(model: nn.Module, optimizer: KFAC, steps: range, batch: int = 8) -> No
         optimizer.step()
 
 
+def warnings_of(caplog) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+
 def test_a_weight_read_past_its_module_has_sgd_with_momentum_and_is_named_once(caplog):
     model = Bypassed()
     optimizer = KFAC(model, 0.1, momentum=0.5, weight_decay=0.2)
@@ -40,7 +44,7 @@ def test_a_weight_read_past_its_module_has_sgd_with_momentum_and_is_named_once(c
         velocity = 0.5 * velocity + grad
         weight = (1 - 0.1 * 0.2) * weight - 0.1 * velocity
         torch.testing.assert_close(model.read.weight.detach(), weight)
-    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    warnings = warnings_of(caplog)
     assert len(warnings) == 1
     assert warnings[0].startswith("weight read.weight: has a gradient but no factors")
 
@@ -119,3 +123,38 @@ def test_keywords_and_inputs_without_a_batch_axis_count_alike(layer, shape):
         weights.append(model.weight)
     torch.testing.assert_close(weights[1], weights[0])
     torch.testing.assert_close(weights[2], weights[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_refresh_that_is_not_finite_keeps_the_old_factors(value, caplog):
+    model = nn.Linear(4, 3)
+    optimizer = KFAC(model, 0.1, refresh_every=1)
+    train(model, optimizer, range(1))
+    old = dict(optimizer.state[model.weight])
+    for poisoned in ("input", "gradient"):
+        before = model.weight.detach().clone()
+        optimizer.zero_grad()
+        x = torch.ones(8, 4)
+        x[0, 0] = value if poisoned == "input" else 1.0
+        y = model(x)
+        y.backward(torch.full_like(y, value if poisoned == "gradient" else 1.0))
+        model.weight.grad = torch.zeros_like(model.weight)  # as clipping or a scaler may have it
+        optimizer.step()
+        assert all(optimizer.state[model.weight][k] is old[k] for k in old if k[0] in "fi")
+        assert model.weight.isfinite().all()
+        assert not torch.equal(model.weight, before)  # the momentum moves on
+    skipped = [w for w in warnings_of(caplog) if w.endswith("are not finite, refresh skipped")]
+    assert len(skipped) == 2
+
+
+def test_without_finite_factors_the_gradient_is_taken_as_it_is(caplog):
+    model = nn.Linear(4, 3)
+    optimizer = KFAC(model, 0.1)
+    before = model.weight.detach().clone()
+    model(torch.full((2, 4), float("nan"))).sum().backward()
+    model.weight.grad = torch.ones(3, 4)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), before - 0.1)
+    assert ["not finite" in w for w in warnings_of(caplog)] == [True, False]
+    train(model, optimizer, range(1))
+    assert "inverse_a" in optimizer.state[model.weight]
