@@ -22,6 +22,7 @@ lower triangle is gathered, which is all that is read.
 
 import logging
 import re
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -37,6 +38,41 @@ from flowdopr.optim.roles import DECAYED, parameter_roles
 from flowdopr.optim.world import is_sharded, summed, world_size
 
 logger = logging.getLogger("flowdopr.optim")
+
+
+class Hook:
+    """The forward hook of one layer; inert once copied or unpickled.
+
+    It hands over the layer's input when the gradient of its output arrives. Waiting for that keeps
+    evaluation forwards out, and counts a checkpointed layer once: only one of its two forwards
+    has an output that receives a gradient.
+    """
+
+    def __init__(
+        self, optimizer: "KFAC | None" = None, weight: Tensor | None = None, group: int = 0
+    ) -> None:
+        self.optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self.weight, self.group = weight, group
+
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        reference, weight = self.optimizer, self.weight
+        optimizer = None if reference is None else reference()
+        if reference is None or optimizer is None or weight is None or not output.requires_grad:
+            return
+        if optimizer._is_due(weight, optimizer.param_groups[self.group]):
+            inputs = (args[0] if args else kwargs["input"]).detach()
+
+            def arrived(grad: Tensor) -> None:
+                alive = reference()
+                if alive is not None:
+                    alive._gather(layer, weight, inputs, grad)
+
+            output.register_hook(arrived)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, ()
 
 
 class KFAC(MatrixOptimizer):
@@ -110,23 +146,9 @@ class KFAC(MatrixOptimizer):
         self._sums: dict[Tensor, tuple[Tensor, Tensor, int]] = {}
         for index, group in enumerate(self.param_groups):
             for weight in group["params"] if group["gp"] == self.gp else ():
-                self._watch(layers[weight], weight, index)
-
-    def _watch(self, layer: nn.Module, weight: Tensor, index: int) -> None:
-        """Gather both factors when the gradient of an output arrives.
-
-        Waiting for the gradient keeps evaluation forwards out, and counts a checkpointed layer
-        once: only one of its two forwards has an output that receives a gradient.
-        """
-
-        def watch_output(
-            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-        ) -> None:
-            if output.requires_grad and self._is_due(weight, self.param_groups[index]):
-                inputs = (args[0] if args else kwargs["input"]).detach()
-                output.register_hook(lambda grad: self._gather(layer, weight, inputs, grad))
-
-        layer.register_forward_hook(watch_output, with_kwargs=True)
+                hook = Hook(self, weight, index)
+                handle = layers[weight].register_forward_hook(hook, with_kwargs=True)
+                weakref.finalize(self, handle.remove)
 
     def _is_due(self, weight: Tensor, group: dict[str, Any]) -> bool:
         """Whether this step renews the weight's factors: at refreshes, and until it has some."""
@@ -143,6 +165,12 @@ class KFAC(MatrixOptimizer):
             rows += case.accumulate(a[None, None], inputs, None)
             add_gram(b[None, None], g)
         self._sums[weight] = (a, b, rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "KFAC holds hooks on its model and cannot be copied or pickled: save state_dict(), "
+            "build a new KFAC on the other model and load it there"
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; what was gathered with the gradients goes with them."""
@@ -164,11 +192,8 @@ class KFAC(MatrixOptimizer):
             if rows and (a.trace() + b.trace()).isfinite():  # of all ranks, so alike on each
                 self._refresh(p, a / rows, b / rows, group)
             elif rows:
-                logger.warning(
-                    "weight %s: its layer's inputs or output gradients are not finite, refresh "
-                    "skipped",
-                    self._names[p],
-                )
+                name = self._names[p]
+                logger.warning("weight %s: new factors are not finite, refresh skipped", name)
         for group in self.param_groups:
             group["steps"] += 1
         super().step()

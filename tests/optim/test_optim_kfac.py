@@ -1,7 +1,11 @@
 """K-FAC where training is not plain: no factors, NaN, bfloat16, odd calls, copies of the model."""
 
 import copy
+import gc
+import io
 import logging
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -158,3 +162,44 @@ def test_without_finite_factors_the_gradient_is_taken_as_it_is(caplog):
     assert ["not finite" in w for w in warnings_of(caplog)] == [True, False]
     train(model, optimizer, range(1))
     assert "inverse_a" in optimizer.state[model.weight]
+
+
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, saved_and_loaded])
+def test_a_copy_of_the_model_feeds_no_statistics(duplicate):
+    model = nn.Linear(4, 3)
+    optimizer = KFAC(model, 0.1)
+    twin = duplicate(model)
+    twin(torch.randn(8, 4)).square().mean().backward()
+    assert not optimizer._sums
+    model(torch.randn(8, 4)).square().mean().backward()
+    assert optimizer._sums
+    again = KFAC(twin, 0.1)
+    train(twin, again, range(1))
+    assert "inverse_a" in again.state[twin.weight]
+
+
+def test_the_optimizer_cannot_be_copied_or_pickled():
+    optimizer = KFAC(nn.Linear(4, 3))
+    for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="KFAC holds hooks on its model"):
+            duplicate(optimizer)
+
+
+def test_the_optimizer_is_freed_while_the_model_lives():
+    model = nn.Linear(4, 3)
+    optimizer = KFAC(model)
+    train(model, optimizer, range(1))
+    loss = model(torch.randn(8, 4)).square().mean()
+    reference = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert reference() is None
+    assert not model._forward_hooks
+    loss.backward()  # begun while it lived
