@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from flowdopr.optim.apply import apply
-from flowdopr.optim.dual import DualCase
+from flowdopr.optim.arguments import (
+    check,
+    check_optimizer,
+    check_whole,
+    damping_schedule,
+    layer_rules,
+    refuse_dual,
+    row_limit,
+)
 from flowdopr.optim.inverse import Form, full_precision
 from flowdopr.optim.matrix import call_closure
 from flowdopr.optim.plan import CONV_MODES, Defaults, Layer, LayerRule, make_plan
@@ -82,32 +90,33 @@ class DoPr(torch.optim.Optimizer):
         unit_scale: bool = True,
         max_nonfinite: int = 10,
     ) -> None:
-        self._damping = _damping_schedule(damping)
-        _check("cov_decay", cov_decay, 0 <= cov_decay < 1, "0 or more and below 1")
-        _check("refresh_every", refresh_every, refresh_every >= 1, "1 or more")
-        _check("form", form, form in FORMS, f"one of {', '.join(FORMS)}")
-        _check("power", power, power > 0, "above 0")
-        _check("power", power, power == 1 or form == "inverse", "1 with form 'sandwich'")
+        self._damping = damping_schedule(damping)
+        check("cov_decay", cov_decay, 0 <= cov_decay < 1, "0 or more and below 1")
+        check_whole("refresh_every", refresh_every)
+        check("form", form, form in FORMS, f"one of {', '.join(FORMS)}")
+        check("power", power, power > 0, "above 0")
+        check("power", power, power == 1 or form == "inverse", "1 with form 'sandwich'")
+        check_optimizer(optimizer, form)
         in_order = anneal is None or 0 <= anneal[0] < anneal[1]
-        _check("anneal", anneal, in_order, "(first, last) steps, first below last")
+        check("anneal", anneal, in_order, "(first, last) steps, first below last")
         self._anneal = anneal
-        _check("max_side", max_side, max_side >= 1, "1 or more")
-        _check("conv_mode", conv_mode, conv_mode in CONV_MODES, f"one of {', '.join(CONV_MODES)}")
+        check_whole("max_side", max_side)
+        check_whole("max_patch", max_patch)
+        check_whole("max_nonfinite", max_nonfinite)
+        check("conv_mode", conv_mode, conv_mode in CONV_MODES, f"one of {', '.join(CONV_MODES)}")
         super().__init__([dict(group) for group in optimizer.param_groups], {})
         self.optimizer, self.refresh_every = optimizer, refresh_every
         self._share()
         self.steps = self._refreshed_at = 0
-        named = [r if isinstance(r, LayerRule) else LayerRule(**r) for r in rules]
         optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.plan = make_plan(
-            model, optimized, named, Defaults(conv_mode, bias, max_side, max_patch)
+            model, optimized, layer_rules(rules), Defaults(conv_mode, bias, max_side, max_patch)
         )
         if form != "inverse" or power != 1 or 0 in self._damping[:2]:
-            _refuse_dual(self.plan.layers)
+            refuse_dual(self.plan.layers)
         self.statistics = Statistics()
         for layer in self.plan.layers:
-            limit = max_rows if layer.rule.max_rows is None else layer.rule.max_rows
-            rows = _row_limit(limit)
+            rows = row_limit(max_rows if layer.rule.max_rows is None else layer.rule.max_rows)
             statistic = Statistic(layer.name, layer.case, layer.parameters[0], rows)
             self.statistics.all.append(statistic)
             for module, case in layer.readers:
@@ -136,7 +145,11 @@ class DoPr(torch.optim.Optimizer):
                 self._refreshed_at = self.steps
                 piles = self.statistics.close()
                 self.statistics.pair()
+                self.statistics.part()
                 self.preconditioner.refresh(piles, *self._schedule(self.steps))
+                for layer in self.plan.frozen:
+                    if layer.parameters[0].grad is not None:
+                        self.preconditioner.report_thawed(layer.name)
             ready = self._precondition()
         if self.preconditioner.form.sandwich:
             self._step_sandwich(ready)
@@ -265,32 +278,3 @@ class DoPr(torch.optim.Optimizer):
             for parameter, old, move in zip(layer.parameters, before, moved, strict=True):
                 parameter.copy_(old.mul_(kept[id(parameter)]))
                 local(parameter).add_(move)
-
-
-def _refuse_dual(layers: list[Layer]) -> None:
-    for layer in layers:
-        if isinstance(layer.case, DualCase):
-            raise ValueError(
-                f"DoPr: layer {layer.name!r} has mode 'dual', which needs form 'inverse', power 1 "
-                "and damping above 0: change these or give it another mode"
-            )
-
-
-def _row_limit(max_rows: int | str | None) -> int | None:
-    if max_rows is None or max_rows == "all":
-        return None
-    good = isinstance(max_rows, int) and max_rows >= 1
-    _check("max_rows", max_rows, good, "1 or more, or 'all'")
-    return int(max_rows)
-
-
-def _damping_schedule(damping: float | tuple[float, float, int]) -> tuple[float, float, int]:
-    first, last, steps = damping if isinstance(damping, tuple | list) else (damping, damping, 1)
-    _check("damping", damping, min(first, last) >= 0 and steps >= 1, "0 or more")
-    _check("damping", damping, first == last or min(first, last) > 0, "above 0 to be scheduled")
-    return first, last, steps
-
-
-def _check(name: str, value: object, good: bool, allowed: str) -> None:
-    if not good:
-        raise ValueError(f"DoPr: {name} is {value}, it must be {allowed}")

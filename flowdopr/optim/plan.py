@@ -78,10 +78,12 @@ class Layer:
 
 @dataclass
 class Plan:
-    """The layers to precondition, and (name, shape, AP mode or "none", reason) per parameter."""
+    """The layers to precondition, (name, shape, AP mode or "none", reason) per parameter, and the
+    weights that would be preconditioned if they were not frozen."""
 
     layers: list[Layer]
     roles: list[tuple[str, tuple[int, ...], str, str]]
+    frozen: list[Layer]
 
 
 class _Planner:
@@ -164,10 +166,11 @@ def make_plan(
     """
     planner = _Planner(model, rules, defaults)
     modes: dict[int, str] = {}
-    layers = []
+    layers, frozen = [], []
     for layer in planner.layers.values():
         if not layer.parameters[0].requires_grad:
             planner.refused[id(layer.parameters[0])] = "frozen"
+            frozen.append(layer)
             continue
         for parameter in layer.parameters:
             if id(parameter) not in optimized:
@@ -189,7 +192,7 @@ def make_plan(
         plain = "frozen" if not parameter.requires_grad else "not the weight of a layer"
         reason = "layer input" if mode != "none" else planner.refused.get(id(parameter), plain)
         roles.append((name, tuple(parameter.shape), mode, reason))
-    return Plan(layers, roles)
+    return Plan(layers, roles, frozen)
 
 
 def make_case(module: nn.Module, rule: LayerRule, defaults: Defaults) -> Case | str:

@@ -93,8 +93,18 @@ class Preconditioner:
         if name not in self._unseen:
             self._unseen.add(name)
             logger.warning(
-                "layer %s: has a gradient but no refresh has seen finite inputs; the GP alone takes "
-                "it until one does, or for good if its weight is used without calling the module",
+                "layer %s: has a gradient, but no refresh has seen finite inputs; GP alone until "
+                "one does, or for good if its weight is used without calling the module",
+                name,
+            )
+
+    def report_thawed(self, name: str) -> None:
+        """Say once that a layer that was frozen when DoPr was built has a gradient."""
+        if name not in self._unseen:
+            self._unseen.add(name)
+            logger.warning(
+                "layer %s: frozen when DoPr was built, trains now; GP alone, build DoPr anew after "
+                "requires_grad_(True)",
                 name,
             )
 

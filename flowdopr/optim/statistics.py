@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from flowdopr.optim.dual import DualCase
 from flowdopr.optim.layers import Case
@@ -139,7 +140,7 @@ class Hook:
         x = args[0] if args else kwargs["input"]
         if torch.compiler.is_compiling():
             torch.ops.flowdopr.gather(x.detach(), self.token, self.handle, self.index)
-        else:
+        elif not is_functorch_wrapped_tensor(x):  # inside torch.func
             _gather(x, self.handle, self.index, traced=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
@@ -230,6 +231,23 @@ class Statistics:
             if statistic.twin is not None and statistic.twin.twin is not None:
                 statistic.twin = statistic.twin.twin
 
+    def part(self) -> None:
+        """Give a statistic that was fed another tensor than its twin one of its own.
+
+        It goes on from the twin's average, which its next refresh all but forgets.
+        """
+        twins = [statistic for statistic in self.all if statistic.twin is not None]
+        if not twins:
+            return
+        parted = agreed([int(s.name in self._parted) for s in twins], twins[0].device)
+        for statistic, apart in zip(twins, parted, strict=True):
+            twin = statistic.twin
+            if apart == 0 or twin is None:  # -1: on some ranks only
+                continue
+            statistic.twin, statistic.transform = None, twin.transform
+            statistic.sigma = None if twin.sigma is None else twin.sigma.clone()
+            statistic.weight, statistic.refreshes = twin.weight, 0
+
     def close(self) -> list[Pile]:
         """End the window; returns what each statistic gathered, in order."""
         self._backward_ran = False
@@ -261,7 +279,7 @@ class Statistics:
             self._parted.add(statistic.name)
             if statistic.twin is not None:
                 logger.warning(
-                    "layer %s: no longer fed the tensor of %s, whose statistics it uses",
+                    "layer %s: no longer fed the tensor of %s, whose statistics it used so far",
                     statistic.name,
                     statistic.twin.name,
                 )

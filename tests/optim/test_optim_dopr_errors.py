@@ -7,8 +7,10 @@ import pytest
 import torch
 from layer_cases import adamw, small_model
 from torch import nn
+from torch.optim import LBFGS
 
 from flowdopr.optim.dopr import DoPr
+from flowdopr.optim.kfac import KFAC
 from flowdopr.optim.plan import LayerRule
 
 BAD: list[tuple[str, Callable[[nn.Module], DoPr]]] = [
@@ -20,6 +22,20 @@ BAD: list[tuple[str, Callable[[nn.Module], DoPr]]] = [
     ("max_rows is -1", lambda m: adamw(m, rules=[LayerRule("3", max_rows=-1)])),
     ("decides no layer", lambda m: adamw(m, rules=[LayerRule("attention")])),
     ("not in the optimizer", lambda m: DoPr(torch.optim.SGD(m[0].parameters()), m)),
+    ("refresh_every is 1.5, it must be a whole number", lambda m: adamw(m, refresh_every=1.5)),
+    ("max_side is 0", lambda m: adamw(m, max_side=0)),
+    ("max_side of a rule is 0", lambda m: adamw(m, rules=[LayerRule("3", max_side=0)])),
+    ("max_nonfinite is -1", lambda m: adamw(m, max_nonfinite=-1)),
+    ("damping is inf", lambda m: adamw(m, damping=float("inf"))),
+    ("layer rule '\\(': not a regular expression", lambda m: adamw(m, rules=[LayerRule("(")])),
+    ("has no field 'mod'", lambda m: adamw(m, rules=[{"pattern": "3", "mod": "full"}])),
+    ("a layer rule needs a pattern", lambda m: adamw(m, rules=[{"mode": "full"}])),
+    ("KFAC preconditions by layer inputs itself", lambda m: DoPr(KFAC(m), m)),
+    ("LBFGS evaluates the loss several times", lambda m: DoPr(LBFGS(m.parameters()), m)),
+    (
+        "Adafactor reads them: use form 'inverse'",
+        lambda m: DoPr(torch.optim.Adafactor(m.parameters()), m, form="sandwich"),
+    ),
     ("no trainable layer", lambda m: adamw(m, rules=[LayerRule("", mode="none")])),
 ]
 
@@ -68,6 +84,18 @@ def test_a_weight_used_without_its_module_is_reported_once(caplog) -> None:
     assert caplog.text.count("no refresh has seen finite inputs") == 1
 
 
+def test_a_layer_that_was_frozen_at_the_start_is_reported_when_it_trains(caplog) -> None:
+    model = small_model()
+    model[3].weight.requires_grad_(False)
+    optimizer = adamw(model, refresh_every=1)
+    with caplog.at_level(logging.WARNING, "flowdopr.optim"):
+        for thawed in (False, True, True):
+            model[3].weight.requires_grad_(thawed)
+            model(torch.randn(6, 2, 4, 4)).sum().backward()
+            optimizer.step()
+            assert caplog.text.count("layer 3: frozen when DoPr was built") == int(thawed)
+
+
 def test_rules_may_be_mappings() -> None:
     model = small_model()
     optimizer = adamw(model, rules=[{"pattern": "^4$", "mode": "diagonal"}])
@@ -85,3 +113,11 @@ def test_the_programs_matmul_precision_is_given_back(precision: str) -> None:
     after = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(before)
     assert after == precision
+
+
+def test_transforms_of_torch_func_pass_by() -> None:
+    model = small_model()
+    optimizer = adamw(model, refresh_every=1)
+    x = torch.randn(5, 6, 2, 4, 4)
+    torch.testing.assert_close(torch.vmap(model)(x), torch.stack([model(part) for part in x]))
+    assert optimizer.statistics.all[-1].fresh.count == 30

@@ -76,6 +76,38 @@ def test_parted_twins_are_reported(caplog) -> None:
     assert caplog.text.count("layer v: no longer fed the tensor of q") == 1
 
 
+def test_parted_twins_have_statistics_of_their_own_from_the_next_refresh_on() -> None:
+    """Their M is what a layer that never shared gets, once the common past is forgotten."""
+    ends = []
+    for apart_first in (False, True):
+        model = Attention()
+        model.apart = apart_first
+        optimizer = adamw(model, refresh_every=1, cov_decay=0.0)
+        train(model, optimizer, range(1))
+        model.apart = True
+        train(model, optimizer, range(1, 2))  # notices
+        train(model, optimizer, range(2, 3))  # gathers for itself
+        v = optimizer.statistics.all[2]
+        assert (v.name, v.twin) == ("v", None)
+        ends.append((v.transform, optimizer.statistics.all[0].transform))
+    for shared, alone in zip(*ends, strict=True):
+        torch.testing.assert_close(shared, alone)
+
+
+def test_a_twin_outlives_a_leader_that_no_longer_runs() -> None:
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    model = nn.ModuleList([first, second])
+    optimizer = adamw(model, refresh_every=1, cov_decay=0.0)
+    for step in range(4):
+        optimizer.zero_grad()
+        x = (step + 1) * torch.randn(5, 3)
+        (first(x) + second(x) if step == 0 else second(x)).square().mean().backward()
+        optimizer.step()
+    own = optimizer.statistics.all[1]
+    assert own.twin is None
+    torch.testing.assert_close((own.sigma / own.weight)[0, 0].tril(), (x.mT @ x / 5).tril())
+
+
 def test_recomputed_forwards_pair_once() -> None:
     for reentrant in (False, True):
         model = Attention()
