@@ -57,7 +57,8 @@ class Dropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         dropped = round(self.p * 2**16)
-        if not self.training or not input.is_cpu or dropped in (0, 2**16):
+        compiled = torch.compiler.is_compiling()  # the compiler draws and multiplies in one pass
+        if not self.training or not input.is_cpu or compiled or dropped in (0, 2**16):
             return super().forward(input)
         words = torch.empty((input.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         bits = words.view(torch.int16)[: input.numel()]

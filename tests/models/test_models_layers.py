@@ -177,3 +177,11 @@ def test_dropout_at_its_ends_and_in_evaluation():
     assert torch.equal(Dropout(0.5).eval()(x), x)
     assert Dropout(0.5)(x[:0]).shape == (0, 5)
     assert Dropout(0.5)(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_dropout_compiles_in_one_graph():
+    torch.manual_seed(0)
+    dropout, x = Dropout(0.25), torch.ones(2**14)
+    out = torch.compile(dropout, fullgraph=True, backend="aot_eager")(x)
+    assert set(out.unique().tolist()) == {0.0, pytest.approx(1 / 0.75)}
+    assert abs((out == 0).double().mean() - 0.25) < 4 * (0.25 * 0.75 / 2**14) ** 0.5
