@@ -131,8 +131,9 @@ class TrainConfig(Section):
     """Decays of exponential weight averages; the first one is sampled from. Step k uses at most
     (1 + k) / (10 + k)."""
     ema_lengths: tuple[Annotated[float, Field(gt=0, le=0.28)], ...] = ()
-    """Relative lengths (sigma_rel) of power-function averages (EDM2). With two or more, any other
-    length can be sampled from afterwards: weights `posthoc-LENGTH`."""
+    """Relative lengths (sigma_rel) of power-function averages (EDM2). From two or more, such as
+    [0.05, 0.1], and several checkpoints, other lengths are made afterwards: weights
+    `posthoc-LENGTH`. A length that they give only roughly is refused."""
     log_every: Count = 50
     """Steps between lines of metrics.jsonl."""
     validate_every: Count | None = None
@@ -142,7 +143,8 @@ class TrainConfig(Section):
     checkpoint_every: Count | None = None
     """Steps between checkpoints; null: only at the end (and when interrupted)."""
     keep_checkpoints: Count | None = None
-    """How many of the newest checkpoints stay on disk; null: all."""
+    """How many of the newest checkpoints stay on disk; null: all. Of those dropped, the averages of
+    `ema_lengths` stay, for `posthoc-LENGTH`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

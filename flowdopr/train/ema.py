@@ -10,8 +10,9 @@ grows with training and is named relative to it, by sigma_rel:
 
     b_k = (1 - 1/k)^(gamma + 1),   sigma_rel = (gamma + 1)^1/2 (gamma + 2)^-1 (gamma + 3)^-1/2   (2)
 
-Snapshots of such averages span a space in which other lengths lie almost exactly (section 3.2):
-`reconstruct` finds their coefficients by least squares between the weights of tau.
+Snapshots of such averages span a space in which other lengths lie almost exactly (section 3.2) if
+there are enough of them: `posthoc_coefficients` finds their coefficients by least squares between
+the weights of tau, with sum 1 like those, and refuses where the fit is poor.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ import torch
 from torch import Tensor, nn
 
 MAX_LENGTH = 0.28  # sigma_rel of gamma = 0 is 0.2887: no longer average increases with tau
+# Error of a profile over its own size, both as root sums of squares over tau. Where the weights'
+# noise is independent from step to step, it is the error of the made average over the noise left in
+# the true one; where they walk randomly, about the error over the true one's distance from the
+# newest weights. At a tenth of that, what is made is still plainly the length that was asked for.
+MAX_ERROR = 0.1
 
 
 class Average:
@@ -47,10 +53,16 @@ class EMA:
     """Running averages of a model's floating-point weights and buffers, one for each rule;
     other buffers are the newest.
 
-    ema = EMA(model, [Average(decay=0.999), Average(length=0.1)])
-    ema.update(step)          # after each optimizer step, from 1
-    with ema.applied(model):  # the model computes with the first average in here
-        ...
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> ema = EMA(model, [Average(length=0.1), Average(decay=0.999)])
+    >>> for step in (1, 2, 3):  # after each optimizer step, from 1
+    ...     _ = nn.init.constant_(model.weight, float(step))
+    ...     ema.update(step)
+    >>> with ema.applied(model):  # the model computes with the first average in here
+    ...     print(f"{model.weight.item():.2f}")
+    2.96
+    >>> model.weight.item()
+    3.0
     """
 
     def __init__(self, model: nn.Module, averages: Sequence[Average]):
@@ -108,22 +120,50 @@ def gamma_of(length: float) -> float:
 
 
 def posthoc_coefficients(
-    snapshots: Iterable[tuple[int, float]], step: int, length: float
+    snapshots: Iterable[tuple[int, float]],
+    step: int,
+    length: float,
+    *,
+    max_error: float = MAX_ERROR,
 ) -> np.ndarray:
-    """Coefficients (N,) that combine power-function snapshots into another length.
+    """Coefficients (N,) with sum 1 that combine power-function snapshots into another length.
+
+    >>> kept = [(step, length) for step in (250, 500, 750, 1000) for length in (0.05, 0.1)]
+    >>> coefficients = posthoc_coefficients(kept, step=1000, length=0.08)
+    >>> print(f"{coefficients.sum():.6f}, of the last two {coefficients[-2:].round(2)}")
+    1.000000, of the last two [0.26 0.78]
 
     Args:
         snapshots: (step, length) of each stored average.
         step: the step at which the new average ends.
         length: its sigma_rel.
+        max_error: the largest error of the profile over its own size, root sums of squares.
+
+    Raises:
+        ValueError: a length out of range, or the snapshots give its profile less exactly.
     """
-    known = [(t, gamma_of(sigma)) for t, sigma in snapshots]
+    known = [(t / step, gamma_of(sigma)) for t, sigma in snapshots]
+    target = (1.0, gamma_of(length))
     gram = np.array([[_overlap(a, b) for b in known] for a in known])
-    wanted = np.array([_overlap(a, (step, gamma_of(length))) for a in known])
-    return np.linalg.lstsq(gram, wanted, rcond=None)[0]
+    wanted = np.array([_overlap(a, target) for a in known])
+    ones = np.ones((len(known), 1))
+    # Stationary where gram c + multiplier = wanted, under sum(c) = 1.
+    system = np.block([[gram, ones], [ones.T, np.zeros((1, 1))]])
+    found = np.linalg.lstsq(system, np.append(wanted, 1.0), rcond=None)[0][:-1]
+    size = _overlap(target, target)
+    square = found @ gram @ found - 2 * found @ wanted + size
+    error = (max(square, 0.0) / size) ** 0.5
+    if error > max_error:
+        raise ValueError(
+            f"{len(known)} stored average{'s' * (len(known) > 1)} up to step {step} give its "
+            f"profile only to a relative error of {error:.2g}, more than {max_error:g}: choose a length nearer to "
+            "theirs, or train with more checkpoints (train.checkpoint_every) and two or more "
+            "train.ema_lengths around it"
+        )
+    return found
 
 
-def _overlap(a: tuple[int, float], b: tuple[int, float]) -> float:
+def _overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
     """Integral over tau of the two averages' weights, (gamma + 1) tau^gamma / t^(gamma + 1)."""
     (t_a, gamma_a), (t_b, gamma_b) = a, b
     shorter = min(t_a, t_b)
@@ -134,7 +174,11 @@ def _overlap(a: tuple[int, float], b: tuple[int, float]) -> float:
 def combine(
     parts: Iterable[Mapping[str, Tensor]], coefficients: Sequence[float]
 ) -> dict[str, Tensor]:
-    """The weighted sum of state dicts, summed in float64; other entries come from the last one."""
+    """The weighted sum of state dicts, summed in float64; other entries come from the last one.
+
+    >>> combine([{"w": torch.tensor([1.0])}, {"w": torch.tensor([5.0])}], [0.25, 0.75])
+    {'w': tensor([4.])}
+    """
     total: dict[str, Tensor] = {}
     last: Mapping[str, Tensor] = {}
     for last, coefficient in zip(parts, coefficients, strict=True):

@@ -5,6 +5,7 @@
     versions.json    versions, commit, hardware   samples/        step-00000500.png
     checkpoints/step-00000500/                    evaluation/     cards
         model.safetensors, ema-0.9999.safetensors, ..., state.pt, checkpoint.json
+    averages/step-00000250/    the power-function averages of a checkpoint that was dropped
 
 A checkpoint is written beside its place and renamed into it, so whatever bears its name is whole.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,15 @@ from flowdopr.config import Config, ConfigError, load_config, to_dict, to_yaml
 from flowdopr.data import DatasetInfo
 from flowdopr.disk import LOCK, to_disk, write_text
 from flowdopr.models import build_model
-from flowdopr.train.ema import Average, combine, posthoc_coefficients
+from flowdopr.train.averages import (
+    CHECKPOINTS,
+    LEFT,
+    averages_of,
+    drop_checkpoints,
+    folder_of,
+    posthoc_weights,
+    steps_in,
+)
 from flowdopr.train.provenance import with_earlier
 
 # Settings that may change when a run goes on: they do not change what the weights become.
@@ -39,7 +47,7 @@ FREE_ON_RESUME = (
 )
 # What `create` makes before config.yaml, which turns a folder into a run; a crash may leave these.
 BEFORE_CONFIG = {
-    *("checkpoints", "samples", "evaluation", "versions.json", "dataset.json", LOCK),
+    *(CHECKPOINTS, "samples", "evaluation", "versions.json", "dataset.json", LOCK),
     *(f"{name}.part" for name in ("versions.json", "dataset.json", "config.yaml")),
 }
 
@@ -75,9 +83,11 @@ class RunFolder:
         """
         cls.check_place(config, dataset, resume=resume)
         path = Path(config.output) / config.name
-        for folder in ("checkpoints", "samples", "evaluation"):
+        for folder in (CHECKPOINTS, "samples", "evaluation"):
             (path / folder).mkdir(parents=True, exist_ok=True)
         run = cls(path, config, dataset)
+        if not run.steps():  # what an earlier run left of its checkpoints is none of this one
+            shutil.rmtree(path / LEFT, ignore_errors=True)
         if config.train.steps not in run.steps():  # a finished run keeps what it was made by
             made_by = with_earlier(made_by, run.made_by(), max(run.steps(), default=0))
             write_text(path / "versions.json", json.dumps(made_by, indent=2) + "\n")
@@ -115,13 +125,11 @@ class RunFolder:
     # Checkpoints
 
     def checkpoint_path(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step-{step:08d}"
+        return self.path / CHECKPOINTS / folder_of(step)
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, ascending."""
-        found = (self.path / "checkpoints").glob("step-*")
-        names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in found)
-        return sorted(int(name[1]) for name in names if name)
+        return steps_in(self.path / CHECKPOINTS)
 
     def save_checkpoint(
         self,
@@ -154,8 +162,7 @@ class RunFolder:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(part, final)
         keep = self.config.train.keep_checkpoints
-        for old in self.steps()[: -keep if keep else 0]:
-            shutil.rmtree(self.checkpoint_path(old))
+        drop_checkpoints(self.path, self.steps()[: -keep if keep else 0])
         return final
 
     def load_state(self, step: int) -> dict[str, Any]:
@@ -170,13 +177,13 @@ class RunFolder:
         Args:
             weights: "raw"; "ema", the average that is sampled from; an average's own name, such as
                 "ema-0.999" or "power-0.1"; "posthoc-LENGTH", made from all power-function averages
-                stored up to `step`.
+                stored up to `step`, those of dropped checkpoints too.
 
         Raises:
-            ConfigError: this run has no such weights.
+            ConfigError: this run has no such weights, or too few averages to make them.
         """
         if weights.startswith("posthoc-"):
-            return self._posthoc(step, weights)
+            return posthoc_weights(self.path, self.config, step, weights)
         names = [average.name for average in averages_of(self.config)]
         files = {"raw": "model", "ema": names[0], **{name: name for name in names}}
         if weights not in files:
@@ -185,19 +192,6 @@ class RunFolder:
                 + (", posthoc-LENGTH" if self.config.train.ema_lengths else "")
             )
         return load_file(self.checkpoint_path(step) / f"{files[weights]}.safetensors")
-
-    def _posthoc(self, step: int, weights: str) -> dict[str, Tensor]:
-        lengths = self.config.train.ema_lengths
-        if not lengths:
-            raise ConfigError(f"{self.path}: {weights} needs a run with train.ema_lengths")
-        try:
-            snapshots = [(t, length) for t in self.steps() if t <= step for length in lengths]
-            length = float(weights.removeprefix("posthoc-"))
-            coefficients = posthoc_coefficients(snapshots, step, length)
-        except ValueError as error:
-            raise ConfigError(f"{self.path}: weights {weights}: {error}") from None
-        parts = (self.load_weights(t, Average(length=length).name) for t, length in snapshots)
-        return combine(parts, coefficients.tolist())
 
     def load_model(
         self,
@@ -238,17 +232,6 @@ class RunFolder:
         kept = [line for line in self.metrics() if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_text(self.path / "metrics.jsonl", text)
-
-
-def averages_of(config: Config) -> list[Average]:
-    """The weight averages that `config.train` asks for; the first is sampled from."""
-    settings = config.train
-    averages = [Average(decay=decay) for decay in settings.ema_decays]
-    averages += [Average(length=length) for length in settings.ema_lengths]
-    names = [average.name for average in averages]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f"train.ema_decays, train.ema_lengths: {twice[0]} is given twice")
-    return averages
 
 
 def check_same_run(run: RunFolder, config: Config, dataset: DatasetInfo) -> None:

@@ -1,13 +1,21 @@
 """Weight averages against their definitions, and lengths reconstructed after training."""
 
+import doctest
+
 import numpy as np
 import pytest
 import torch
 from tiny import again, tiny, weights
 
 from flowdopr.config import ConfigError
-from flowdopr.train import EMA, Average, RunFolder, train
+from flowdopr.train import EMA, Average, RunFolder, ema, train
 from flowdopr.train.ema import combine, gamma_of, posthoc_coefficients
+
+
+def test_the_examples_run():
+    found = doctest.testmod(ema)
+    assert found.attempted
+    assert not found.failed
 
 
 def random_walk(steps: int) -> torch.Tensor:
@@ -67,7 +75,7 @@ def test_other_lengths_are_reconstructed():
     keys = [(step, length) for step in snapshots for length in stored]
     for average, length in zip(wanted, (0.06, 0.08, 0.13), strict=True):
         coefficients = posthoc_coefficients(keys, steps, length)
-        assert coefficients.sum() == pytest.approx(1, abs=0.01)
+        assert coefficients.sum() == pytest.approx(1, abs=1e-9)
         parts = (copies[step, f"power-{sigma:g}"] for step, sigma in keys)
         made = combine(parts, coefficients.tolist())["w"][0]
         scale = (path[-1] - path.mean(0)).norm()
@@ -78,6 +86,67 @@ def test_a_stored_length_is_its_own_reconstruction():
     keys = [(step, length) for step in (10, 20, 30) for length in (0.05, 0.1)]
     coefficients = posthoc_coefficients(keys, 30, 0.1)
     np.testing.assert_allclose(coefficients, [0, 0, 0, 0, 0, 1], atol=1e-6)
+
+
+def test_few_averages_keep_the_weights_scale_or_are_refused():
+    keys = [(200, 0.05), (200, 0.1)]
+    for length in (0.06, 0.25):  # the free least squares give 0.25 coefficients with sum 0.5
+        coefficients = posthoc_coefficients(keys, 200, length, max_error=np.inf)
+        assert coefficients.sum() == pytest.approx(1, abs=1e-9)
+    posthoc_coefficients(keys, 200, 0.06)
+    with pytest.raises(ValueError, match=r"2 stored .* error of 1, more than 0\.1: choose"):
+        posthoc_coefficients(keys, 200, 0.25)
+    with pytest.raises(ValueError, match=r"1 stored average up to step 200"):
+        posthoc_coefficients(keys[:1], 200, 0.1)
+
+
+def test_the_reported_error_is_the_profiles():
+    step, length, keys = 400, 0.15, [(t, sigma) for t in (200, 400) for sigma in (0.05, 0.1)]
+    coefficients = posthoc_coefficients(keys, step, length, max_error=np.inf)
+    tau = (np.arange(40_000) + 0.5) * step / 40_000
+
+    def profile(end, sigma):
+        gamma = gamma_of(sigma)
+        return np.where(tau < end, (gamma + 1) * (tau / end) ** gamma / end, 0.0)
+
+    made = sum(c * profile(*key) for c, key in zip(coefficients, keys, strict=True))
+    wanted = profile(step, length)
+    error = np.linalg.norm(made - wanted) / np.linalg.norm(wanted)
+    posthoc_coefficients(keys, step, length, max_error=error * 1.001)
+    with pytest.raises(ValueError, match=f"error of {error:.2g}"):
+        posthoc_coefficients(keys, step, length, max_error=error * 0.999)
+
+
+def test_dropped_checkpoints_leave_their_power_averages(tmp_path):
+    settings = ["train.ema_lengths=[0.05, 0.1]", "train.checkpoint_every=1"]
+    config = tiny(tmp_path, *settings)
+    whole = RunFolder.open(train(config))
+    kept = RunFolder.open(train(again(config, "name=kept", "train.keep_checkpoints=2")))
+    assert kept.steps() == [7, 8]
+    left = sorted((kept.path / "averages").glob("*/*"))
+    assert {file.name for file in left} == {f"power-{x}.safetensors" for x in (0.05, 0.1)}
+    assert [folder.name for folder in sorted((kept.path / "averages").iterdir())] == [
+        f"step-{step:08d}" for step in range(1, 7)
+    ]
+    found, expected = (run.load_weights(8, "posthoc-0.14") for run in (kept, whole))
+    for key, value in expected.items():
+        assert torch.equal(found[key], value)
+    with pytest.raises(ConfigError, match=r"weights posthoc-0\.02: 16 stored averages up to"):
+        kept.load_weights(8, "posthoc-0.02")
+
+
+def test_a_drop_that_was_cut_is_finished(tmp_path):
+    config = tiny(tmp_path, "train.ema_lengths=[0.05, 0.1]", "train.checkpoint_every=1")
+    config = again(config, "train.keep_checkpoints=2")
+    path = train(config)
+    oldest = path / "checkpoints" / "step-00000007"
+    oldest.rename(oldest.with_name("step-00000007.dropped"))
+    assert RunFolder.open(path).steps() == [8]
+    train(again(config, "train.steps=10"), resume=True)
+    assert len(list((path / "averages" / "step-00000007").iterdir())) == 2
+    assert {item.name for item in (path / "checkpoints").iterdir()} == {
+        "step-00000009", "step-00000010",
+    }  # fmt: skip
 
 
 def test_a_run_keeps_several_averages_and_makes_others(tmp_path):
