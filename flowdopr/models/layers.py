@@ -17,27 +17,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# With AVX-512, oneDNN's 1x1 convolution runs float32 at full width on every x86 CPU. MKL, which is
-# behind F.linear, uses half of it on other makers' CPUs than its own: half the speed of a DiT.
-ONEDNN_IS_FAST = (
-    torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-)
-# torch gives 1x1 convolutions of fewer images to a slower kernel; fewer rows are faster in MKL.
-ONEDNN_IMAGES, ONEDNN_MIN_ROWS = 16, 512
+from flowdopr.products import linear
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` (..., d_in) -> (..., d_out), computed by oneDNN where that is faster."""
+    """`nn.Linear` (..., d_in) -> (..., d_out) by `products.linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = input.shape[:-1].numel()
-        suits = ONEDNN_IS_FAST and input.is_cpu and input.dtype == torch.float32
-        if not suits or rows < ONEDNN_MIN_ROWS or rows % ONEDNN_IMAGES:
-            return super().forward(input)
-        # Rows become the pixels of channels-last images one pixel high: views, no copies.
-        pixels = input.reshape(ONEDNN_IMAGES, -1, self.in_features).mT.unsqueeze(2)
-        out = F.conv2d(pixels, self.weight[:, :, None, None], self.bias)
-        return out.squeeze(2).mT.reshape(*input.shape[:-1], self.out_features)
+        return linear(input, self.weight, self.bias)
 
 
 class FusedLinear(Linear):

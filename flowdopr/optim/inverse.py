@@ -42,7 +42,7 @@ class Inverses:
 def full_precision() -> Iterator[None]:
     """Matrix products in true float32, whatever the program has set for its own."""
     mkldnn: Any = torch.backends.mkldnn  # its attributes are made at run time
-    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
+    backends = (torch.backends.cuda.matmul, mkldnn.matmul, mkldnn.conv)
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"

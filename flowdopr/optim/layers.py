@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flowdopr.products import linear
+
 
 def kept_rows(total: int, max_rows: int | None, device: torch.device) -> Tensor | None:
     """The numbers of `max_rows` of `total` evenly spread rows, ascending; None where all are kept.
@@ -132,7 +134,12 @@ class Case:
     def multiply(self, grads: Sequence[Tensor], stack: Tensor) -> list[Tensor]:
         """The gradient matrix times `stack` from the right, as gradients again."""
         matrix = self.matrix(grads).to(stack.dtype)
-        product = matrix * stack if self.side == 1 else matrix @ stack
+        if self.side == 1:
+            product = matrix * stack
+        elif self.groups * self.blocks == 1:
+            product = linear(matrix[0, 0], stack[0, 0].mT)[None, None]
+        else:
+            product = matrix @ stack
         return self.gradients(product, grads)
 
     def batch_key(self, grads: Sequence[Tensor]) -> tuple[object, ...] | None:
