@@ -57,7 +57,8 @@ class FlowMatching:
         sigma_data: standard deviation of the data, for the weighting "edm".
 
     Raises:
-        ValueError: for an unknown prediction or weighting, or a probability outside [0, 1].
+        ValueError: for an unknown prediction or weighting, a weighting that float32 cannot hold on
+            this path, or a probability outside [0, 1].
     """
 
     def __init__(
@@ -80,7 +81,11 @@ class FlowMatching:
         self.coupling = coupling
         self.class_dropout_prob = class_dropout_prob
         self.sigma_data = sigma_data
-        self._weight(torch.zeros(1))  # an unknown weighting is refused here
+        if not self._weight(torch.linspace(0, 1, 101)).isfinite().all():
+            raise ValueError(
+                f"weighting={weighting!r} of prediction={prediction!r} leaves float32 on this path "
+                f"({type(self.path).__name__}): choose weighting 'uniform' or 'velocity'"
+            )
 
     def _weight(self, t: Tensor) -> Tensor:
         return loss_weight(self.weighting, t, self.path, self.prediction, self.sigma_data)

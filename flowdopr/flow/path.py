@@ -9,10 +9,15 @@ scalar. The arithmetic is float32 at least, whatever the dtype of the images.
 """
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# Of the paths whose derivatives diverge at t = 1: how near to it float32 still tells times apart.
+NEAREST = 1e-6
+SAFE_LEVEL = 1e-3  # noise level sigma_t / alpha_t down to which data determines the velocity
 
 
 class Coefficients(NamedTuple):
@@ -42,8 +47,8 @@ class PathSample(NamedTuple):
 class Path:
     """Base of all paths; a subclass defines `_coefficients`.
 
-    `end` is the last time at which the derivatives are finite: 1 for most, a little less for the
-    paths whose sigma_t' diverges at t = 1. Later times are treated as `end`.
+    `end` is the last time that is used: 1 for most, and for the paths whose sigma_t' diverges at
+    t = 1 the time of noise level SAFE_LEVEL. Later times are treated as `end`.
     `still_at_start` says that the velocity is zero at t = 0 whatever x_0 and x_1 are.
     `has_score` says that x_t given x_1 is Gaussian, which stochastic sampling needs.
     """
@@ -64,6 +69,18 @@ class Path:
         """Coefficients at `t` (scalar or (B,)), shaped to multiply `x` (B, ...)."""
         return self(expand(t, x))
 
+    def time_at(self, level: float) -> float:
+        """The time at which sigma_t / alpha_t falls to `level`; 0 for a path that starts below it.
+
+        >>> round(LinearPath().time_at(1.0), 6)
+        0.5
+        """
+        return _time_at(self, level)
+
+    def _end(self) -> float:
+        """`end` of a path whose sigma_t' diverges at t = 1."""
+        return min(self.time_at(SAFE_LEVEL), 1 - NEAREST)
+
     def sample(self, x_0: Tensor, x_1: Tensor, t: Tensor) -> PathSample:
         """Equations (1) and (2).
 
@@ -74,6 +91,17 @@ class Path:
         """
         c = self.at(t, x_1)
         return PathSample(c.alpha * x_1 + c.sigma * x_0, c.d_alpha * x_1 + c.d_sigma * x_0)
+
+
+@lru_cache(maxsize=1024)
+def _time_at(path: Path, level: float) -> float:
+    """By bisection in float64: the noise level falls from noise to data on every path."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        c = path._coefficients(torch.tensor(middle, dtype=torch.float64))
+        low, high = (middle, high) if c.sigma > level * c.alpha else (low, middle)
+    return low
 
 
 def expand(t: Tensor, x: Tensor) -> Tensor:
@@ -115,17 +143,18 @@ class VariancePreservingPath(Path):
     pure noise.
 
     Raises:
-        ValueError: unless 0 < beta_min <= beta_max.
+        ValueError: unless 0 < beta_min <= beta_max; or for a sum below 1, with which the path does
+            not start at noise, or above 340, with which alpha_0 leaves float32.
     """
 
-    end = 1 - 1e-4
-
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
-        if not 0 < beta_min <= beta_max:
+        if not (0 < beta_min <= beta_max and 1 <= beta_min + beta_max <= 340):
             raise ValueError(
-                f"beta_min={beta_min}, beta_max={beta_max}: need 0 < beta_min <= beta_max"
+                f"beta_min={beta_min}, beta_max={beta_max}: need 0 < beta_min <= beta_max, and a "
+                "sum of 1 (to start at noise) to 340 (for alpha_0 to stay within float32)"
             )
         self.beta_min, self.beta_max = beta_min, beta_max
+        self.end = self._end()
 
     def _coefficients(self, t: Tensor) -> Coefficients:
         u = 1 - t
@@ -145,15 +174,16 @@ class CosinePath(Path):
     near the data from vanishing too soon.
 
     Raises:
-        ValueError: for an offset that is not positive.
+        ValueError: for an offset outside (0, 1].
     """
 
-    end = 1 - 1e-4
-
     def __init__(self, offset: float = 0.008) -> None:
-        if not offset > 0:
-            raise ValueError(f"offset={offset}: must be positive (trigonometric is offset 0)")
+        if not 0 < offset <= 1:
+            raise ValueError(
+                f"offset={offset}: must be positive, at most 1 (trigonometric is offset 0)"
+            )
         self.offset = offset
+        self.end = self._end()
 
     def _coefficients(self, t: Tensor) -> Coefficients:
         speed = math.pi / 2 / (1 + self.offset)

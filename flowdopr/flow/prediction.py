@@ -12,9 +12,10 @@ Errors of one model in the three spaces are therefore proportional at fixed t:
     e_v = (D_t / sigma_t) e_data = -(D_t / alpha_t) e_noise                                   (6)
 
 (4) divides by sigma_t, zero at t = 1, or by alpha_t, zero at t = 0. There is no finite value to
-recover at these ends, so conversions from data use times up to 1 - SAFE_TIME and conversions from
-noise times from SAFE_TIME: exact everywhere else, finite everywhere. The velocity of the polynomial
-path is zero at t = 0 and tells nothing there: it is treated like noise.
+recover at these ends, so conversions from data use times down to the noise level SAFE_LEVEL, the
+same on every path, and conversions from noise times from SAFE_TIME: exact everywhere else, finite
+everywhere. The velocity of the polynomial path is zero at t = 0 and tells nothing there: it is
+treated like noise.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flowdopr.flow.path import Coefficients, Path
+from flowdopr.flow.path import SAFE_LEVEL, Coefficients, Path
 
 SAFE_TIME = 1e-3  # as SiT's sampling interval
 
@@ -30,7 +31,7 @@ SAFE_TIME = 1e-3  # as SiT's sampling interval
 def _times(t: Tensor, path: Path, source: str) -> Tensor:
     """Times at which a prediction of kind `source` determines the other two."""
     if source == "data":
-        return t.clamp(max=1 - SAFE_TIME)
+        return t.clamp(max=path.time_at(SAFE_LEVEL))
     start = SAFE_TIME if source == "noise" or path.still_at_start else 0.0
     return t.clamp(min=start)
 
@@ -87,33 +88,35 @@ def _uniform(c: Coefficients, prediction: str, sigma_data: float) -> Tensor:
 
 
 def _velocity(c: Coefficients, prediction: str, sigma_data: float) -> Tensor:
-    """The velocity's error, whatever is predicted: SiT's "velocity" weight; JiT's v-loss."""
-    return _velocity_per_output(c, prediction) ** 2
+    """The velocity's error, whatever is predicted: SiT's "velocity" weight.
+
+    For data it is the v-loss of JiT (Li & He 2025) but for the clip: JiT divides by 1 - t of 0.05
+    at least, here the weight grows up to SAFE_TIME from the end.
+    """
+    return _per_output(c, prediction, c.determinant) ** 2
 
 
 def _likelihood(c: Coefficients, prediction: str, sigma_data: float) -> Tensor:
-    """SiT's "likelihood" weight: D_t / (alpha_t sigma_t) on the noise's squared error.
-
-    By (6) this is alpha_t / (sigma_t D_t) on the velocity's.
-    """
-    return c.alpha / (c.sigma * c.determinant) * _velocity_per_output(c, prediction) ** 2
+    """SiT's "likelihood" weight: D_t / (alpha_t sigma_t) on the noise's squared error."""
+    on_noise = c.determinant / c.alpha / c.sigma
+    return on_noise * _per_output(c, prediction, c.alpha) ** 2
 
 
 def _edm(c: Coefficients, prediction: str, sigma_data: float) -> Tensor:
     """EDM's lambda (Karras et al. 2022, table 1) on the squared error of the data.
 
-    With the noise level s = sigma_t / alpha_t it is (s^2 + sigma_data^2) / (s sigma_data)^2; by (6)
-    this is (sigma_t^2 + sigma_data^2 alpha_t^2) / (sigma_data D_t)^2 on the velocity's.
+    With the noise level s = sigma_t / alpha_t it is (s^2 + sigma_data^2) / (s sigma_data)^2.
     """
-    on_velocity = (c.sigma**2 + (sigma_data * c.alpha) ** 2) / (sigma_data * c.determinant) ** 2
-    return on_velocity * _velocity_per_output(c, prediction) ** 2
+    on_data = sigma_data**-2 + (c.alpha / c.sigma) ** 2
+    return on_data * _per_output(c, prediction, c.sigma) ** 2
 
 
-def _velocity_per_output(c: Coefficients, prediction: str) -> Tensor:
-    """|e_v / e_output|, equation (6)."""
-    if prediction == "velocity":
-        return torch.ones_like(c.alpha)
-    return c.determinant / (c.sigma if prediction == "data" else c.alpha)
+def _per_output(c: Coefficients, prediction: str, space: Tensor) -> Tensor:
+    """|e_space / e_output| by (6), where e_v, e_data, e_noise are as D_t, sigma_t, alpha_t.
+
+    A ratio of two of them, for their squares may leave float32 where the ratio does not.
+    """
+    return space / {"velocity": c.determinant, "data": c.sigma, "noise": c.alpha}[prediction]
 
 
 WEIGHTINGS: dict[str, Callable[[Coefficients, str, float], Tensor]] = {

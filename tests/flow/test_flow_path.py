@@ -1,10 +1,13 @@
 """Paths against finite differences, the continuity equation and exact transport of a mixture."""
 
+import math
+
 import pytest
 import torch
 from analytic import PATH_CASES, Mixture
 
 from flowdopr.flow import (
+    PATHS,
     CosinePath,
     LinearPath,
     Path,
@@ -103,6 +106,55 @@ def test_rollout_transports_a_mixture_exactly(path):
     before = mixture.cdf(x_start, torch.full_like(x_start, start), path)
     after = mixture.cdf(x_end, torch.full_like(x_end, end), path)
     assert torch.allclose(before, after, atol=2e-5)
+
+
+@cases
+@pytest.mark.parametrize("level", [100.0, 1.0, 0.01, 1e-3])
+def test_time_at_is_the_time_of_that_noise_level(path, level):
+    t = path.time_at(level)
+    c = path(torch.tensor(t, dtype=torch.float64))
+    assert (c.sigma / c.alpha).item() == pytest.approx(level, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("variance_preserving", {"beta_max": 500.0}),
+        ("variance_preserving", {"beta_max": math.inf}),
+        ("variance_preserving", {"beta_min": math.nan}),
+        ("variance_preserving", {"beta_max": 0.2}),
+        ("cosine", {"offset": math.inf}),
+        ("cosine", {"offset": 1e30}),
+        ("cosine", {"offset": math.nan}),
+        ("polynomial", {"power": math.nan}),
+        ("polynomial", {"power": 40.0}),
+    ],
+)
+def test_options_that_leave_float32_or_never_reach_noise_are_refused_in_one_line(name, options):
+    with pytest.raises(ValueError, match=next(iter(options))) as error:
+        PATHS[name](**options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        VariancePreservingPath(1e-6, 339),
+        VariancePreservingPath(170, 170),
+        VariancePreservingPath(0.5, 0.5),
+        CosinePath(1e-6),
+        CosinePath(1.0),
+        PolynomialPath(8),
+    ],
+)
+def test_extreme_options_that_are_accepted_keep_float32_equal_to_float64(path):
+    t = torch.linspace(1e-3, 1 - 1e-3, 33)
+    for single, double in zip(path(t), path(t.double()), strict=True):
+        assert torch.allclose(single.double(), double, rtol=1e-3, atol=1e-37)
+    c = path(torch.tensor([0.0, 1.0]))
+    assert all(value.isfinite().all() for value in c)
+    assert c.sigma[0] > 0.6
+    assert c.alpha[1] > 0.99
 
 
 def test_impossible_paths_are_refused():

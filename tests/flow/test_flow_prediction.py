@@ -4,7 +4,16 @@ import pytest
 import torch
 from analytic import PATH_CASES
 
-from flowdopr.flow import PREDICTIONS, WEIGHTINGS, LinearPath, convert, loss_weight
+from flowdopr.flow import (
+    PREDICTIONS,
+    WEIGHTINGS,
+    FlowMatching,
+    LinearPath,
+    PolynomialPath,
+    convert,
+    loss_weight,
+)
+from flowdopr.flow.path import SAFE_LEVEL
 from flowdopr.flow.prediction import SAFE_TIME
 
 paths = pytest.mark.parametrize("path", PATH_CASES.values(), ids=PATH_CASES)
@@ -22,7 +31,7 @@ def points(path, times):
 @sources
 @targets
 def test_conversion_gives_the_other_target_exactly(path, source, target):
-    t = torch.linspace(SAFE_TIME, 1 - SAFE_TIME, 101, dtype=torch.float64)
+    t = torch.linspace(SAFE_TIME, path.time_at(SAFE_LEVEL) - 1e-9, 101, dtype=torch.float64)
     x_t, truth = points(path, t)
     assert torch.allclose(convert(truth[source], x_t, t, path, source, target), truth[target])
 
@@ -94,6 +103,28 @@ def test_weights_are_finite_and_not_negative_at_any_time(path, weighting, predic
     weight = loss_weight(weighting, torch.linspace(0, 1, 101), path, prediction)
     assert weight.isfinite().all()
     assert (weight >= 0).all()
+
+
+@pytest.mark.parametrize("weighting", ["velocity", "likelihood", "edm"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_weights_in_float32_are_those_of_float64_or_are_refused(weighting, prediction):
+    """alpha_t of this path is 1e-24 at SAFE_TIME: its square is not in float32, ratios are."""
+    path, t = PolynomialPath(8), torch.linspace(0, 1, 21, dtype=torch.float64)
+    exact = loss_weight(weighting, t, path, prediction)
+    assert exact.isfinite().all()
+    if exact.max() < torch.finfo(torch.float32).max:
+        weight = loss_weight(weighting, t.float(), path, prediction)
+        assert torch.allclose(weight.double(), exact, rtol=1e-3)
+        FlowMatching(path, prediction=prediction, weighting=weighting)
+        return
+    with pytest.raises(ValueError, match="leaves float32 on this path") as error:
+        FlowMatching(path, prediction=prediction, weighting=weighting)
+    assert "\n" not in str(error.value)
+
+
+def test_the_edm_weight_of_data_tends_to_one_over_the_variance_at_the_noise():
+    weight = loss_weight("edm", torch.zeros(1), PolynomialPath(8), "data", 0.5)
+    assert weight.item() == pytest.approx(4.0)
 
 
 def test_unknown_names_are_refused_in_one_line():
