@@ -111,7 +111,7 @@ def test_the_reported_error_is_the_profiles():
 
     made = sum(c * profile(*key) for c, key in zip(coefficients, keys, strict=True))
     wanted = profile(step, length)
-    error = np.linalg.norm(made - wanted) / np.linalg.norm(wanted)
+    error = float(np.linalg.norm(made - wanted) / np.linalg.norm(wanted))
     posthoc_coefficients(keys, step, length, max_error=error * 1.001)
     with pytest.raises(ValueError, match=f"error of {error:.2g}"):
         posthoc_coefficients(keys, step, length, max_error=error * 0.999)
