@@ -157,8 +157,8 @@ def posthoc_coefficients(
         raise ValueError(
             f"{len(known)} stored average{'s' * (len(known) > 1)} up to step {step} give its "
             f"profile only to a relative error of {error:.2g}, more than {max_error:g}: choose a "
-            "length nearer to theirs, or train with more checkpoints (train.checkpoint_every) and two or more "
-            "train.ema_lengths around it"
+            "length nearer to theirs, or train with more checkpoints (train.checkpoint_every) and "
+            "two or more train.ema_lengths around it"
         )
     return found
 

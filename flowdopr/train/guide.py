@@ -32,10 +32,12 @@ def load_guide(config: Config, dataset: DatasetInfo, device: torch.device | str 
 
     Raises:
         ConfigError: no such run, checkpoint or weights, or a run of images, classes, a path or a
-            prediction that do not fit.
+            prediction that do not fit; or guidance without a guide, and the model has no trained
+            unconditional branch.
     """
     chosen = config.sample
     if chosen.guide_run is None:
+        _check_unguided(config, dataset)
         return Guide(None, None)
     run = RunFolder.open(chosen.guide_run)
     _check_fits(run, config, dataset)
@@ -44,13 +46,28 @@ def load_guide(config: Config, dataset: DatasetInfo, device: torch.device | str 
     return Guide(model, origin)
 
 
+def _check_unguided(config: Config, dataset: DatasetInfo) -> None:
+    """Refuse classifier-free guidance of a model that never learned its null label."""
+    scale, dropout = config.sample.guidance_scale, config.flow.class_dropout_prob
+    if scale == 1:
+        return
+    if not _classes(config, dataset):
+        raise ConfigError(
+            f"sample.guidance_scale={scale:g} needs a class-conditional model: set it to 1, or "
+            "train on data with classes and model.class_conditional=true"
+        )
+    if dropout == 0:
+        raise ConfigError(
+            f"sample.guidance_scale={scale:g} needs an unconditional branch, which "
+            "flow.class_dropout_prob=0 leaves untrained: train with 0.1, set the scale to 1, or "
+            "give sample.guide_run"
+        )
+
+
 def _check_fits(run: RunFolder, config: Config, dataset: DatasetInfo) -> None:
     place = f"sample.guide_run={config.sample.guide_run}"
     pairs: dict[str, tuple[Any, ...]] = {"image shape": _shapes(run.dataset, dataset)}
-    classes, guides = (
-        found.num_classes if settings.model.class_conditional else 0
-        for settings, found in ((config, dataset), (run.config, run.dataset))
-    )
+    classes, guides = _classes(config, dataset), _classes(run.config, run.dataset)
     if guides:
         pairs["number of classes"] = (guides, classes)
     for key in SAME_FLOW:
@@ -63,6 +80,10 @@ def _check_fits(run: RunFolder, config: Config, dataset: DatasetInfo) -> None:
             raise ConfigError(
                 f"{place}: its {name} is {theirs}, this run's is {ours}; give a run that fits"
             )
+
+
+def _classes(config: Config, dataset: DatasetInfo) -> int:
+    return dataset.num_classes if config.model.class_conditional else 0
 
 
 def _shapes(*found: DatasetInfo) -> tuple[str, ...]:

@@ -77,18 +77,7 @@ def build_model_and_optimizer(
     model = build_model(config, dataset.image_shape, dataset.num_classes)
     # What the sample grids will need must be there now, and not only after days of training.
     load_decoder(dataset.autoencoder)
-    guide = load_guide(config, dataset)
-    if config.sample.guidance_scale != 1 and guide.model is None:
-        if not model.num_classes:
-            raise ConfigError(
-                f"sample.guidance_scale={config.sample.guidance_scale:g} needs a class-conditional "
-                "model: set it to 1, or give the data classes and model.class_conditional=true"
-            )
-        if config.flow.class_dropout_prob == 0:
-            raise ConfigError(
-                f"sample.guidance_scale={config.sample.guidance_scale:g} needs an unconditional "
-                "branch: set flow.class_dropout_prob above 0, such as 0.1"
-            )
+    load_guide(config, dataset)
     settings = config.optimizer.model_dump()
     if settings["ns_dtype"] is not None:
         settings["ns_dtype"] = getattr(torch, settings["ns_dtype"])

@@ -8,7 +8,7 @@ import torch
 from untrained import make_config, save_random_checkpoint
 
 from flowdopr.cli import run_command
-from flowdopr.config import apply_overrides
+from flowdopr.config import ConfigError, apply_overrides
 from flowdopr.data import to_uint8
 from flowdopr.evaluate import evaluate, sample
 from flowdopr.evaluate.generate import balanced_labels
@@ -123,6 +123,30 @@ def test_a_guide_of_other_images_is_refused(make_run, other_run, digits, change,
 def test_settings_of_a_guide_that_cannot_work_are_refused(make_run, settings, message):
     with pytest.raises(ValueError, match=message):
         evaluate(make_run().path, settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("flow.class_dropout_prob=0", "flow.class_dropout_prob=0 leaves untrained: train with 0.1"),
+        ("model.class_conditional=false", "needs a class-conditional model: set it to 1, or train"),
+    ],
+)
+def test_guidance_by_an_untrained_branch_is_refused_by_all(other_run, tmp_path, change, message):
+    run, guide, out = other_run(change), other_run("name=second"), tmp_path / "out"
+    for scale in (0.0, 3.0):
+        with pytest.raises(ConfigError, match=message):
+            sample(run.path, num=1, out=out, guidance_scale=scale)
+        with pytest.raises(ConfigError, match=message):
+            evaluate(run.path, [*QUICK, f"sample.guidance_scale={scale}"])
+        with pytest.raises(ConfigError, match=message):
+            train(apply_overrides(run.config, ["name=new", f"sample.guidance_scale={scale}"]))
+    assert not out.exists()
+    assert not list((run.path / "evaluation").iterdir())
+    sample(run.path, num=1, out=out, guidance_scale=1.0)
+    if "dropout" in change:
+        settings = {"guidance_scale": 3.0, "guide_run": str(guide.path)}
+        sample(run.path, num=1, out=tmp_path / "guided", **settings)
 
 
 def test_training_draws_its_grids_with_the_guide(other_run, tmp_path):
