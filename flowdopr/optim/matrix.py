@@ -121,7 +121,9 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         momenta = self.buffers(params, "momentum_buffer")
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         if group.get("nesterov"):
-            return list(torch._foreach_lerp(grads, momenta, group["momentum"]))
+            updates = torch._foreach_mul(momenta, group["momentum"])
+            torch._foreach_add_(updates, grads, alpha=1 - group["momentum"])
+            return list(updates)
         return momenta
 
 

@@ -102,6 +102,7 @@ def test_rules_may_be_mappings() -> None:
     assert optimizer.roles()[4][2] == "diagonal"
 
 
+@pytest.mark.filterwarnings("ignore:Please use the new API settings")  # torch 2.9, once
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_the_programs_matmul_precision_is_given_back(precision: str) -> None:
     before = torch.get_float32_matmul_precision()
