@@ -25,11 +25,11 @@ from torch import Tensor
 PARTS = ("gather", "refresh", "apply")
 
 
-def whole_gram(sums: Tensor, rows: Tensor) -> None:
+def whole_gram(sums: Tensor, rows: Tensor, weight: float = 1.0) -> None:
     """`layers.add_gram` without the saving: both triangles of every matrix."""
     groups, blocks, side, _ = sums.shape
     stacked = rows.to(sums.dtype).reshape(-1, groups * blocks, side).transpose(0, 1)
-    sums.view(-1, side, side).baddbmm_(stacked.mT, stacked)
+    sums.view(-1, side, side).baddbmm_(stacked.mT, stacked, alpha=weight)
 
 
 # Trick: DoPr's options without it, and what is replaced in the code.
@@ -40,6 +40,7 @@ TRICKS: dict[str, tuple[dict[str, Any], dict[str, object]]] = {
     "no triangular Grams": ({}, {"flowdopr.optim.layers.add_gram": whole_gram}),
     "no batched inverses": ({}, {"flowdopr.optim.preconditioner.MAX_TOGETHER": 0}),
     "no batched application": ({}, {"flowdopr.optim.apply.MAX_TOGETHER": 0}),
+    "no oneDNN products": ({}, {"flowdopr.optim.layers.linear": torch.nn.functional.linear}),
     "no shared statistics": (
         {},
         {"flowdopr.optim.statistics.Statistics._compare_input": lambda *_: None},

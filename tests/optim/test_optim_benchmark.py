@@ -33,7 +33,7 @@ def test_quick_benchmark_writes_ratios(tmp_path):
 def test_every_trick_is_measured(tmp_path):
     report = run_quick("scripts/benchmark_tricks.py", tmp_path / "tricks.json", [])
     for rows in report["results"].values():
-        assert len(rows) == 8
+        assert len(rows) == 9
         assert all(row["gather"] > 0 and row["refresh"] > 0 for row in rows.values())
         # Refreshing at each step is 16 times the work: a trick that is off is really off.
         assert rows["no refresh interval"]["total"] > 2 * rows["all"]["total"]
