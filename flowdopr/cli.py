@@ -106,7 +106,14 @@ def sample(
     labels: Annotated[
         str | None, typer.Option(help="Class numbers, repeated over the images: 3 or 0,1,2.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Image i depends on the seed and i alone.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Image i depends on the seed and i alone; with an adaptive solver, whose steps a "
+            "batch shares, up to its tolerance.",
+        ),
+    ] = 0,
     step: Annotated[int | None, typer.Option(help="Checkpoint; default: the newest.")] = None,
     ema: Annotated[
         str,

@@ -193,7 +193,9 @@ class SampleConfig(Section):
     guide_step: Count | None = None
     """Checkpoint of `guide_run`; null: its newest."""
     batch_size: Count = 256
-    """Images rolled out together. It does not change what image i looks like."""
+    """Images rolled out together. With fixed steps it does not change what image i looks like;
+    adaptive solvers and implicit Adams choose steps for a batch: there, only up to `atol`, `rtol`.
+    """
     num_images: Count = 64
     """Images in a training run's sample grids."""
 

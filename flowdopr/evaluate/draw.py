@@ -57,7 +57,9 @@ def sample(
 
     `out` holds 000000.png, ..., grid.png (the first 100), sampling.json and, if `npz`, samples.npz
     (arr_0: uint8 (N, H, W, C); labels (N,) where there are any). It appears whole or not at all.
-    Image i depends on (`seed`, i), its label and the settings alone.
+    Image i depends on (`seed`, i), its label and the settings alone. Solvers in
+    `flow.BATCH_DEPENDENT_SOLVERS`, the adaptive ones and implicit Adams, choose their steps for a
+    batch as a whole: with these, image i is the same only up to their tolerance.
 
     Args:
         labels: repeated over the images; None: all classes in turn.

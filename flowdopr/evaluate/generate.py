@@ -1,4 +1,7 @@
-"""The images of a run, shared out over processes, the same whatever their number.
+"""The images of a run, shared out over processes.
+
+With a solver of fixed steps they are the same, up to rounding, whatever the number of processes and
+the batch size; with an adaptive one, whose steps a batch shares, only up to its tolerance.
 
 Shapes: images uint8 `(N, C, H, W)`, labels `(N,)` int64.
 """
@@ -57,8 +60,9 @@ def generate_images(
     """`num` images as uint8 `(num, C, H, W)` on the CPU of every process, and the NFE an image.
 
     Each process rolls out one contiguous range; `decode` makes pixels of latents. Image i depends
-    on (seed, i) and its label alone. Computed in full float32, with a progress line for the main
-    process's range.
+    on (seed, i) and its label alone, except that a solver in `BATCH_DEPENDENT_SOLVERS` chooses its
+    steps for a batch: there, only up to its tolerance. Computed in full float32, with a progress
+    line for the main process's range.
     """
     rank, world = state.process_index, state.num_processes
     first, last = rank * num // world, (rank + 1) * num // world
