@@ -25,6 +25,7 @@ from flowdopr.optim.matrix import (
     unstack_blocks,
 )
 from flowdopr.optim.muon import NS_COEFFICIENTS, orthogonalised
+from flowdopr.optim.world import signs
 
 UPDATE_RMS = 0.2
 
@@ -77,11 +78,11 @@ class AdaMuon(MatrixOptimizer):
 
     def _matrix_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
         squares = self.buffers(params, "second_moment")
-        signs = torch._foreach_sign(self.momentum(params, group))
+        directions = signs(self.momentum(params, group))
         decay_weights(params, group)
         for indices in same_shape(params):
             moved = [params[i] for i in indices]
-            steps = unstack_blocks(orthogonalised([signs[i] for i in indices], group), moved)
+            steps = unstack_blocks(orthogonalised([directions[i] for i in indices], group), moved)
             moments = [squares[i] for i in indices]
             torch._foreach_mul_(moments, group["momentum"])
             torch._foreach_addcmul_(moments, steps, steps, value=1 - group["momentum"])

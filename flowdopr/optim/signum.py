@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from flowdopr.optim.matrix import call_closure, decay_weights
+from flowdopr.optim.world import signs
 
 
 class Signum(torch.optim.Optimizer):
@@ -57,5 +58,5 @@ class Signum(torch.optim.Optimizer):
             momenta = [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_lerp_(momenta, [p.grad for p in params], 1 - group["momentum"])
             decay_weights(params, group)
-            torch._foreach_add_(params, torch._foreach_sign(momenta), alpha=-group["lr"])
+            torch._foreach_add_(params, signs(momenta), alpha=-group["lr"])
         return loss

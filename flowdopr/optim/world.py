@@ -69,3 +69,9 @@ def like_shard(rows: Tensor, tensor: Tensor) -> Tensor:
         shape=tensor.shape,
         stride=tensor.stride(),
     )
+
+
+def signs(tensors: list[Tensor]) -> list[Tensor]:
+    """The sign of each tensor, of DTensors as well, for which torch 2.11 has no foreach form."""
+    found = torch._foreach_sign([local(tensor) for tensor in tensors])
+    return [like_shard(sign, tensor) for sign, tensor in zip(found, tensors, strict=True)]
