@@ -2,7 +2,7 @@
 
 run, step, weights, checkpoint {step, sha256}, settings {...}, metrics {...}, proxy,
 sampling {solver, steps | atol, rtol, ..., nfe, num_images, labels, seed},
-extractor {name, space, weights_sha256, held_out_accuracy},
+extractor {name, space, weights_sha256, held_out_accuracy}, one_step {times, seed},
 reference {name, fingerprint, num_images}, uint8, versions, commit, seconds
 
 `settings` are those that decide the numbers, for telling whether a card answers a question;

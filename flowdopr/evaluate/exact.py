@@ -88,9 +88,11 @@ def likelihood(config: Config, model: nn.Module, datasets: Datasets, device: Any
         )
     bits = bits.double()
     error = bits.std().item() / math.sqrt(num) if num > 1 else math.nan
+    span = sampling.likelihood_arguments()
     settings = {
         "num_images": num,
         "trace": chosen.bpd_trace,
+        "times": {"start": span["start"], "end": span["end"]},
         "solver": sampling.solver,
         "atol": sampling.atol,
         "rtol": sampling.rtol,

@@ -42,7 +42,13 @@ from flowdopr.evaluate.generate import (
     labels_like_data,
     this_process,
 )
-from flowdopr.flow import ONE_STEP_BATCH, build_objective, build_sampling, one_step_loss
+from flowdopr.flow import (
+    ONE_STEP_BATCH,
+    build_objective,
+    build_sampling,
+    one_step_loss,
+    rollout_span,
+)
 from flowdopr.flow.objective import num_classes_of
 from flowdopr.models import load_decoder
 from flowdopr.train.guide import Guide, load_guide
@@ -157,7 +163,7 @@ class Measurement:
     def card(self, images: Tensor, labels: Tensor | None) -> dict[str, Any]:
         """All that is measured, and against what."""
         info, settings = self.pixels.info, self.config.evaluate
-        metrics: dict[str, Any] = self._one_step()
+        metrics, how = self._one_step()
         metrics |= fidelity(
             ImageTensor(images, self.datasets.train.labels.new_zeros(len(images))),
             self.pixels.reference,
@@ -168,7 +174,8 @@ class Measurement:
         )
         if labels is not None and settings.labels == "balanced":
             metrics |= self._label_accuracy(images, labels)
-        exact, how = self._exact()
+        exact, how_exact = self._exact()
+        how |= how_exact
         decoder = decoder_record(self.datasets.info, self.config)
         how |= {"autoencoder": decoder} if decoder else {}
         return how | {
@@ -182,12 +189,16 @@ class Measurement:
             },
         }
 
-    def _one_step(self) -> dict[str, Any]:
+    def _one_step(self) -> Measured:
+        """The held-out one-step loss, and the span of its times, which the prediction decides."""
         held_out = plain_batches(self.datasets.held_out, ONE_STEP_BATCH, device_of(self.state))
         objective, seed = build_objective(self.config), self.config.evaluate.seed
         with float32_is_float32():
             result = one_step_loss(objective, self.model, held_out, seed=seed)
-        return {"one_step_loss": result.mean, "one_step_loss_by_time": result.by_time}
+        metrics = {"one_step_loss": result.mean, "one_step_loss_by_time": result.by_time}
+        start, end = rollout_span(objective.path, objective.prediction)
+        times = {"distribution": "uniform", "start": start, "end": end}
+        return Measured(metrics, {"one_step": {"times": times, "seed": seed}})
 
     def _exact(self) -> Measured:
         """Bits per dimension and excess error, where asked for."""

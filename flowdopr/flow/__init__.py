@@ -23,7 +23,7 @@ from flowdopr.flow.path import (
     TrigonometricPath,
     VariancePreservingPath,
 )
-from flowdopr.flow.prediction import PREDICTIONS, WEIGHTINGS, convert, loss_weight
+from flowdopr.flow.prediction import PREDICTIONS, WEIGHTINGS, convert, loss_weight, rollout_span
 from flowdopr.flow.sampler import SOLVERS, Samples, Sampling, generate
 from flowdopr.flow.sde import SDE_SOLVERS, solve_sde
 from flowdopr.flow.solver import (
@@ -81,6 +81,7 @@ __all__ = [
     "make_coupling",
     "one_step_loss",
     "rollout_excess",
+    "rollout_span",
     "shift_time",
     "solve",
     "solve_sde",

@@ -10,6 +10,19 @@ uniform in [0, 1) (each level fills the interval that rounds to it, of width 1 /
     bits per dimension = -log2 p_1(x_1) / D + log2(127.5),                                 (10)
 
 an upper bound, in expectation over U, of the cost of the discrete image (Theis et al. 2016).
+
+Where the velocity is not known up to t = 1 or down to t = 0, the rollout goes from t_e to t_s, and
+the pieces left out are their mean given the data, x_e = alpha_e x_1, or the noise,
+x_s = sigma_s x_0:
+
+    log p_1(x_1) = log p_e(x_e) + D log alpha_e       log p_s(x_s) = log N(x_0) - D log sigma_s
+
+The first is exactly the density of x_e / alpha_e, the data with Gaussian noise of the level s =
+sigma_e / alpha_e: what is left out is real only in what varies less than s. For Gaussian data of
+standard deviation d it adds (s / d)^4 / 4 nats a number in expectation: with s = 0.001 (adaptive
+solvers) and d = 0.02, 0.005: 2e-6, 4e-4; with s = 0.01 (fixed steps): 0.012, 0.40. The edges of
+(10) in a pixel that never varies are blurred likewise: 0.08 nats with s = 0.001. The second leaves
+out alpha_s E[x_1], at most alpha_s^2 / 2 = 5e-5 nats a number.
 """
 
 import math
@@ -21,6 +34,7 @@ from torch import Tensor
 
 from flowdopr.flow.noise import ImageNoise
 from flowdopr.flow.objective import Model
+from flowdopr.flow.path import LinearPath, Path
 from flowdopr.flow.sampler import Sampling, device_of
 from flowdopr.flow.solver import Velocity, calls_of, counted, solve
 
@@ -77,6 +91,7 @@ def log_likelihood(
     rtol: float = 1e-5,
     start: float = 0.0,
     end: float = 1.0,
+    path: Path | None = None,
 ) -> LogLikelihood:
     """Equation (9) for data `x_1` (B, ...).
 
@@ -91,6 +106,7 @@ def log_likelihood(
             them the trace is exact, at D backward passes a call.
         solver, steps, time_grid, atol, rtol: as in `solve`.
         start, end: span of time, narrower where a prediction or a path is singular.
+        path: of the velocity, by default linear: it says what the ends of a narrower span are.
 
     Raises:
         ValueError: as `solve`.
@@ -108,7 +124,8 @@ def log_likelihood(
             trace = divergence(v + 0 * x, x)
         return torch.cat([v.detach().flatten(1), trace.detach()[:, None]], 1)
 
-    state = torch.cat([x_1.flatten(1), x_1.new_zeros(len(x_1), 1)], 1)
+    alpha, sigma = _scales(path or LinearPath(), start, end)
+    state = torch.cat([alpha * x_1.flatten(1), x_1.new_zeros(len(x_1), 1)], 1)
     with torch.no_grad():
         state, _ = solve(
             augmented,
@@ -121,9 +138,16 @@ def log_likelihood(
             atol=atol,
             rtol=rtol,
         )
-    x_0, minus_integral = state[:, :size], state[:, size]
+    x_0, minus_integral = state[:, :size] / sigma, state[:, size]
     log_prior = -(x_0.square().sum(1) + size * math.log(2 * math.pi)) / 2
-    return LogLikelihood(log_prior + minus_integral, x_0.reshape(shape), calls_of(counter) - before)
+    log_prob = log_prior + minus_integral + size * (math.log(alpha) - math.log(sigma))
+    return LogLikelihood(log_prob, x_0.reshape(shape), calls_of(counter) - before)
+
+
+def _scales(path: Path, start: float, end: float) -> tuple[float, float]:
+    """alpha_end and sigma_start."""
+    c = path(torch.tensor([start, end], dtype=torch.float64))
+    return c.alpha[1].item(), c.sigma[0].item()
 
 
 def bits_per_dim(
@@ -169,7 +193,9 @@ def bits_per_dim(
         probes = noise.signs() if trace == "hutchinson" else None
         labels = None if y is None else y[part].to(device)
         velocity = sampling.velocity(model, labels)
-        log_prob, _, nfe = log_likelihood(velocity, x_1, probes=probes, **sampling.ode_arguments())
+        log_prob, _, nfe = log_likelihood(
+            velocity, x_1, probes=probes, **sampling.likelihood_arguments()
+        )
         per_dim = log_prob / (math.log(2) * levels[0].numel())
         bits[part] = (math.log2(HALF_RANGE) - per_dim).cpu()
         calls += nfe * len(levels)

@@ -93,7 +93,7 @@ class FlowMatching:
     def draw(
         self,
         batch_size: int,
-        image_shape: tuple[int, int, int],
+        image_shape: tuple[int, ...],
         *,
         generator: torch.Generator,
         device: torch.device | str | None = None,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowdopr.flow.noise import image_generator
 from flowdopr.flow.objective import FlowMatching, Model, labels_for
-from flowdopr.flow.path import Path
+from flowdopr.flow.prediction import rollout_span
 
 NUM_BINS = 10
 ONE_STEP_BATCH = 128  # of all held-out losses, because noise and times are drawn batch by batch
@@ -48,7 +48,7 @@ class TimeBins:
 
 
 class PathPoint(NamedTuple):
-    """Points of the path of one batch: x_t, dx_t (B, C, H, W), t (B,), y (B,) or None."""
+    """Points of the path of one batch: x_t, dx_t (B, ...), t (B,), y (B,) or None."""
 
     x_t: Tensor
     dx_t: Tensor
@@ -57,21 +57,23 @@ class PathPoint(NamedTuple):
 
 
 def path_points(
-    path: Path, batches: Iterable[tuple[Tensor, Tensor | None]], seed: int
+    objective: FlowMatching, batches: Iterable[tuple[Tensor, Tensor | None]], seed: int
 ) -> Iterator[PathPoint]:
-    """For each batch (x_1, y) points of the path, with t uniform and stratified in the batch.
+    """For each batch (x_1, y) points of the path, with t uniform and stratified in the batch, over
+    the span of time that rollouts of `objective.prediction` visit.
 
     Noise and times of batch b depend on `seed` and b alone.
 
     Raises:
         ValueError: when there are no batches.
     """
-    plain, number = FlowMatching(path), -1
+    plain, number = FlowMatching(objective.path), -1
+    start, end = rollout_span(objective.path, objective.prediction)
     for number, (x_1, y) in enumerate(batches):
         generator = image_generator(seed, number)
-        shape = (x_1.shape[1], x_1.shape[2], x_1.shape[3])
-        draw = plain.draw(len(x_1), shape, generator=generator, device=x_1.device)
-        yield PathPoint(*path.sample(draw.x_0, x_1, draw.t), draw.t, y)
+        draw = plain.draw(len(x_1), x_1.shape[1:], generator=generator, device=x_1.device)
+        t = start + (end - start) * draw.t
+        yield PathPoint(*objective.path.sample(draw.x_0, x_1, t), t, y)
     if number < 0:
         raise ValueError("one-step loss: there are no images to evaluate on")
 
@@ -95,19 +97,24 @@ def one_step_loss(
     model predicts and however it was trained: so models can be compared. Noise and times of batch b
     depend on `seed` and b alone.
 
+    Times are those of `rollout_span`: 0 to 1 for the velocity on most paths. Predictions of the
+    data stop before 1 and those of the noise start after 0, for there the velocity's error is
+    theirs times up to 10^3, which no rollout meets and which would rule the mean. So the numbers
+    of two predictions are of slightly different times.
+
     >>> batches = [(torch.rand(8, 1, 4, 4), None)]
     >>> one_step_loss(FlowMatching(), lambda x, t, y: -x, batches).count
     8
 
     Args:
-        batches: pairs (x_1 (B, C, H, W), y (B,) or None), on the model's device; the same batches
+        batches: pairs (x_1 (B, ...), y (B,) or None), on the model's device; the same batches
             in the same order give the same number.
 
     Raises:
         ValueError: when there are no batches.
     """
     bins = TimeBins()
-    for x_t, dx_t, t, y in path_points(objective.path, batches, seed):
+    for x_t, dx_t, t, y in path_points(objective, batches, seed):
         velocity = objective.velocity(model, x_t, t, labels_for(model, y))
         bins.add(t, squared_error(velocity, dx_t))
     return bins.result()

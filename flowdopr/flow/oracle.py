@@ -187,7 +187,7 @@ def excess_error(
         ValueError: when there are no batches.
     """
     loss, excess, irreducible = TimeBins(), TimeBins(), TimeBins()
-    for x_t, dx_t, t, y in path_points(objective.path, batches, seed):
+    for x_t, dx_t, t, y in path_points(objective, batches, seed):
         velocity = objective.velocity(model, x_t, t, labels_for(model, y))
         best = oracle(x_t, t, labels_for(oracle, y))
         loss.add(t, squared_error(velocity, dx_t))

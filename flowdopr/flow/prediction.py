@@ -26,6 +26,24 @@ from torch import Tensor
 from flowdopr.flow.path import SAFE_LEVEL, Coefficients, Path
 
 SAFE_TIME = 1e-3  # as SiT's sampling interval
+# Near the end where a prediction does not determine the velocity, a model's small errors are
+# divided by the distance to that end: rollouts stop at this noise level, or start at its inverse.
+ROLLOUT_LEVEL = 0.01
+
+
+def rollout_span(path: Path, prediction: str, level: float = ROLLOUT_LEVEL) -> tuple[float, float]:
+    """Times (start, end) between which rollouts evaluate a model of this prediction.
+
+    0 and 1, except that predictions of the noise start where sigma_t / alpha_t is 1 / `level`, and
+    predictions of the data, as well as paths whose sigma_t' diverges, end where it is `level`.
+
+    >>> from flowdopr.flow import LinearPath
+    >>> [round(t, 3) for t in rollout_span(LinearPath(), "data")]
+    [0.0, 0.99]
+    """
+    start = path.time_at(1 / level) if prediction == "noise" else 0.0
+    ends_early = prediction == "data" or path.end < 1
+    return start, min(path.time_at(level), path.end) if ends_early else 1.0
 
 
 def _times(t: Tensor, path: Path, source: str) -> Tensor:

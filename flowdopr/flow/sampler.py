@@ -14,10 +14,11 @@ from torch import Tensor
 from flowdopr.flow.guidance import ALWAYS, ModelVelocity, guided_velocity
 from flowdopr.flow.noise import ImageNoise
 from flowdopr.flow.objective import Model
-from flowdopr.flow.path import LinearPath, Path
-from flowdopr.flow.prediction import check_prediction
-from flowdopr.flow.sde import SDE_SOLVERS, check_sde, posterior_mean, solve_sde
+from flowdopr.flow.path import SAFE_LEVEL, LinearPath, Path
+from flowdopr.flow.prediction import ROLLOUT_LEVEL, check_prediction, convert, rollout_span
+from flowdopr.flow.sde import SDE_SOLVERS, check_sde, solve_sde
 from flowdopr.flow.solver import (
+    ADAPTIVE_SOLVERS,
     ODE_SOLVERS,
     Rollout,
     Velocity,
@@ -29,9 +30,6 @@ from flowdopr.flow.solver import (
 from flowdopr.flow.time import time_grid
 
 SOLVERS = ODE_SOLVERS + SDE_SOLVERS
-# Near the end where a prediction does not determine the velocity, a model's small errors are
-# divided by the distance to that end: rollouts start or stop this far from it.
-MARGIN = 0.01
 
 
 @dataclass(frozen=True)
@@ -77,21 +75,36 @@ class Sampling:
     def stochastic(self) -> bool:
         return self.solver in SDE_SOLVERS
 
-    def grid(self) -> Tensor:
-        """Times of the rollout. A grid that ends before 1 is finished by the posterior mean."""
-        start = MARGIN if self.prediction == "noise" else 0.0
-        end = 1 - MARGIN if self.prediction == "data" else 1.0
-        end = min(end, 1 - 1e-3) if self.path.end < 1 else end
-        shift, rho = self.grid_shift, self.grid_rho
-        return time_grid(self.time_grid, self.steps, start=start, end=end, shift=shift, rho=rho)
+    def grid(self, level: float = ROLLOUT_LEVEL) -> Tensor:
+        """Times of the rollout, within `rollout_span`; see `finish` for a grid that ends before 1.
 
-    def ode_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for `solve` and `log_likelihood`."""
-        times = self.grid().tolist()
+        A list of times is cut off where the span starts or ends.
+        """
+        start, end = rollout_span(self.path, self.prediction, level)
+        if isinstance(self.time_grid, str):
+            shift, rho = self.grid_shift, self.grid_rho
+            return time_grid(self.time_grid, self.steps, start=start, end=end, shift=shift, rho=rho)
+        times = time_grid(self.time_grid).tolist()
+        if times[0] != 0:
+            raise ValueError(
+                f"sample.time_grid={list(self.time_grid)}: rollouts start from noise, so the first "
+                "time must be 0"
+            )
+        inner = [t for t in times if start < t < end]
+        return time_grid([start, *inner, *([end] if times[-1] >= end else [])])
+
+    def ode_arguments(self, level: float = ROLLOUT_LEVEL) -> dict[str, Any]:
+        """Keyword arguments for `solve`."""
+        times = self.grid(level).tolist()
         arguments = {name: getattr(self, name) for name in ("solver", "steps", "atol", "rtol")}
         # Adaptive and multistep solvers want to be told that the grid is uniform.
         grid = "uniform" if self.time_grid == "uniform" else times
         return arguments | {"time_grid": grid, "start": times[0], "end": times[-1]}
+
+    def likelihood_arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `log_likelihood`: an adaptive solver can go nearer to the end."""
+        level = SAFE_LEVEL if self.solver in ADAPTIVE_SOLVERS else ROLLOUT_LEVEL
+        return self.ode_arguments(level) | {"path": self.path}
 
     def velocity(
         self, model: Model, y: Tensor | None, guide_model: Model | None = None
@@ -110,6 +123,8 @@ class Sampling:
     def rollout(self, velocity: Velocity, x_0: Tensor, noise: Callable[[], Tensor]) -> Rollout:
         """Noise `x_0` (B, ...) to images; `noise` feeds stochastic solvers."""
         grid = self.grid()
+        if grid[0] > 0:
+            x_0 = self.path(grid[0]).sigma.to(x_0) * x_0  # all of x_t that is known of it
         if self.stochastic:
             scale = self.noise_scale
             return solve_sde(
@@ -120,8 +135,29 @@ class Sampling:
             return Rollout(x, nfe)
         counter = counted(velocity)
         before = calls_of(counter)
-        x = posterior_mean(counter, x, grid[-1].to(x), self.path)
+        x = finish(counter, x, grid[-1].to(x), self.path)
         return Rollout(x, nfe + calls_of(counter) - before)
+
+
+def finish(velocity: Velocity, x: Tensor, t: Tensor, path: Path) -> Tensor:
+    """The state at t = 1 from that at `t`: one midpoint step in the noise level, two evaluations.
+
+    With the level s = sigma_t / alpha_t and y = x_t / alpha_t the ODE is dy/ds = E[x_0 | x_t], on
+    every path and without a singularity at s = 0 (Song et al. 2021, DDIM). One Euler step, which
+    is the posterior mean, would shrink what varies less than s.
+    """
+    level = _level(path, t)
+    middle = t.new_tensor(path.time_at(float(level) / 2))
+    noise = convert(velocity(x, t), x, t, path, "velocity", "noise")
+    y = x / path(t).alpha
+    halfway = path(middle).alpha * (y + (_level(path, middle) - level) * noise)
+    noise = convert(velocity(halfway, middle), halfway, middle, path, "velocity", "noise")
+    return y - level * noise
+
+
+def _level(path: Path, t: Tensor) -> Tensor:
+    c = path(t)
+    return c.sigma / c.alpha
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def test_both_are_in_the_card_with_their_settings(make_run, digits):
     assert told == {
         "num_images": 3,
         "trace": "hutchinson",
+        "times": {"start": 0.0, "end": 1.0},
         "solver": "dopri5",
         "atol": 0.01,
         "rtol": 0.01,

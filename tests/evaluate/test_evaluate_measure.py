@@ -65,6 +65,8 @@ def test_the_one_step_loss_is_the_held_out_velocity_error(make_run, digits):
     expected = one_step_loss(build_objective(run.config), model, batches, seed=3)
     assert card["metrics"]["one_step_loss"] == expected.mean
     assert card["metrics"]["one_step_loss_by_time"] == expected.by_time
+    times = {"distribution": "uniform", "start": 0.0, "end": 1.0}
+    assert card["one_step"] == {"times": times, "seed": 3}
 
 
 def test_the_same_question_is_answered_once_and_alike(make_run):

@@ -6,7 +6,15 @@ import pytest
 import torch
 from analytic import PATH_CASES, Mixture, gaussian
 
-from flowdopr.flow import LinearPath, Sampling, bits_per_dim, guided_velocity, log_likelihood
+from flowdopr.flow import (
+    PREDICTIONS,
+    LinearPath,
+    Sampling,
+    bits_per_dim,
+    guided_velocity,
+    log_likelihood,
+    rollout_span,
+)
 from flowdopr.flow.likelihood import exact_divergence, hutchinson_divergence
 
 paths = pytest.mark.parametrize("path", PATH_CASES.values(), ids=PATH_CASES)
@@ -28,12 +36,46 @@ def test_gaussian_likelihood_is_the_closed_form(path, trace):
         probes=signs(x_1.shape) if trace == "hutchinson" else None,
         atol=1e-7,
         rtol=1e-7,
-        end=1.0 if path.end == 1 else 0.999,
+        end=rollout_span(path, "velocity")[1],
+        path=path,
     )
     expected = torch.distributions.Normal(0.3, 0.4).log_prob(x_1).sum(1)
-    # Paths that end before 1 have a little noise there, the VP path a little data at t = 0.
+    # Paths that end before 1 leave out noise of level 0.01, VP starts with a little data.
     assert torch.allclose(result.log_prob, expected, atol=1e-4 if path.end == 1 else 0.02)
     assert result.nfe == velocity.calls
+
+
+@paths
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("deviation", "tolerance"), [(0.02, 3e-4), (0.005, 8e-4)])
+def test_bits_of_narrow_gaussians_on_every_path(path, prediction, deviation, tolerance):
+    """Expected error, in bits a number: (0.001 / deviation)^4 / 4 / log 2 = 2e-6 and 6e-4."""
+    z = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    x_1 = 0.3 + deviation * (z - z.mean()) / z.std(correction=0)  # so that means are expectations
+    sampling = Sampling(path, prediction, solver="dopri5")
+    velocity = sampling.velocity(gaussian(0.3, deviation).model(path, prediction), None)
+    result = log_likelihood(
+        velocity, x_1, probes=signs(x_1.shape), **sampling.likelihood_arguments()
+    )
+    expected = torch.distributions.Normal(0.3, deviation).log_prob(x_1).sum(1)
+    bits = (expected - result.log_prob).mean().item() / 16 / math.log(2)
+    assert abs(bits) < tolerance
+
+
+@pytest.mark.parametrize("prediction", ["data", "noise"])
+def test_the_pieces_left_out_are_those_that_the_docstring_states(prediction):
+    """A span that leaves out much, in float64, against the density of what it leaves in."""
+    deviation, level, path = 0.02, 0.05, LinearPath()
+    start, end = rollout_span(path, prediction, level)
+    x_1 = deviation * torch.linspace(-3, 3, 13, dtype=torch.float64)[:, None]
+    velocity = guided_velocity(
+        gaussian(0, deviation).model(path, prediction), prediction=prediction
+    )
+    arguments = {"start": start, "end": end, "path": path, "atol": 1e-9, "rtol": 1e-9}
+    found = log_likelihood(velocity, x_1, **arguments).log_prob
+    left = level if prediction == "data" else 0.0
+    exact = torch.distributions.Normal(0, math.hypot(deviation, left)).log_prob(x_1)[:, 0]
+    assert torch.allclose(found, exact, atol=1e-5)
 
 
 def test_correlated_gaussian_with_the_exact_trace_and_many_probes():

@@ -1,5 +1,7 @@
 """Sampling: image i the same in any batch, exact maps of a Gaussian, wrong settings refused."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from analytic import PATH_CASES, gaussian
@@ -11,8 +13,11 @@ from flowdopr.flow import (
     LinearPath,
     Sampling,
     generate,
+    guided_velocity,
     image_generator,
+    rollout_span,
 )
+from flowdopr.flow.sampler import finish
 
 SHAPE = (1, 2, 3)
 REPEATABLE = [solver for solver in SOLVERS if solver not in BATCH_DEPENDENT_SOLVERS]
@@ -94,6 +99,47 @@ def test_a_perfect_model_maps_noise_to_the_gaussian_of_the_data(path, prediction
     assert (samples.images - expected).abs().max() < 0.04
 
 
+@pytest.mark.parametrize("path", PATH_CASES.values(), ids=PATH_CASES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("deviation", "tolerance"), [(0.02, 0.02), (0.005, 0.12)])
+def test_what_varies_little_keeps_its_spread_on_every_path(path, prediction, deviation, tolerance):
+    """Rollouts end at one noise level on all paths, and the step from there does not shrink."""
+    model = gaussian(0.3, deviation).model(path, prediction)
+    settings = {"path": path, "prediction": prediction, "solver": "dopri5", "atol": 1e-6}
+    images = generate(model, None, num_images=20, image_shape=SHAPE, seed=0, **settings).images
+    x_0 = torch.stack([torch.randn(SHAPE, generator=image_generator(0, i)) for i in range(20)])
+    assert ((images - 0.3) / deviation - x_0).std().item() < tolerance
+
+
+@pytest.mark.parametrize("path", PATH_CASES.values(), ids=PATH_CASES)
+def test_the_finishing_step_is_of_second_order_in_the_noise_level(path):
+    """Exact: a Gaussian's deviations are scaled by d / sd(x_t)."""
+    deviation, errors = 0.3, []
+    velocity = guided_velocity(gaussian(0.0, deviation).model(path), path=path)
+    for level in (0.08, 0.04, 0.02):
+        t = torch.tensor(path.time_at(level), dtype=torch.float64)
+        c = path(t)
+        spread = ((c.alpha * deviation) ** 2 + c.sigma**2).sqrt()
+        x = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None]
+        errors.append((finish(velocity, x, t, path) - x * deviation / spread).abs().max().item())
+    assert all(fine < coarse / 5 for coarse, fine in pairwise(errors))
+
+
+@pytest.mark.parametrize("path", PATH_CASES.values(), ids=PATH_CASES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_rollouts_stay_within_their_span(path, prediction):
+    start, end = rollout_span(path, prediction)
+    levels = [path(torch.tensor(t, dtype=torch.float64)) for t in (start, end)]
+    if start > 0:
+        assert (levels[0].alpha / levels[0].sigma).item() == pytest.approx(0.01)
+    if end < 1:
+        assert (levels[1].sigma / levels[1].alpha).item() == pytest.approx(0.01)
+    assert (start > 0) == (prediction == "noise")
+    assert (end < 1) == (prediction == "data" or path.end < 1)
+    grid = Sampling(path, prediction, solver="euler", time_grid=[0, 0.1, 0.6, 1]).grid()
+    assert grid.tolist() == pytest.approx([start, *(t for t in (0.1, 0.6) if t > start), end])
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("solver", ["euler", "heun2", "rk4"])
 def test_a_models_small_errors_stay_small(prediction, solver):
@@ -109,7 +155,7 @@ def test_a_models_small_errors_stay_small(prediction, solver):
     assert (perfect.images - perturbed.images).abs().max() < 0.06
 
 
-def test_calls_of_the_finishing_posterior_mean_are_counted():
+def test_calls_of_the_finishing_step_are_counted():
     calls = []
 
     def model(x, t, y):
@@ -119,7 +165,7 @@ def test_calls_of_the_finishing_posterior_mean_are_counted():
     samples = generate(
         model, None, num_images=2, image_shape=SHAPE, seed=0, prediction="data", steps=5
     )
-    assert samples.nfe == len(calls) == 11
+    assert samples.nfe == len(calls) == 12
 
 
 def test_a_model_gives_its_own_shape_and_progress_is_told():
@@ -148,6 +194,7 @@ def test_settings_by_name_take_precedence_over_sampling():
         ({"steps": 0}, "at least 1"),
         ({"prediction": "score"}, "choose one of"),
         ({"time_grid": [0.5, 0.2]}, "increasing"),
+        ({"time_grid": [0.5, 0.6]}, r"sample.time_grid=\[0.5, 0.6\].* must be 0"),
         ({"guidance_scale": 2.0}, "needs labels"),
         ({"guidance_interval": (0.5, 0.2)}, "guidance_interval"),
         ({"num_images": None}, "nothing to sample"),
