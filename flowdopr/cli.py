@@ -45,6 +45,21 @@ GuideRun = Annotated[
 ]
 GuideWeights = Annotated[str | None, typer.Option(help="Weights of the guide; default: ema.")]
 GuideStep = Annotated[int | None, typer.Option(help="Checkpoint of the guide.")]
+Seed = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Image i depends on the seed and i alone; with an adaptive solver, whose steps a "
+        "batch shares, up to its tolerance.",
+    ),
+]
+Checkpoint = Annotated[int | None, typer.Option(help="Checkpoint; default: the newest.")]
+Weights = Annotated[
+    str, typer.Option(help="Weights: ema, raw, an average's own name, or posthoc-LENGTH.")
+]
+Labels = Annotated[
+    str | None, typer.Option(help="Class numbers, repeated over the images: 3 or 0,1,2.")
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -92,6 +107,7 @@ def train(
 def sample(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="Folder for the images; new or empty.")],
+    overrides: Overrides = None,
     num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
     solver: Annotated[str | None, typer.Option(help="torchdiffeq method or SDE solver.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of a fixed-step solver.")] = None,
@@ -103,22 +119,10 @@ def sample(
     guide_run: GuideRun = None,
     guide_weights: GuideWeights = None,
     guide_step: GuideStep = None,
-    labels: Annotated[
-        str | None, typer.Option(help="Class numbers, repeated over the images: 3 or 0,1,2.")
-    ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Image i depends on the seed and i alone; with an adaptive solver, whose steps a "
-            "batch shares, up to its tolerance.",
-        ),
-    ] = 0,
-    step: Annotated[int | None, typer.Option(help="Checkpoint; default: the newest.")] = None,
-    ema: Annotated[
-        str,
-        typer.Option(help="Weights: ema, raw, an average's own name, or posthoc-LENGTH."),
-    ] = "ema",
+    labels: Labels = None,
+    seed: Seed = 0,
+    step: Checkpoint = None,
+    ema: Weights = "ema",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time.")] = None,
     autoencoder: Annotated[
         str | None, typer.Option(help="Where the autoencoder of a run on latents lies now.")
@@ -127,7 +131,10 @@ def sample(
         bool, typer.Option("--npz", help="Also write samples.npz (arr_0: uint8, NHWC; labels).")
     ] = False,
 ) -> None:
-    """Draw images from a run: numbered PNGs and grid.png. Options default to the run's config."""
+    """Draw images from a run: numbered PNGs and grid.png. Options default to the run's config.
+
+    Settings of the section `sample` that have no option are given as sample.key=value.
+    """
     from flowdopr.evaluate import sample as run_sample
 
     changes = {
@@ -144,6 +151,7 @@ def sample(
     _tell(
         run_sample(
             run,
+            overrides or (),
             num=num,
             out=out,
             labels=_numbers(labels),
@@ -161,7 +169,7 @@ def sample(
 def evaluate(
     run: RunPath,
     overrides: Overrides = None,
-    step: Annotated[int | None, typer.Option(help="Checkpoint; default: the newest.")] = None,
+    step: Checkpoint = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again what is known.")] = False,
 ) -> None:
     """Measure a run into a JSON card: one-step loss beside FD or FID, KID, precision, recall.

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from flowdopr.config import Config, apply_overrides
+from flowdopr.config import Config, ConfigError, apply_overrides
 from flowdopr.evaluate.card import (
     decoder_record,
     guide_record,
@@ -42,6 +42,7 @@ SMALLEST_IN_GRID = 32  # pixels; smaller images are magnified
 
 def sample(
     run: str | Path,
+    overrides: Iterable[str] = (),
     *,
     num: int,
     out: str | Path,
@@ -53,19 +54,19 @@ def sample(
     autoencoder: str | None = None,
     **settings: Any,
 ) -> Path:
-    """Draw `num` images into the folder `out`, which is returned.
+    """Draw `num` images into the folder `out`, which is returned and appears whole or not at all.
 
     `out` holds 000000.png, ..., grid.png (the first 100), sampling.json and, if `npz`, samples.npz
-    (arr_0: uint8 (N, H, W, C); labels (N,) where there are any). It appears whole or not at all.
-    Image i depends on (`seed`, i), its label and the settings alone. Solvers in
-    `flow.BATCH_DEPENDENT_SOLVERS`, the adaptive ones and implicit Adams, choose their steps for a
-    batch as a whole: with these, image i is the same only up to their tolerance.
+    (arr_0: uint8 (N, H, W, C); labels (N,) where there are any). Image i depends on (`seed`, i),
+    its label and the settings alone; with an adaptive solver or implicit Adams, which choose their
+    steps for a batch as a whole, it is the same only up to their tolerance.
 
     Args:
+        overrides: `sample.key=value`.
         labels: repeated over the images; None: all classes in turn.
         weights: "ema", "raw" or any other that `RunFolder.load_weights` knows.
         autoencoder: where the autoencoder of a run on latents lies now.
-        settings: settings of section `sample` that differ from the run's: solver, steps, atol, ...
+        settings: the same as `overrides` by name: solver, steps, atol, ...
 
     Raises:
         ConfigError, ValueError: `out` holds files, no such run or checkpoint, unknown labels,
@@ -74,8 +75,7 @@ def sample(
     out, state = Path(out), this_process()
     _check(num, out)
     folder = RunFolder.open(run)
-    config = _changed(folder.config, autoencoder, settings)
-    sampling = build_sampling(config)
+    config = _changed(folder.config, overrides, autoencoder, settings)
     decoder = decoder_record(folder.dataset, config)
     guide = load_guide(config, folder.dataset, device_of(state))
     model, step = folder.load_model(step, weights, device_of(state))
@@ -84,7 +84,7 @@ def sample(
         model,
         y,
         num,
-        sampling=sampling,
+        sampling=build_sampling(config),
         seed=seed,
         batch_size=config.sample.batch_size,
         state=state,
@@ -92,9 +92,9 @@ def sample(
         decode=load_decoder(decoder, device_of(state)),
     )
     if state.is_main_process:
+        known = list(labels) if labels else None if y is None else "balanced"
         described = sampling_settings(config) | guide_record(guide)
-        described |= {"nfe": nfe, "num_images": num, "seed": seed}
-        described["labels"] = list(labels) if labels else None if y is None else "balanced"
+        described |= {"nfe": nfe, "num_images": num, "seed": seed, "labels": known}
         card = origin(folder, model, step, weights) | {"sampling": described}
         card |= {"autoencoder": decoder} if decoder else {}
         _write_folder(out, images, y, card, npz=npz)
@@ -109,8 +109,24 @@ def _check(num: int, out: Path) -> None:
         raise ValueError(f"{out}: holds files already; give a new or an empty folder")
 
 
-def _changed(config: Config, autoencoder: str | None, settings: Mapping[str, Any]) -> Config:
-    changes = [f"sample.{key}={json.dumps(value)}" for key, value in settings.items()]
+def _changed(
+    config: Config,
+    overrides: Iterable[str],
+    autoencoder: str | None,
+    settings: Mapping[str, Any],
+) -> Config:
+    """The run's config with what was asked for, which may touch the section `sample` alone."""
+    changes = list(overrides)
+    for change in changes:
+        key = change.partition("=")[0]
+        if not key.startswith("sample."):
+            raise ConfigError(f"override '{change}': only sample.* can change what a run draws")
+        if key == "sample.num_images":
+            raise ConfigError(f"override '{change}': it is of training's grids; give --num")
+        if (name := key.removeprefix("sample.")) in settings:
+            option = name.replace("_", "-")
+            raise ConfigError(f"override '{change}': --{option} sets it too; give one of them")
+    changes += [f"sample.{key}={json.dumps(value)}" for key, value in settings.items()]
     if autoencoder is not None:
         changes.append(f"data.autoencoder={json.dumps(autoencoder)}")
     return apply_overrides(config, changes)

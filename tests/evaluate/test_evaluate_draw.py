@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -9,9 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from untrained import make_config, save_random_checkpoint
 
+from flowdopr.cli import run_command
+from flowdopr.config import apply_overrides
 from flowdopr.evaluate import evaluate, sample
 from flowdopr.evaluate.draw import grid
+from flowdopr.train.run_folder import RunFolder
 
 
 def pixels(folder, index):
@@ -79,6 +84,46 @@ def test_a_wrong_request_is_one_line_and_writes_nothing(make_run, tmp_path, wron
     with pytest.raises(ValueError, match=message) as caught:
         sample(run.path, **({"num": 2, "out": out} | wrong))
     assert "\n" not in str(caught.value)
+    assert not out.exists()
+
+
+def test_any_setting_of_the_section_can_be_overridden(make_run, tmp_path):
+    run, times = make_run(), "sample.time_grid=[0.0, 0.2, 1.0]"
+    command = ["sample", str(run.path), "--num", "2", "--out"]
+    assert run_command([*command, str(tmp_path / "cli"), times, "--guidance-scale", "2"]) == 0
+    card = json.loads((tmp_path / "cli" / "sampling.json").read_text())["sampling"]
+    assert (card["time_grid"], card["guidance_scale"]) == ([0.0, 0.2, 1.0], 2.0)
+    plain = sample(run.path, num=2, out=tmp_path / "plain", guidance_scale=2.0)
+    assert not np.array_equal(pixels(plain, 0), pixels(tmp_path / "cli", 0))
+
+
+def test_a_grid_of_the_run_is_no_dead_end_for_an_adaptive_solver(tmp_path, digits):
+    config = apply_overrides(make_config(tmp_path), ["sample.time_grid=edm"])
+    run = RunFolder.create(config, digits.info, {}, resume=False)
+    save_random_checkpoint(run, 1)
+    with pytest.raises(ValueError, match="leave time_grid at uniform"):
+        sample(run.path, num=1, out=tmp_path / "out", solver="dopri5")
+    sample(run.path, ["sample.time_grid=uniform"], num=1, out=tmp_path / "out", solver="dopri5")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluate.seed=3", r"override 'evaluate.seed=3': only sample\.\* can change what a run"),
+        ("flow.path=cosine", r"only sample\.\* can change"),
+        ("sample.num_images=9", "it is of training's grids; give --num"),
+        ("sample.guidance_scale=3", "--guidance-scale sets it too; give one of them"),
+        ("sample.stepz=3", "sample.stepz: unknown key; did you mean 'steps'"),
+        ("sample.guidance_interval=[0.5, 0.2]", "need 0 <= low < high <= 1"),
+    ],
+)
+def test_a_wrong_override_is_one_line(make_run, tmp_path, capsys, override, message):
+    out = tmp_path / "out"
+    command = ["sample", str(make_run().path), "--out", str(out), "--guidance-scale", "2"]
+    assert run_command([*command, override]) == 2
+    said = capsys.readouterr().err.strip()
+    assert re.search(message, said)
+    assert "\n" not in said
     assert not out.exists()
 
 
