@@ -1,7 +1,8 @@
 """Every setting of flowdopr: its type, default, range, unit and meaning.
 
 One class a section of the YAML file. Nothing here reads files (`load.py` does) and nothing here
-imports another room. A setting that a section does not use is refused, not ignored.
+imports another room. A setting that a section does not use is refused, not ignored; `idle.py`
+lists those whose use depends on others.
 """
 
 from __future__ import annotations
@@ -181,6 +182,11 @@ class SampleConfig(Section):
     """Relative tolerance of an adaptive solver."""
     noise_scale: NotNegative = 1.0
     """SDE solvers: w_t = 2 noise_scale sigma_t; 1 is SiT's default, 0 is the ODE."""
+    last_step: Literal["tweedie", "mean"] = "tweedie"
+    """SDE solvers: the step to the image, without fresh noise. `tweedie`: the posterior mean.
+    `mean`: the drift's, SiT's default."""
+    last_step_size: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """SDE solvers: its length in time (SiT: 0.04). null: the last interval of the time grid."""
     guidance_scale: NotNegative = 1.0
     """Classifier-free guidance; 1 is off."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)

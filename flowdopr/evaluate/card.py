@@ -61,7 +61,7 @@ def sampling_settings(config: Config) -> dict[str, Any]:
     if settings.guide_run is None:
         ignored |= {"guide_run", "guide_weights", "guide_step"}
     if not sampling.stochastic:
-        ignored |= {"noise_scale"}
+        ignored |= {"noise_scale", "last_step", "last_step_size"}
     if settings.solver in ADAPTIVE_SOLVERS or not isinstance(settings.time_grid, str):
         ignored |= {"steps"}
     if settings.solver not in BATCH_DEPENDENT_SOLVERS:

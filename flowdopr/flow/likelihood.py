@@ -116,19 +116,11 @@ def log_likelihood(
     counter = counted(velocity)
     before = calls_of(counter)
 
-    def augmented(state: Tensor, t: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x = state[:, :size].detach().reshape(shape).requires_grad_()
-            v = counter(x, t)
-            # Adding 0 x keeps a velocity that ignores x differentiable in it.
-            trace = divergence(v + 0 * x, x)
-        return torch.cat([v.detach().flatten(1), trace.detach()[:, None]], 1)
-
     alpha, sigma = _scales(path or LinearPath(), start, end)
     state = torch.cat([alpha * x_1.flatten(1), x_1.new_zeros(len(x_1), 1)], 1)
     with torch.no_grad():
         state, _ = solve(
-            augmented,
+            _augmented(counter, divergence, shape),
             state,
             solver=solver,
             steps=steps,
@@ -142,6 +134,20 @@ def log_likelihood(
     log_prior = -(x_0.square().sum(1) + size * math.log(2 * math.pi)) / 2
     log_prob = log_prior + minus_integral + size * (math.log(alpha) - math.log(sigma))
     return LogLikelihood(log_prob, x_0.reshape(shape), calls_of(counter) - before)
+
+
+def _augmented(velocity: Velocity, divergence: Divergence, shape: torch.Size) -> Velocity:
+    """The derivative of (x, integral of div v), both in one state (B, D + 1)."""
+
+    def derivative(state: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = state[:, :-1].detach().reshape(shape).requires_grad_()
+            v = velocity(x, t)
+            # Adding 0 x keeps a velocity that ignores x differentiable in it.
+            trace = divergence(v + 0 * x, x)
+        return torch.cat([v.detach().flatten(1), trace.detach()[:, None]], 1)
+
+    return derivative
 
 
 def _scales(path: Path, start: float, end: float) -> tuple[float, float]:

@@ -41,7 +41,9 @@ class Sampling:
     steps, time_grid: of solvers with fixed steps, see `flow.time.time_grid`, whose shift and rho
         are grid_shift (of "shifted") and grid_rho (of "edm").
     atol, rtol: of adaptive solvers (and the corrector of implicit Adams).
-    guidance_scale, guidance_interval: see `guided_velocity`. noise_scale: see `solve_sde`.
+    guidance_scale, guidance_interval: see `guided_velocity`.
+    noise_scale, last_step: of stochastic solvers, see `solve_sde`; last_step_size: in time, by
+        default the last interval of the time grid, else the others share what is before it.
 
     Raises:
         ValueError: for an unknown name or a combination that cannot work.
@@ -60,13 +62,16 @@ class Sampling:
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] = ALWAYS
     noise_scale: float = 1.0
+    last_step: str = "tweedie"
+    last_step_size: float | None = None
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
         if self.solver not in SOLVERS:
             raise ValueError(f"solver={self.solver!r}: choose one of {', '.join(SOLVERS)}")
         if self.stochastic:
-            check_sde(self.solver, self.path, self.noise_scale, self.coupling)
+            check_sde(self.solver, self.path, self.noise_scale, self.coupling, self.last_step)
+            self._check_last_step()
         else:
             check_solver(self.solver, self.time_grid)
         self.grid()
@@ -75,15 +80,39 @@ class Sampling:
     def stochastic(self) -> bool:
         return self.solver in SDE_SOLVERS
 
+    def _check_last_step(self) -> None:
+        size = self.last_step_size
+        if size is None:
+            return
+        if not isinstance(self.time_grid, str):
+            raise ValueError(
+                f"sample.last_step_size={size}: the list of sample.time_grid says it, leave it out"
+            )
+        if not 0 < size < 1 or self.steps < 2:
+            raise ValueError(
+                f"sample.last_step_size={size}, sample.steps={self.steps}: need a size between 0 "
+                "and 1, and 2 steps or more"
+            )
+
     def grid(self, level: float = ROLLOUT_LEVEL) -> Tensor:
         """Times of the rollout, within `rollout_span`; see `finish` for a grid that ends before 1.
 
-        A list of times is cut off where the span starts or ends.
+        A list of times is cut off where the span starts or ends. Stochastic solvers evaluate
+        nothing at the last time, which is always 1.
         """
+        grid = self._within_span(level)
+        if self.stochastic:
+            kept = grid if self.last_step_size is not None else grid[:-1]
+            return torch.cat([kept, grid.new_ones(1)])
+        return grid
+
+    def _within_span(self, level: float) -> Tensor:
         start, end = rollout_span(self.path, self.prediction, level)
         if isinstance(self.time_grid, str):
-            shift, rho = self.grid_shift, self.grid_rho
-            return time_grid(self.time_grid, self.steps, start=start, end=end, shift=shift, rho=rho)
+            steps, shift, rho = self.steps, self.grid_shift, self.grid_rho
+            if self.stochastic and self.last_step_size is not None:
+                steps, end = steps - 1, min(end, 1 - self.last_step_size)
+            return time_grid(self.time_grid, steps, start=start, end=end, shift=shift, rho=rho)
         times = time_grid(self.time_grid).tolist()
         if times[0] != 0:
             raise ValueError(
@@ -126,9 +155,15 @@ class Sampling:
         if grid[0] > 0:
             x_0 = self.path(grid[0]).sigma.to(x_0) * x_0  # all of x_t that is known of it
         if self.stochastic:
-            scale = self.noise_scale
             return solve_sde(
-                velocity, x_0, self.path, noise, grid=grid, solver=self.solver, noise_scale=scale
+                velocity,
+                x_0,
+                self.path,
+                noise,
+                grid=grid,
+                solver=self.solver,
+                noise_scale=self.noise_scale,
+                last_step=self.last_step,
             )
         x, nfe = solve(velocity, x_0, **self.ode_arguments())
         if grid[-1] == 1:

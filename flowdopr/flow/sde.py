@@ -6,8 +6,10 @@ has the marginals of the ODE for every w_t >= 0. With w_t = 2 noise_scale sigma_
 "sigma" with this norm) the drift is v - noise_scale E[x_0 | x_t], finite at both ends of time.
 
 The score formula holds when x_0 is Gaussian and independent of x_1: not after a coupling by optimal
-transport. The last interval is replaced by the posterior mean E[x_1 | x_t], so that no fresh noise
-is left in the images (SiT's last step "Mean").
+transport. The last step adds no fresh noise, which would be left in the images. By SiT's names:
+
+    tweedie    E[x_1 | x_t], the posterior mean (on the linear path also SiT's "Euler", x + v dt)
+    mean       x + drift dt, the mean of the stochastic step, SiT's default with dt = 0.04
 """
 
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from flowdopr.flow.prediction import convert
 from flowdopr.flow.solver import Rollout, Velocity, calls_of, counted
 
 SDE_SOLVERS = ("euler_maruyama", "sde_heun")
+LAST_STEPS = ("tweedie", "mean")
 
 
 def posterior_mean(velocity: Velocity, x: Tensor, t: Tensor, path: Path) -> Tensor:
@@ -36,6 +39,7 @@ def solve_sde(
     grid: Tensor,
     solver: str = "euler_maruyama",
     noise_scale: float = 1.0,
+    last_step: str = "tweedie",
 ) -> Rollout:
     """Integrate (8) over the times `grid` by Euler-Maruyama or by Heun.
 
@@ -51,13 +55,15 @@ def solve_sde(
 
     Args:
         noise: called once an interval, gives standard normal numbers of the shape of `x_0`.
-        grid: increasing times (N + 1,); the last interval is the posterior mean.
+        grid: increasing times (N + 1,); its last interval is the last step.
         noise_scale: of w_t; 1 is SiT's default, 0 is the ODE by Euler or by Heun.
+        last_step: of LAST_STEPS, one call.
 
     Raises:
-        ValueError: for an unknown solver, a path without score or a negative noise scale.
+        ValueError: for an unknown solver or last step, a path without score or a negative noise
+            scale.
     """
-    check_sde(solver, path, noise_scale)
+    check_sde(solver, path, noise_scale, last_step=last_step)
     counter = counted(velocity)
     before = calls_of(counter)
 
@@ -74,10 +80,20 @@ def solve_sde(
         else:
             slope = drift(shaken, t)
             x = shaken + dt / 2 * (slope + drift(shaken + dt * slope, t_next))
-    return Rollout(posterior_mean(counter, x, grid[-2], path), calls_of(counter) - before)
+    if last_step == "tweedie":
+        x = posterior_mean(counter, x, grid[-2], path)
+    else:
+        x = x + (grid[-1] - grid[-2]) * drift(x, grid[-2])
+    return Rollout(x, calls_of(counter) - before)
 
 
-def check_sde(solver: str, path: Path, noise_scale: float, coupling: str = "independent") -> None:
+def check_sde(
+    solver: str,
+    path: Path,
+    noise_scale: float,
+    coupling: str = "independent",
+    last_step: str = "tweedie",
+) -> None:
     """Refuse stochastic sampling that cannot work.
 
     Raises:
@@ -85,6 +101,8 @@ def check_sde(solver: str, path: Path, noise_scale: float, coupling: str = "inde
     """
     if solver not in SDE_SOLVERS:
         raise ValueError(f"SDE solver={solver!r}: choose one of {', '.join(SDE_SOLVERS)}")
+    if last_step not in LAST_STEPS:
+        raise ValueError(f"last_step={last_step!r}: choose one of {', '.join(LAST_STEPS)}")
     if noise_scale < 0:
         raise ValueError(f"noise_scale={noise_scale}: must not be negative (0 is the ODE)")
     if not path.has_score:

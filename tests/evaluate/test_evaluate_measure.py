@@ -42,7 +42,7 @@ def test_a_card_says_all_that_is_needed(make_run, digits):
             "seed": 0,
         }.items()
     )
-    assert not {"atol", "rtol", "batch_size", "noise_scale"} & set(card["sampling"])
+    assert not {"atol", "rtol", "batch_size", "noise_scale", "last_step"} & set(card["sampling"])
     assert card["extractor"]["name"] == "flowdopr-classifier"
     assert card["extractor"]["held_out_accuracy"] > 0.97
     assert len(card["extractor"]["weights_sha256"]) == 64

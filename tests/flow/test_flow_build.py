@@ -21,6 +21,7 @@ from flowdopr.flow import (
 )
 from flowdopr.flow.coupling import Entropic
 from flowdopr.flow.path import VariancePreservingPath
+from flowdopr.flow.sde import LAST_STEPS
 from flowdopr.flow.time import TIME_DISTRIBUTIONS, TIME_GRIDS
 
 
@@ -51,6 +52,7 @@ def test_the_config_offers_exactly_what_there_is():
     assert literals(FlowConfig, "time_distribution") == TIME_DISTRIBUTIONS
     assert literals(FlowConfig, "coupling") == COUPLINGS
     assert literals(SampleConfig, "time_grid") == TIME_GRIDS
+    assert literals(SampleConfig, "last_step") == LAST_STEPS
 
 
 def test_defaults_are_plain_flow_matching():
@@ -103,6 +105,8 @@ def test_sampling_follows_the_sections_sample_and_flow():
         "guidance_scale": 2.0,
         "guidance_interval": (0.2, 0.8),
         "noise_scale": 0.5,
+        "last_step": "mean",
+        "last_step_size": 0.04,
     }
     sampling = build_sampling(config_of({"path": "cosine", "prediction": "data"}, settings))
     assert {name: getattr(sampling, name) for name in settings} == settings

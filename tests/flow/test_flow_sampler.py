@@ -192,6 +192,12 @@ def test_settings_by_name_take_precedence_over_sampling():
         ({"solver": "euler_maruyama", "coupling": "exact"}, "needs a score"),
         ({"solver": "sde_heun", "noise_scale": -1.0}, "negative"),
         ({"steps": 0}, "at least 1"),
+        ({"solver": "sde_heun", "last_step_size": 1.0}, "between 0 and 1"),
+        ({"solver": "sde_heun", "last_step_size": 0.1, "steps": 1}, "2 steps or more"),
+        (
+            {"solver": "sde_heun", "last_step_size": 0.1, "time_grid": [0, 0.5, 1]},
+            "leave it out",
+        ),
         ({"prediction": "score"}, "choose one of"),
         ({"time_grid": [0.5, 0.2]}, "increasing"),
         ({"time_grid": [0.5, 0.6]}, r"sample.time_grid=\[0.5, 0.6\].* must be 0"),

@@ -4,8 +4,18 @@ import pytest
 import torch
 from analytic import PATH_CASES, Mixture
 
-from flowdopr.flow import LinearPath, Path, guided_velocity, solve, solve_sde, time_grid
-from flowdopr.flow.sde import SDE_SOLVERS, posterior_mean
+from flowdopr.flow import (
+    LinearPath,
+    Path,
+    Sampling,
+    TrigonometricPath,
+    VariancePreservingPath,
+    guided_velocity,
+    solve,
+    solve_sde,
+    time_grid,
+)
+from flowdopr.flow.sde import LAST_STEPS, SDE_SOLVERS, posterior_mean
 
 paths = pytest.mark.parametrize("path", PATH_CASES.values(), ids=PATH_CASES)
 
@@ -47,6 +57,50 @@ def test_without_noise_it_is_the_ode(solver, ode):
     assert torch.allclose(x_1, posterior_mean(velocity, before_last, grid[-2], path), atol=1e-6)
 
 
+@pytest.mark.parametrize("last_step", LAST_STEPS)
+@pytest.mark.parametrize("path", [LinearPath(), TrigonometricPath()])
+def test_steps_and_last_step_are_sits(path, last_step):
+    """SiT's sample_sde in float64: N - 1 steps from 0 to 1 - size, then one of that size."""
+    steps, size, generator = 25, 0.04, torch.Generator().manual_seed(3)
+    x_0 = torch.randn(6, 2, generator=generator, dtype=torch.float64)
+    draws = torch.randn(steps, 6, 2, generator=generator, dtype=torch.float64)
+    velocity = guided_velocity(Mixture().model(path), path=path)
+
+    def score(x, t):
+        c = path(t)
+        v = velocity(x, t)
+        ratio = c.alpha / c.d_alpha  # SiT's get_score_from_velocity
+        return (ratio * v - x) / (c.sigma**2 - ratio * c.d_sigma * c.sigma)
+
+    def drift(x, t):
+        return velocity(x, t) + path(t).sigma * score(x, t)
+
+    times = torch.linspace(0, 1 - size, steps, dtype=torch.float64)
+    x, dt = x_0, times[1] - times[0]
+    for t, draw in zip(times[:-1], draws, strict=False):
+        x = x + drift(x, t) * dt + (2 * path(t).sigma * dt).sqrt() * draw
+    c, t = path(times[-1]), times[-1]
+    tweedie = x / c.alpha + c.sigma**2 / c.alpha * score(x, t)
+    expected = {"mean": x + drift(x, t) * size, "tweedie": tweedie}[last_step]
+    sampling = Sampling(
+        path, solver="euler_maruyama", steps=steps, last_step=last_step, last_step_size=size
+    )
+    noise = iter(draws)
+    found = sampling.rollout(velocity, x_0, lambda: next(noise))
+    assert torch.allclose(found.x_1, expected, atol=1e-5)
+    assert found.nfe == steps
+
+
+def test_the_last_step_is_the_last_interval_unless_told_otherwise():
+    def grid(**settings):
+        return Sampling(solver="sde_heun", steps=4, **settings).grid().tolist()
+
+    assert grid() == [0, 0.25, 0.5, 0.75, 1]
+    assert grid(last_step_size=0.1) == pytest.approx([0, 0.3, 0.6, 0.9, 1])
+    assert grid(path=VariancePreservingPath())[-1] == 1
+    assert grid(prediction="data")[-1] == 1
+
+
 @paths
 def test_posterior_mean_is_exact(path):
     mixture, t = Mixture(), torch.tensor(0.6, dtype=torch.float64)
@@ -75,6 +129,7 @@ class NoScore(LinearPath):
         (NoScore(), {}, "needs a score"),
         (LinearPath(), {"solver": "euler"}, "choose one of"),
         (LinearPath(), {"noise_scale": -1.0}, "negative"),
+        (LinearPath(), {"last_step": "Euler"}, "choose one of tweedie, mean"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_runs(path: Path, settings, words):
