@@ -54,8 +54,11 @@ class ModelVelocity:
         return guide + self.scale * (main - guide)
 
     def _within_interval(self, t: Tensor) -> bool:
-        low, high = self.interval
-        return self.interval == ALWAYS or low <= float(t) <= high
+        if self.interval == ALWAYS:
+            return True
+        # All rounded alike: times of a grid are float32, and 0.3 of it must be the end 0.3.
+        low, high, time = torch.tensor([*self.interval, float(t)], dtype=torch.float32).tolist()
+        return low <= time <= high
 
     def _velocity(self, model: Model, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         self.calls += 1
@@ -121,7 +124,7 @@ def guided_velocity(
         y: labels (B,), or None for an unconditional model.
         guidance_scale: equation (7); 1 is off.
         guidance_interval: times (low, high) outside of which there is no guidance
-            (Kynkaanniemi et al. 2024); calls outside count once.
+            (Kynkaanniemi et al. 2024), its ends included; calls outside count once.
         guide_model: a second model for autoguidance, in place of the unconditional branch.
         path: of the model's training, by default linear.
 

@@ -27,7 +27,7 @@ from flowdopr.flow.noise import ImageNoise
 from flowdopr.flow.objective import FlowMatching, Model, labels_for
 from flowdopr.flow.one_step import OneStepLoss, TimeBins, path_points, squared_error
 from flowdopr.flow.path import Coefficients, LinearPath, Path, batch_times
-from flowdopr.flow.prediction import convert
+from flowdopr.flow.prediction import SAFE_TIME, convert
 from flowdopr.flow.sampler import Sampling
 from flowdopr.flow.solver import Velocity, calls_of
 
@@ -220,7 +220,8 @@ def rollout_excess(
     Args:
         labels: (N,) or None, then with `num_images`; rolled out as one batch, from the noise that
             `generate` would use.
-        space: "velocity" or "data".
+        space: "velocity" or "data", the latter without the times at which a velocity tells nothing
+            of it: those below SAFE_TIME on the polynomial path.
         sampling: how to roll out; guidance, if any, is part of the model's velocity.
 
     Raises:
@@ -255,8 +256,11 @@ class _ErrorProbe:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         v = self.velocity(x, t)
+        if self.space == "data" and self.oracle.path.still_at_start and float(t) < SAFE_TIME:
+            return v  # which is near zero and tells nothing of the data
         if self.space == "data":
-            ours = convert(v, x, t, self.oracle.path, "velocity", "data")
+            known = t.clamp(max=1 - LAST)  # as the oracle, whose velocity is that of then
+            ours = convert(v, x, known, self.oracle.path, "velocity", "data")
             error = squared_error(ours, self.oracle.posterior_mean(x, t, self.y))
         else:
             error = squared_error(v, self.oracle(x, t, self.y))

@@ -24,6 +24,7 @@ ODE_SOLVERS = (*CALLS_A_STEP, *MULTISTEP_SOLVERS, *ADAPTIVE_SOLVERS)
 BATCH_DEPENDENT_SOLVERS = (*ADAPTIVE_SOLVERS, "implicit_adams", "fixed_adams")
 
 MAX_ADAPTIVE_STEPS = 10_000  # beyond this the tolerance is below the precision of the state
+SCIPY_STAGES = 6  # calls a step of scipy's RK45, whose steps have no limit of their own
 SOLVER_FAILURES = ("underflow in dt", "non-finite values", "max_num_steps exceeded")
 
 
@@ -124,10 +125,14 @@ def _integrate(
     options = _options(solver, grid)
     # torchdiffeq keeps the state at every time it is asked for, so ask only for the ends.
     ends = grid[[0, -1]]
+    if solver == "scipy_solver":
+        derivative = _limited(derivative, SCIPY_STAGES * MAX_ADAPTIVE_STEPS)
     try:
         states: Any = odeint(
             derivative, x_0, ends, method=solver, atol=atol, rtol=rtol, options=options
         )
+        # scipy returns what it has, without a word, when it cannot reach the end.
+        assert len(states) == len(ends), "underflow in dt"
     except AssertionError as error:
         reason = str(error).split("`")[0].strip()
         if not reason.startswith(SOLVER_FAILURES):
@@ -137,6 +142,23 @@ def _integrate(
             "or use a fixed-step solver"
         ) from error
     return states[-1]
+
+
+def _limited(
+    derivative: Callable[[Tensor, Tensor], Tensor], limit: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """`derivative` with the failures of torchdiffeq's own adaptive solvers."""
+    calls = 0
+
+    def checked(t: Tensor, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        slope = derivative(t, x)
+        assert calls <= limit, "max_num_steps exceeded"
+        assert slope.isfinite().all(), "non-finite values"
+        return slope
+
+    return checked
 
 
 def _options(solver: str, grid: Tensor) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """Guidance: equation (7) for all predictions, its calls counted, wrong uses refused."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from analytic import PATH_CASES
 
-from flowdopr.flow import PREDICTIONS, convert, guided_velocity
+from flowdopr.flow import PREDICTIONS, convert, guided_velocity, solve
 
 
 class Affine:
@@ -90,6 +92,15 @@ def test_outside_of_its_interval_guidance_is_off_and_free():
         velocity.calls = 0
         assert torch.equal(velocity(X, torch.tensor(t)), expected(X, torch.tensor(t)))
         assert velocity.calls == calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_ends_of_the_interval_are_guided_on_every_grid_of_ten_steps(dtype):
+    """Euler's times are 0, 0.1, ..., 0.9: of each interval of tenths, ends included."""
+    for low, high in combinations(range(11), 2):
+        velocity = guided_velocity(Affine(), Y, 3.0, guidance_interval=(low / 10, high / 10))
+        nfe = solve(velocity, X.to(dtype), solver="euler", steps=10).nfe
+        assert nfe == 10 + len(range(low, min(high, 9) + 1)), (low, high)
 
 
 def test_half_precision_output_is_combined_in_float32():

@@ -7,6 +7,7 @@ from analytic import PATH_CASES
 from flowdopr.flow import (
     EmpiricalVelocity,
     FlowMatching,
+    PolynomialPath,
     Sampling,
     convert,
     excess_error,
@@ -16,6 +17,7 @@ from flowdopr.flow import (
     rollout_excess,
     solve,
 )
+from flowdopr.flow.oracle import SPACES
 
 SHAPE = (1, 3, 3)
 paths = pytest.mark.parametrize("path", PATH_CASES.values(), ids=PATH_CASES)
@@ -181,6 +183,34 @@ def test_the_irreducible_part_vanishes_at_the_data():
     parts = excess_error(oracle, FlowMatching(), oracle, [(images, None)] * 50)
     assert parts.irreducible.by_time[-1] < 1e-4
     assert parts.irreducible.by_time[0] > 0.2
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("solver", ["euler", "rk4", "dopri5", "sde_heun"])
+@pytest.mark.parametrize(
+    "path", [*PATH_CASES.values(), PolynomialPath(8)], ids=[*PATH_CASES, "polynomial_8"]
+)
+def test_the_oracle_has_no_excess_along_its_rollouts(path, solver, space):
+    oracle = EmpiricalVelocity(training_set()[0], path=path)
+    settings = Sampling(path, solver=solver, steps=12, atol=1e-4, rtol=1e-4)
+    found = rollout_excess(oracle, oracle, num_images=3, seed=0, space=space, sampling=settings)
+    assert found.mean < 1e-7
+    assert found.count > 0
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (1, 3, 3)])
+def test_errors_of_points_of_any_shape(shape):
+    """A model that is off by 0.1 everywhere, in the space (B, ...) that the oracle promises."""
+    points = torch.rand(20, *shape, generator=torch.Generator().manual_seed(1))
+    oracle = EmpiricalVelocity(points)
+
+    def model(x, t, y):
+        return oracle(x, t, y) + 0.1
+
+    parts = excess_error(oracle, FlowMatching(), model, [(points, None)] * 3)
+    assert parts.excess.mean == pytest.approx(0.01, rel=1e-4)
+    assert parts.loss == one_step_loss(FlowMatching(), model, [(points, None)] * 3)
+    assert rollout_excess(oracle, model, num_images=3, seed=0).mean == pytest.approx(0.01, rel=1e-3)
 
 
 def test_excess_in_the_space_of_data_stays_finite_at_the_end():
