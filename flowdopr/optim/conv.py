@@ -102,7 +102,7 @@ class OffsetCase(PatchCase):
         x = (
             x.to(sums.dtype)
             if kept is None
-            else x[kept].to(sums.dtype) * (total / len(kept)) ** 0.5
+            else x.index_select(0, kept).to(sums.dtype) * (total / len(kept)) ** 0.5
         )
         x = x.unflatten(1, (self.groups, -1)).transpose(0, 1).movedim(2, -1)  # (G, B, *axes, c)
         offsets = list(itertools.product(*(range(size) for size in self.conv.kernel_size)))

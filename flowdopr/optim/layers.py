@@ -157,7 +157,7 @@ def vector_rows(x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
     """The kept vectors of (..., d), (n, d), and how many there were."""
     flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
     kept = kept_rows(flat.shape[0], max_rows, x.device)
-    return flat if kept is None else flat[kept], flat.shape[0]
+    return flat if kept is None else flat.index_select(0, kept), flat.shape[0]
 
 
 class LinearCase(Case):
