@@ -12,11 +12,13 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from flowdopr.config.idle import idle_setting
 from flowdopr.config.model import MODEL_SECTIONS
 from flowdopr.config.schema import Config
 from flowdopr.config.yaml12 import dump_yaml, parse_yaml
@@ -26,13 +28,23 @@ class ConfigError(ValueError):
     """A setting that cannot be used. The message is one line: place, value and remedy."""
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Iterable[str] = (), *, resolved: bool = False
+) -> Config:
     """Read `path`, its bases and `overrides` (`a.b=value`, the value in YAML) into a Config.
 
+    Args:
+        resolved: the file is what `to_yaml` wrote beside a run: a setting in it that does nothing
+            was left over there, and is no error.
+
     Raises:
-        ConfigError: a file is missing or is not YAML, or a key, type or range is wrong.
+        ConfigError: a file is missing or is not YAML, a key, type or range is wrong, or a setting
+            does nothing beside the others (`idle.py`).
     """
-    return _validate(_apply(_read(Path(path), ()), overrides), str(path))
+    layers, overrides = _read(Path(path), ()), list(overrides)
+    config = _validate(_apply(reduce(_merge, layers, {}), overrides), str(path))
+    _refuse_idle(config, [*([] if resolved else layers), _apply({}, overrides)], str(path))
+    return config
 
 
 def load_data_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -46,12 +58,20 @@ def load_data_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         "model": {"name": "dit"},
         "train": {"steps": 1, "global_batch_size": 1},
     }
-    return _validate(unused | _apply(_read(Path(path), ()), overrides), str(path))
+    values = reduce(_merge, _read(Path(path), ()), {})
+    return _validate(unused | _apply(values, overrides), str(path))
 
 
 def apply_overrides(config: Config, overrides: Iterable[str], place: str = "overrides") -> Config:
-    """A copy of `config` with `overrides` (`a.b=value`) applied; errors name `place`."""
-    return _validate(_apply(to_dict(config), overrides), place)
+    """A copy of `config` with `overrides` (`a.b=value`) applied; errors name `place`.
+
+    Raises:
+        ConfigError: as `load_config`; of the settings that do nothing, only overrides are refused.
+    """
+    overrides = list(overrides)
+    changed = _validate(_apply(to_dict(config), overrides), place)
+    _refuse_idle(changed, [_apply({}, overrides)], place)
+    return changed
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -64,8 +84,13 @@ def to_yaml(config: Config) -> str:
     return dump_yaml(to_dict(config))
 
 
-def _read(path: Path, opened: tuple[Path, ...]) -> dict[str, Any]:
-    """The merged mapping of `path` and its bases; `opened` are the files that led here."""
+def _refuse_idle(config: Config, layers: list[dict[str, Any]], place: str) -> None:
+    if line := idle_setting(config, layers):
+        raise ConfigError(f"{place}: {line}")
+
+
+def _read(path: Path, opened: tuple[Path, ...]) -> list[dict[str, Any]]:
+    """The mappings of the bases of `path`, from the lowest, and its own; `opened` led here."""
     path = path.resolve() if opened else path
     if path.is_dir():
         inside = [path / name for name in ("config.yaml", "study.yaml") if (path / name).is_file()]
@@ -88,13 +113,13 @@ def _read(path: Path, opened: tuple[Path, ...]) -> dict[str, Any]:
         )
     base = values.pop("base", None)
     if base is None:
-        return values
+        return [values]
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base: must be the path of one file, got {base!r}")
     target = (path.parent / base).resolve()
     if target in (*opened, path.resolve()):
         raise ConfigError(f"{path}: base: {base} leads back to a file that is already being read")
-    return _merge(_read(target, (*opened, path.resolve())), values)
+    return [*_read(target, (*opened, path.resolve())), values]
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -249,13 +249,7 @@ def test_other_inception_weights_need_other_cards(study):
     assert missing_cards(plan) == wanted_cards(plan).all()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        *("evaluate.bpd_num_images=65", "evaluate.inception_weights=unused.pth"),
-        *("sample.rtol=1e-3", "sample.batch_size=8", "sample.num_images=3"),
-    ],
-)
+@pytest.mark.parametrize("change", ["sample.batch_size=8", "sample.num_images=3"])
 def test_settings_that_decide_no_number_here_need_no_new_card(finished, change):
     assert all(is_finished(plan) for plan in expand(apply_overrides(finished, [change])))
 

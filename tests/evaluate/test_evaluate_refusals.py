@@ -3,7 +3,8 @@
 import pytest
 from untrained import make_config
 
-from flowdopr.config import apply_overrides
+from flowdopr.config import ConfigError, apply_overrides
+from flowdopr.evaluate import sample
 from flowdopr.train import train
 
 WRONG = {
@@ -42,3 +43,15 @@ def test_training_refuses(settings, tmp_path):
 def test_training_accepts_what_fits(settings, tmp_path):
     config = apply_overrides(make_config(tmp_path), settings.split())
     assert (train(config) / "samples" / "step-00000002.png").is_file()
+
+
+def test_a_run_opens_with_what_an_override_left_idle(make_run, tmp_path):
+    """A resolved config gives every setting, so none of them counts as wished for."""
+    config = apply_overrides(make_run().config, ["name=left", "sample.solver=dopri5"])
+    path = train(config)
+    assert "steps: 2" in (path / "config.yaml").read_text()
+    train(config, resume=True)
+    sample(path, num=1, out=tmp_path / "ode")
+    sample(path, num=1, out=tmp_path / "sde", solver="sde_heun", steps=3)
+    with pytest.raises(ConfigError, match=r"sample\.steps=3 has no effect with sample\.solver"):
+        sample(path, num=1, out=tmp_path / "out", steps=3)
