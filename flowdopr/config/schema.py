@@ -248,6 +248,8 @@ class EvaluateConfig(Section):
     excess_num_images: Count = 256
     """Training images of `excess` on the path, and as many rollouts. Each model call is compared
     with the whole training set."""
+    excess_space: Literal["velocity", "data"] = "velocity"
+    """Of `rollout_excess`: that of the velocity, ruled by the last times, or of E[x_1 | x_t]."""
 
 
 class ArmConfig(Section):

@@ -95,7 +95,7 @@ def card_settings(config: Config, dataset: DatasetInfo, *, processes: int = 1) -
     tolerances = [sample.atol, sample.rtol, sample.batch_size]
     exact = {
         "bpd": [chosen.bpd_num_images, chosen.bpd_trace, *tolerances],
-        "excess": [chosen.excess_num_images],
+        "excess": [chosen.excess_num_images, chosen.excess_space],
     }
     return {name: exact[name] for name in exact if name in chosen.metrics} | {
         "weights": chosen.weights,

@@ -106,7 +106,8 @@ def likelihood(config: Config, model: nn.Module, datasets: Datasets, device: Any
 def excess(config: Config, model: nn.Module, datasets: Datasets, device: Any) -> Measured:
     """The model's error over the exact velocity of its training set: `excess` on the path, where
     `train_one_step_loss` = `excess` + `irreducible` in expectation, and `rollout_excess` where its
-    own rollouts go; the latter grows without bound towards t = 1, so it is read by time."""
+    own rollouts go; of the velocity it grows without bound towards t = 1, so it is read by time or
+    taken in the space of the data."""
     images, labels = _training_points(config, datasets)
     oracle_labels = labels if num_classes_of(model) else None
     objective, seed = build_objective(config), config.evaluate.seed
@@ -124,6 +125,7 @@ def excess(config: Config, model: nn.Module, datasets: Datasets, device: Any) ->
             None if oracle_labels is None else labels[points],
             num_images=num,
             seed=seed,
+            space=config.evaluate.excess_space,
             sampling=_unguided(config),
             device=device,
         )
@@ -140,6 +142,7 @@ def excess(config: Config, model: nn.Module, datasets: Datasets, device: Any) ->
         "num_images": num,
         "training_images": len(images),
         "mirrored_copies": config.data.horizontal_flip,
+        "rollout_space": config.evaluate.excess_space,
         "guidance_scale": 1.0,
         "seed": seed,
     }

@@ -69,6 +69,22 @@ def test_the_one_step_loss_is_the_held_out_velocity_error(make_run, digits):
     assert card["one_step"] == {"times": times, "seed": 3}
 
 
+def test_the_excess_of_rollouts_is_taken_in_the_space_asked_for(make_run):
+    run = make_run()
+    wanted = ["evaluate.metrics=[excess]", "evaluate.excess_num_images=5", "evaluate.seed=3"]
+    spaces = ("velocity", "data")
+    paths = [evaluate(run.path, [*wanted, f"evaluate.excess_space={name}"]) for name in spaces]
+    cards = [read(path) for path in paths]
+    assert paths[0] != paths[1]
+    assert [card["oracle"]["rollout_space"] for card in cards] == list(spaces)
+    assert cards[0]["metrics"]["excess"] == cards[1]["metrics"]["excess"]
+    # Euler's first call is at t = 0, where the error of the data is that of the velocity.
+    first = [card["metrics"]["rollout_excess_by_time"][0] for card in cards]
+    assert first[0] == pytest.approx(first[1], rel=1e-4)
+    last = [card["metrics"]["rollout_excess_by_time"][5] for card in cards]
+    assert last[1] == pytest.approx(last[0] / 4, rel=1e-4)  # (1 - t)^2 at the second, t = 0.5
+
+
 def test_the_same_question_is_answered_once_and_alike(make_run):
     run = make_run()
     path = evaluate(run.path)
