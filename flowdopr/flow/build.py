@@ -23,7 +23,10 @@ def build_path(config: Config) -> Path:
         raise ValueError(
             f"flow.path_options.{unknown[0]}: no option of {config.flow.path}: {remedy}"
         )
-    return path(**options)
+    try:
+        return path(**options)
+    except ValueError as error:
+        raise ValueError(f"flow.path_options: {error}") from error
 
 
 def build_time_sampler(config: Config) -> TimeSampler:

@@ -120,6 +120,20 @@ def test_sampling_follows_the_sections_sample_and_flow():
         (build_path, {"path_options": {"power": 2.0}}, {}, "it has none"),
         (build_path, {"path": "polynomial", "path_options": {"beta_min": 1.0}}, {}, "it has power"),
         (build_path, {"path": "polynomial", "path_options": {"power": 0.5}}, {}, "power=0.5"),
+        (
+            build_objective,
+            {"path": "variance_preserving", "path_options": {"beta_max": 500.0}},
+            {},
+            "flow.path_options: .*beta_max=500.0",
+        ),
+        (
+            build_objective,
+            {"path": "polynomial", "path_options": {"power": 8}, "prediction": "noise"}
+            | {"weighting": "edm"},
+            {},
+            "leaves float32",
+        ),
+        (build_sampling, {}, {"time_grid": (0.5, 0.6)}, "sample.time_grid"),
         (build_sampling, {}, {"solver": "ddim"}, "choose one of"),
         (build_sampling, {}, {"solver": "dopri5", "time_grid": "edm"}, "chooses its own times"),
         (build_sampling, {"coupling": "exact"}, {"solver": "sde_heun"}, "needs a score"),
