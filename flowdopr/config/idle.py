@@ -115,11 +115,14 @@ USES = (
         )
         for key in ("num_images", "trace")
     ),
-    Use(
-        "evaluate.excess_num_images",
-        ("evaluate.metrics",),
-        lambda c: "excess" in c.evaluate.metrics,
-        "add excess to the metrics",
+    *(
+        Use(
+            f"evaluate.excess_{key}",
+            ("evaluate.metrics",),
+            lambda c: "excess" in c.evaluate.metrics,
+            "add excess to the metrics",
+        )
+        for key in ("num_images", "space")
     ),
 )
 

@@ -31,6 +31,7 @@ IDLE = {
     "sample.rtol=1e-3 sample.solver=rk4": "with sample.solver=rk4",
     "evaluate.bpd_trace=exact": "add bpd to the metrics, or leave it at hutchinson",
     "evaluate.bpd_num_images=2": "add bpd to the metrics",
+    "evaluate.excess_space=data": "add excess to the metrics",
     "evaluate.excess_num_images=2 evaluate.metrics=[bpd]": "add excess to the metrics",
     "evaluate.inception_weights=w.pth": "it belongs to evaluate.extractor=inception, or leave",
 }
@@ -45,7 +46,7 @@ ACTING = [
     "sample.guidance_interval=[0,0.5] sample.guidance_scale=0",
     "sample.atol=1e-3 sample.solver=implicit_adams",
     "sample.rtol=1e-3 evaluate.metrics=[bpd] evaluate.bpd_trace=exact evaluate.bpd_num_images=2",
-    "evaluate.excess_num_images=2 evaluate.metrics=[excess]",
+    "evaluate.excess_num_images=2 evaluate.excess_space=data evaluate.metrics=[excess]",
     "evaluate.inception_weights=w.pth evaluate.extractor=inception",
 ]
 
