@@ -34,7 +34,7 @@ class Preconditioner:
         self.cov_decay, self.max_nonfinite = cov_decay, max_nonfinite
         self.raised_damping: dict[str, float] = {}
         self.skipped_refreshes: dict[str, int] = {}
-        self._unseen: set[str] = set()
+        self._said: set[str] = set()
 
     def refresh(self, piles: list[Pile], damping: float, strength: float) -> None:
         """Sum over ranks, fold finite sums into the averages and invert.
@@ -90,23 +90,24 @@ class Preconditioner:
 
     def report_unseen(self, name: str) -> None:
         """Say once that a layer has a gradient but no statistics."""
-        if name not in self._unseen:
-            self._unseen.add(name)
-            logger.warning(
-                "layer %s: has a gradient, but no refresh has seen finite inputs; GP alone until "
-                "one does, or for good if its weight is used without calling the module",
-                name,
-            )
+        self._say_once(
+            name,
+            "has a gradient, but no refresh has seen finite inputs; GP alone until one does, or for "
+            "good if its weight is used without calling the module",
+        )
 
     def report_thawed(self, name: str) -> None:
         """Say once that a layer that was frozen when DoPr was built has a gradient."""
-        if name not in self._unseen:
-            self._unseen.add(name)
-            logger.warning(
-                "layer %s: frozen when DoPr was built, trains now; GP alone, build DoPr anew after "
-                "requires_grad_(True)",
-                name,
-            )
+        self._say_once(
+            name,
+            "frozen when DoPr was built, trains now; GP alone, build DoPr anew after "
+            "requires_grad_(True)",
+        )
+
+    def _say_once(self, name: str, what: str) -> None:
+        if name not in self._said:
+            self._said.add(name)
+            logger.warning("layer %s: %s", name, what)
 
     def state_dict(self) -> dict[str, Any]:
         """ "averages": layer name -> lower triangles of the average of Sigma (dual form: the rows),

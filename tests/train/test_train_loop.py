@@ -157,7 +157,10 @@ def test_log_lines_read_as_numbers(tmp_path):
         (["model.patch_size=3"], "model.patch_size 3 does not divide"),
         (["sample.solver=rk5"], "solver='rk5': choose one of"),
         (["sample.guidance_scale=2", "model.class_conditional=false"], "needs a class-conditional"),
-        (["sample.guidance_scale=2", "flow.class_dropout_prob=0"], "class_dropout_prob=0 leaves untrained"),
+        (
+            ["sample.guidance_scale=2", "flow.class_dropout_prob=0"],
+            "class_dropout_prob=0 leaves untrained",
+        ),
         (["optimizer.damping=0.1"], "optimizer 'adamw' does not use 'damping'"),
         (["flow.path_options={power: 2}"], "flow.path_options.power: no option of linear"),
         (["optimizer.name=dopr-sgd", "optimizer.rules=[{pattern: gone}]"], "gone"),
