@@ -92,8 +92,8 @@ class Preconditioner:
         """Say once that a layer has a gradient but no statistics."""
         self._say_once(
             name,
-            "has a gradient, but no refresh has seen finite inputs; GP alone until one does, or for "
-            "good if its weight is used without calling the module",
+            "has a gradient, but no refresh has seen finite inputs; GP alone until one does, or "
+            "for good if its weight is used without calling the module",
         )
 
     def report_thawed(self, name: str) -> None:
