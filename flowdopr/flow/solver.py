@@ -58,10 +58,10 @@ def check_solver(solver: str, time_grid: str | Sequence[float] | Tensor = "unifo
     uniform = isinstance(time_grid, str) and time_grid == "uniform"
     if solver in ADAPTIVE_SOLVERS and not uniform:
         raise ValueError(
-            f"solver={solver!r} chooses its own times: leave time_grid at uniform, set atol, rtol"
+            f"solver={solver!r} chooses its own times: set time_grid to uniform, and atol, rtol"
         )
     if solver in MULTISTEP_SOLVERS and not uniform:
-        raise ValueError(f"solver={solver!r} needs equal steps: leave time_grid at uniform")
+        raise ValueError(f"solver={solver!r} needs equal steps: set time_grid to uniform")
 
 
 def solve(

@@ -101,7 +101,7 @@ def test_a_grid_of_the_run_is_no_dead_end_for_an_adaptive_solver(tmp_path, digit
     config = apply_overrides(make_config(tmp_path), ["sample.time_grid=edm"])
     run = RunFolder.create(config, digits.info, {}, resume=False)
     save_random_checkpoint(run, 1)
-    with pytest.raises(ValueError, match="leave time_grid at uniform"):
+    with pytest.raises(ValueError, match="set time_grid to uniform"):
         sample(run.path, num=1, out=tmp_path / "out", solver="dopri5")
     sample(run.path, ["sample.time_grid=uniform"], num=1, out=tmp_path / "out", solver="dopri5")
 
