@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from flowdopr.optim.layers import Case, kept_rows
+from flowdopr.optim.layers import Case, kept_rows, unravelled
 
 
 def image_under(conv: _ConvNd, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def patch_rows(x: Tensor, conv: _ConvNd, max_rows: int | None) -> tuple[Tensor, 
     total = math.prod(grid)
     kept = kept_rows(total, max_rows, x.device)
     if kept is not None:
-        windows = windows[torch.unravel_index(kept, grid)]
+        windows = windows[unravelled(kept, grid)]
     side = math.prod(windows.shape[-1 - axes :])
     return windows.reshape(-1, side), total
 
@@ -142,7 +142,7 @@ def channel_rows(x: Tensor, axes: int, max_rows: int | None) -> tuple[Tensor, in
     kept = kept_rows(total, max_rows, x.device)
     if kept is None:
         return x.transpose(1, 2).reshape(-1, x.shape[1]), total
-    image, pixel = torch.unravel_index(kept, (x.shape[0], x.shape[2]))
+    image, pixel = unravelled(kept, (x.shape[0], x.shape[2]))
     return x[image, :, pixel], total
 
 

@@ -8,53 +8,69 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from flowdopr.optim.statistics import Pile, Statistic
+from flowdopr.optim.moments import Pile, Statistic
+from flowdopr.optim.record import vector
 from flowdopr.optim.world import summed, world_size
 
-
-def sum_piles(statistics: list[Statistic], piles: list[Pile]) -> None:
-    """Add sums and counts over all ranks, in place, with one all-reduce."""
-    if world_size() == 1 or not statistics:
-        return
-    for statistic, pile in zip(statistics, piles, strict=True):
-        if pile.sums is None:
-            pile.sums = torch.zeros(
-                statistic.case.shape, dtype=statistic.dtype, device=statistic.device
-            )
-    own = [pile.sums for pile in piles if pile.sums is not None]
-    counts = torch.tensor([pile.count for pile in piles], dtype=own[0].dtype, device=own[0].device)
-    counts, *totals = summed([counts, *own])
-    for pile, count, total in zip(piles, counts.tolist(), totals, strict=True):
-        pile.count = int(count)
-        pile.sums = total if pile.count else None
+Pooled = tuple[list[Statistic], list[Tensor], Tensor]  # who, sums, and (n,) numbers of rows
 
 
-def gather_rows(statistics: list[Statistic], piles: list[Pile]) -> None:
-    """Give every rank the rows of all ranks, in place, for layers in the dual form.
+def sum_piles(statistics: Sequence[Statistic], piles: Sequence[Pile]) -> Pooled:
+    """Sums and numbers of rows over all ranks, with one all-reduce.
 
-    Ranks with fewer rows than others send zeros after them, which add nothing to Z^T Z.
+    One rank leaves out what did not run; of several, each has zeros to give for it, and none
+    knows whether others have more.
     """
-    if world_size() == 1 or not statistics:
-        return
-    widths = [0 if pile.sums is None else pile.sums.shape[2] for pile in piles]
-    sizes = torch.tensor([widths, [pile.count for pile in piles]], device=statistics[0].device)
-    every = [torch.empty_like(sizes) for _ in range(world_size())]
-    dist.all_gather(every, sizes)
-    by_rank = torch.stack(every)
-    most, total = by_rank[:, 0].amax(0).tolist(), by_rank[:, 1].sum(0).tolist()
-    for statistic, pile, width, count in zip(statistics, piles, most, total, strict=True):
-        if count == 0:
-            continue
-        groups, _, _, side = statistic.case.shape
-        padded = torch.zeros(
-            (groups, 1, width, side), dtype=statistic.dtype, device=statistic.device
-        )
-        if pile.sums is not None:
-            padded[:, :, : pile.sums.shape[2]] = pile.sums
-        parts = [torch.empty_like(padded) for _ in range(world_size())]
-        dist.all_gather(parts, padded)
-        pile.sums, pile.count = torch.cat(parts, 2), count
+    if world_size() > 1:
+        for statistic, pile in zip(statistics, piles, strict=True):
+            if pile.sums is None:
+                shape, dtype = statistic.case.shape, statistic.dtype
+                pile.sums = torch.zeros(shape, dtype=dtype, device=statistic.device)
+    ran, sums, counts = _with_rows(statistics, piles)
+    counts, *sums = summed([counts, *sums])
+    return ran, sums, counts
+
+
+def gather_rows(statistics: Sequence[Statistic], piles: Sequence[Pile]) -> Pooled:
+    """The rows of all ranks and their numbers, for layers in the dual form.
+
+    Ranks with fewer rows than others send zeros after them, which add nothing to Z^T Z. They wait
+    to agree on how many.
+    """
+    if world_size() > 1 and statistics:
+        widths = [0 if pile.sums is None else pile.sums.shape[2] for pile in piles]
+        sizes = torch.tensor([widths, [pile.count for pile in piles]], device=statistics[0].device)
+        every = [torch.empty_like(sizes) for _ in range(world_size())]
+        dist.all_gather(every, sizes)
+        by_rank = torch.stack(every)
+        most, total = by_rank[:, 0].amax(0).tolist(), by_rank[:, 1].sum(0).tolist()
+        for statistic, pile, width, count in zip(statistics, piles, most, total, strict=True):
+            if count > 0:
+                pile.sums, pile.count = _gathered(statistic, pile.sums, width), count
+    return _with_rows(statistics, piles)
+
+
+def _with_rows(statistics: Sequence[Statistic], piles: Sequence[Pile]) -> Pooled:
+    ran = [(s, p, p.sums) for s, p in zip(statistics, piles, strict=True) if p.sums is not None]
+    if not ran:
+        return [], [], torch.empty(0)
+    first = ran[0][0]
+    counts = vector([pile.count for _, pile, _ in ran], first.device, first.dtype)
+    return [statistic for statistic, _, _ in ran], [sums for _, _, sums in ran], counts
+
+
+def _gathered(statistic: Statistic, rows: Tensor | None, width: int) -> Tensor:
+    """The rows of all ranks, `width` of each."""
+    groups, _, _, side = statistic.case.shape
+    shape = (groups, 1, width, side)
+    padded = torch.zeros(shape, dtype=statistic.dtype, device=statistic.device)
+    if rows is not None:
+        padded[:, :, : rows.shape[2]] = rows
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.cat(parts, 2)
 
 
 def shares(sides: Sequence[int]) -> list[int]:
@@ -64,16 +80,22 @@ def shares(sides: Sequence[int]) -> list[int]:
     return sorted(by_size[rank::world])
 
 
-def exchange(statistics: list[Statistic], mine: Sequence[int]) -> None:
-    """Give every rank the transforms that the others have made, with one all-reduce."""
+def exchange(
+    statistics: Sequence[Statistic], failed: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """Give every rank the transforms that the others have made, and whether these failed, with one
+    all-reduce. What this rank has made has an entry in `failed`."""
     if world_size() == 1 or not statistics:
-        return
-    own = set(mine)
+        return failed
     made = [
-        s.transform
-        if i in own and s.transform is not None
-        else torch.zeros(s.case.transform_shape, dtype=s.dtype, device=s.device)
-        for i, s in enumerate(statistics)
+        torch.zeros(s.case.transform_shape, dtype=s.dtype, device=s.device)
+        if bad is None or s.transform is None
+        else s.transform
+        for s, bad in zip(statistics, failed, strict=True)
     ]
-    for statistic, whole in zip(statistics, summed(made), strict=True):
+    none = torch.zeros((), device=statistics[0].device)
+    flags = torch.stack([none if bad is None else bad.to(none) for bad in failed])
+    flags, *transforms = summed([flags, *made])
+    for statistic, whole in zip(statistics, transforms, strict=True):
         statistic.transform = whole
+    return list(flags.bool())

@@ -26,9 +26,10 @@ from flowdopr.optim.arguments import (
 )
 from flowdopr.optim.inverse import Form, full_precision
 from flowdopr.optim.matrix import call_closure
+from flowdopr.optim.moments import Statistic
 from flowdopr.optim.plan import CONV_MODES, Defaults, Layer, LayerRule, make_plan
 from flowdopr.optim.preconditioner import Preconditioner
-from flowdopr.optim.statistics import Statistic, Statistics
+from flowdopr.optim.statistics import Statistics
 from flowdopr.optim.world import local
 
 FORMS = ("inverse", "sandwich")
@@ -136,8 +137,8 @@ class DoPr(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Refresh Sigma if this is a refresh step, precondition, and let the GP step.
 
-        Afterwards `.grad` holds what the GP saw, M. Raises FloatingPointError after
-        `max_nonfinite` refreshes in a row with activations that are not finite.
+        Afterwards `.grad` holds what the GP saw, M. Raises FloatingPointError at the refresh after
+        `max_nonfinite` in a row with activations that are not finite.
         """
         loss = call_closure(closure)
         with full_precision():
@@ -149,7 +150,7 @@ class DoPr(torch.optim.Optimizer):
                 self.preconditioner.refresh(piles, *self._schedule(self.steps))
                 for layer in self.plan.frozen:
                     if layer.parameters[0].grad is not None:
-                        self.preconditioner.report_thawed(layer.name)
+                        self.preconditioner.news.report_thawed(layer.name)
             ready = self._precondition()
         if self.preconditioner.form.sandwich:
             self._step_sandwich(ready)
@@ -176,6 +177,7 @@ class DoPr(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Remove every hook from the model; the optimizer must not step any more."""
+        self.preconditioner.news.tell(stop=False)
         self.statistics.remove_hooks()
 
     def state_dict(self) -> dict[str, Any]:
@@ -208,9 +210,10 @@ class DoPr(torch.optim.Optimizer):
         self.statistics.pairing = own["steps"] == 0
         for statistic in self.statistics.all:
             statistic.sources.clear()
+        self.statistics.ballot = None
         self._set_gathering()
         with full_precision(), torch.no_grad():
-            self.preconditioner.invert(*self._schedule(self._refreshed_at), share=False)
+            self.preconditioner.invert(self._schedule(self._refreshed_at)[1], share=False)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -244,7 +247,7 @@ class DoPr(torch.optim.Optimizer):
             if strength == 0 or any(p.grad is None for p in layer.parameters):
                 continue
             if transform is None:
-                self.preconditioner.report_unseen(layer.name)
+                self.preconditioner.news.report_unseen(layer.name)
                 continue
             ready.append((layer, transform))
         apply(ready)

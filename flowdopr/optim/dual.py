@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowdopr.optim.inverse import Form, factor
+from flowdopr.optim.inverse import Form, factor, smallest_pivot
 from flowdopr.optim.layers import Case
 
 
@@ -72,16 +72,21 @@ class DualCase(Case):
 
 
 def dual_transform(
-    case: DualCase, rows: Tensor, damping: float, form: Form, strength: float
-) -> tuple[Tensor, float]:
-    """T from rows Z / sqrt(n) (G, 1, n, d), and the damping it took; see `inverse.invert`."""
+    case: DualCase, rows: Tensor, gamma: Tensor, form: Form, strength: float
+) -> tuple[Tensor, Tensor]:
+    """T from rows Z / sqrt(n) (G, 1, n, d), and whether `gamma`, of shape (), was too small, for a
+    factor or for the difference above, which loses as many digits as gamma is small; Sigma / m is
+    then taken for the identity. See `inverse.invert`."""
     mean = case.mean_eigenvalue(rows)
     mean = torch.where(mean > 0, mean, 1.0)
     unit = (rows / mean.sqrt()).flatten(0, 1)
-    factors, gammas = factor(unit @ unit.mT, damping)
-    scale = strength / gammas.to(rows)[:, None, None, None]
+    factors, failed = factor(unit @ unit.mT, gamma.expand(len(unit)))
+    failed |= gamma < 100 * smallest_pivot(rows.dtype)
+    low_rank = torch.linalg.solve_triangular(factors, unit, upper=False)[:, None]
+    lost = failed[:, None, None, None]
+    scale = strength / torch.where(lost, gamma + 1, gamma)
     if not form.unit_scale:
         scale = scale / mean
-    low_rank = torch.linalg.solve_triangular(factors, unit, upper=False)[:, None] * scale.sqrt()
+    low_rank = low_rank.masked_fill(lost, 0) * scale.sqrt()
     diagonal = (scale + (1 - strength)).expand(-1, -1, -1, case.side)
-    return torch.cat([diagonal, low_rank], 2), gammas.max().item()
+    return torch.cat([diagonal, low_rank], 2), failed.any()

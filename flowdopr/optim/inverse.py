@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_RAISES = 12
-
 
 @dataclass(frozen=True)
 class Form:
@@ -28,14 +26,6 @@ class Form:
     power: float = 1.0
     sandwich: bool = False
     unit_scale: bool = True
-
-
-@dataclass
-class Inverses:
-    """T of every layer, (G, B, s, s), and the damping of those that needed more than asked."""
-
-    transforms: list[Tensor]
-    raised: dict[int, float]
 
 
 @contextlib.contextmanager
@@ -56,31 +46,32 @@ def full_precision() -> Iterator[None]:
 def invert(
     stacks: Sequence[Tensor],
     scales: Sequence[Tensor],
-    damping: float,
+    gammas: Sequence[Tensor],
     form: Form,
     strength: float = 1.0,
-) -> Inverses:
-    """T for each symmetric stack (G, B, s, s), of which only the lower triangles are read.
+) -> tuple[list[Tensor], list[Tensor]]:
+    """T for each symmetric stack (G, B, s, s), of which only the lower triangles are read, and
+    whether `gammas`, dampings of shape (), were too small for one of its matrices.
 
     Matrices of one size are factored together, after division by their `scales`, the mean
     eigenvalues (G, 1, 1, 1). `strength` blends T with the identity: 1 is the full form, 0 leaves
-    the gradient alone. A matrix that cannot be factored gets ten times its damping until it can;
-    one with a value that is not finite raises ValueError.
+    the gradient alone. A matrix that cannot be factored is taken for its diagonal. Nothing here
+    waits for the device, but torch's eigenvalues do, for a power other than 1.
     """
     batches: dict[tuple[int, torch.dtype, torch.device], list[int]] = defaultdict(list)
     for index, stack in enumerate(stacks):
         batches[stack.shape[-1], stack.dtype, stack.device].append(index)
-    done: dict[int, Tensor] = {}
-    raised: dict[int, float] = {}
+    done: dict[int, tuple[Tensor, Tensor]] = {}
     for members in batches.values():
         means = [torch.where(scales[i] > 0, scales[i], 1.0) for i in members]  # 0: a dead input
         sizes = [stacks[i].shape[0] * stacks[i].shape[1] for i in members]
         unit = torch.cat([stacks[i].flatten(0, 1) for i in members])
         for part, i, mean in zip(unit.split(sizes), members, means, strict=True):
             part.view_as(stacks[i]).div_(mean)
-        transforms, gammas = _transform(unit, damping, form)
-        for i, mean, part, used in zip(
-            members, means, transforms.split(sizes), gammas.split(sizes), strict=True
+        each = [gammas[i].to(unit).expand(size) for i, size in zip(members, sizes, strict=True)]
+        transforms, failed = _transform(unit, torch.cat(each), form)
+        for i, mean, part, bad in zip(
+            members, means, transforms.split(sizes), failed.split(sizes), strict=True
         ):
             part = part.view_as(stacks[i])
             if not form.unit_scale:
@@ -89,54 +80,43 @@ def invert(
                 part = part * strength
                 part.diagonal(dim1=-2, dim2=-1).add_(1 - strength)
             # One layout wherever T comes from, so that products round alike after a resume.
-            done[i] = part.contiguous()
-            if (worst := used.max().item()) > damping:
-                raised[i] = worst
-    return Inverses([done[i] for i in range(len(stacks))], raised)
+            done[i] = part.contiguous(), bad.any()
+    in_order = [done[i] for i in range(len(stacks))]
+    return [transform for transform, _ in in_order], [bad for _, bad in in_order]
 
 
-def _transform(unit: Tensor, damping: float, form: Form) -> tuple[Tensor, Tensor]:
-    """T of (N, s, s) matrices of unit scale, and the dampings it took, (N,) on the host.
-
-    Adds the damping to `unit` in place.
-    """
+def _transform(unit: Tensor, gammas: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """T of (N, s, s) matrices of unit scale, to which it adds the gammas in place, and whether
+    these were too small, (N,)."""
+    floor = smallest_pivot(unit.dtype)
+    power = 0.5 if form.sandwich else form.power
     if unit.shape[-1] == 1:
-        gamma = max(damping, _floor(unit))
-        power = 0.5 if form.sandwich else form.power
-        return (unit + gamma) ** -power, torch.full((unit.shape[0],), damping, dtype=torch.double)
-    factors, gammas = factor(unit, damping)
+        return (unit + gammas.clamp_min(floor)[:, None, None]) ** -power, gammas < 0
+    if not form.sandwich and power != 1:
+        unit.diagonal(dim1=-2, dim2=-1).add_(gammas[:, None])
+        values, vectors = torch.linalg.eigh(unit)
+        powers = values.clamp_min(floor) ** -power
+        return (vectors * powers[:, None]) @ vectors.mT, ~(values[:, 0] > floor)
+    factors, failed = factor(unit, gammas)
+    roots = unit.diagonal(dim1=-2, dim2=-1).clamp_min(floor).sqrt()
+    factors.masked_fill_(failed[:, None, None], 0)
+    pivots = factors.diagonal(dim1=-2, dim2=-1)
+    pivots.copy_(torch.where(failed[:, None], roots, pivots))
     if form.sandwich:
         eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
-        return torch.linalg.solve_triangular(factors, eye, upper=False).mT, gammas
-    if form.power == 1:
-        return torch.cholesky_inverse(factors), gammas
-    values, vectors = torch.linalg.eigh(unit)
-    powers = values.clamp_min(_floor(unit)) ** -form.power
-    return (vectors * powers[:, None]) @ vectors.mT, gammas
+        return torch.linalg.solve_triangular(factors, eye, upper=False).mT, failed
+    return torch.cholesky_inverse(factors), failed
 
 
-def factor(unit: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """The Cholesky factors of Sigma + gamma I, made in place in `unit` (N, s, s), and the gammas.
-
-    One host synchronisation an attempt.
-    """
-    gammas = torch.full((unit.shape[0],), damping, dtype=torch.double)
-    missing = gammas
-    for _ in range(MAX_RAISES):
-        unit.diagonal(dim1=-2, dim2=-1).add_(missing.to(unit)[:, None])
-        factors, info = torch.linalg.cholesky_ex(unit)
-        pivots = factors.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-        failed = ((info != 0) | ~(pivots > _floor(unit))).cpu()
-        if not failed.any():
-            return factors, gammas
-        raised = torch.where(failed, (10 * gammas).clamp_min(_floor(unit)), gammas)
-        gammas, missing = raised, raised - gammas
-    raise ValueError(
-        f"no Cholesky factor of a second-moment matrix with damping up to {gammas.max():.0e}: "
-        "its values are not finite"
-    )
+def factor(unit: Tensor, gammas: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factors of Sigma + gamma I, which it leaves in `unit` (N, s, s), and whether a
+    matrix has none but for rounding, (N,); its factor then is undefined."""
+    unit.diagonal(dim1=-2, dim2=-1).add_(gammas[:, None])
+    factors, info = torch.linalg.cholesky_ex(unit)
+    pivots = factors.diagonal(dim1=-2, dim2=-1).square().amin(-1)
+    return factors, (info != 0) | ~(pivots > smallest_pivot(unit.dtype))
 
 
-def _floor(unit: Tensor) -> float:
+def smallest_pivot(dtype: torch.dtype) -> float:
     """The smallest pivot that is more than rounding, for matrices of unit mean eigenvalue."""
-    return 10 * torch.finfo(unit.dtype).eps
+    return 10 * torch.finfo(dtype).eps

@@ -33,6 +33,16 @@ def kept_rows(total: int, max_rows: int | None, device: torch.device) -> Tensor 
     return (number * total * 1024 + place * reach) // (max_rows * 1024)
 
 
+def unravelled(numbers: Tensor, grid: Sequence[int]) -> tuple[Tensor, ...]:
+    """The positions in a grid of cells with these numbers, an axis each; torch's own
+    `unravel_index` copies the grid from the host and waits."""
+    axes = []
+    for size in reversed(grid):
+        axes.append(numbers % size)
+        numbers = numbers // size
+    return tuple(reversed(axes))
+
+
 def add_gram(sums: Tensor, rows: Tensor, weight: float = 1.0) -> None:
     """Add weight * sum_i z_i z_i^T of `rows` (n, G, B, s) to `sums` (G, B, s, s), in place.
 

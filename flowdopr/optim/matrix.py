@@ -91,7 +91,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         """torch's own AdamW arithmetic on this optimizer's state."""
         for p in params:
             if "step" not in self.state[p]:
-                self.state[p]["step"] = torch.tensor(0.0)
+                self.state[p]["step"] = torch.tensor(0.0, device="cpu")  # as torch has it
         adamw(
             params,
             [p.grad for p in params if p.grad is not None],

@@ -1,6 +1,5 @@
 """From gathered sums to the matrix T of every layer: averages, inverses, reports, state."""
 
-import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -10,11 +9,12 @@ from torch import Tensor
 
 from flowdopr.optim.distributed import exchange, gather_rows, shares, sum_piles
 from flowdopr.optim.dual import DualCase, dual_transform
-from flowdopr.optim.inverse import Form, invert
-from flowdopr.optim.statistics import Pile, Statistic
+from flowdopr.optim.inverse import Form, invert, smallest_pivot
+from flowdopr.optim.moments import Pile, Statistic, records_of, store_records
+from flowdopr.optim.news import News
+from flowdopr.optim.record import Record
 
 MAX_TOGETHER = 2**22  # elements inverted in one call, which takes some four times their memory
-logger = logging.getLogger("flowdopr.optim")
 
 
 class Preconditioner:
@@ -23,105 +23,134 @@ class Preconditioner:
     form: which matrix T is.
     cov_decay: decay of the average of Sigma per refresh.
     max_nonfinite: refreshes in a row with non-finite inputs of one layer before it gives up.
-    raised_damping: layer name -> damping, where more was needed than asked.
-    skipped_refreshes: layer name -> number of refreshes skipped for non-finite inputs.
+    news: what refreshes have to report.
     """
 
     def __init__(
         self, statistics: list[Statistic], form: Form, cov_decay: float, max_nonfinite: int
-    ):
-        self.statistics, self.form = statistics, form
-        self.cov_decay, self.max_nonfinite = cov_decay, max_nonfinite
-        self.raised_damping: dict[str, float] = {}
-        self.skipped_refreshes: dict[str, int] = {}
-        self._said: set[str] = set()
+    ) -> None:
+        self.statistics, self.form, self.cov_decay = statistics, form, cov_decay
+        self.news = News(max_nonfinite)
 
     def refresh(self, piles: list[Pile], damping: float, strength: float) -> None:
         """Sum over ranks, fold finite sums into the averages and invert.
 
-        Raises FloatingPointError after `max_nonfinite` skips in a row. One host synchronisation
-        here and one in each size of matrix.
+        The host does not wait: what the last refresh had to report is told now. Raises
+        FloatingPointError if that was the last of `max_nonfinite` skips in a row.
         """
+        self.news.tell()
         own = [(s, p) for s, p in zip(self.statistics, piles, strict=True) if s.twin is None]
-        sum_piles([s for s, _ in own if not s.is_dual], [p for s, p in own if not s.is_dual])
-        gather_rows([s for s, _ in own if s.is_dual], [p for s, p in own if s.is_dual])
-        ran = [(s, pile) for s, pile in own if pile.count > 0]
-        traces = [s.case.trace(p.sums).float() for s, p in ran if p.sums is not None]
-        finite = torch.stack([t.to(traces[0].device) for t in traces]).isfinite() if ran else None
-        good = [] if finite is None else finite.tolist()
-        for (statistic, pile), is_finite in zip(ran, good, strict=True):
-            if is_finite:
-                statistic.take(pile, self.cov_decay)
-                statistic.skipped_in_a_row = 0
-            else:
-                self._skip(statistic)
-        self.invert(damping, strength, share=True)
+        plain, dual = ([pair for pair in own if pair[0].is_dual == rows] for rows in (False, True))
+        self._fold(*sum_piles(*_unzip(plain)), self.cov_decay)
+        self._fold(*gather_rows(*_unzip(dual)), 0.0)
+        known = self._known()
+        if known:
+            now = records_of(known)
+            store_records(known, now._replace(damping=now.least_damping.clamp_min(damping)))
+            self.invert(strength, share=True)
+            self.news.send(known)
 
-    def invert(self, damping: float, strength: float, *, share: bool) -> None:
-        """Make T from the averages as they are; `share` the work among ranks, or do it all."""
+    def _fold(
+        self, statistics: list[Statistic], sums: list[Tensor], counts: Tensor, cov_decay: float
+    ) -> None:
+        """Fold sums of (n,) `counts` rows into the averages, but for those that are not finite.
+
+        At a layer's refresh k, from 0, the decay is min(cov_decay, (1 + k) / (10 + k)): inputs
+        change fastest at the start of training, and a long memory of them would mislead.
+        """
+        if not statistics:
+            return
+        old = records_of(statistics)
+        traces = [s.case.trace(x).to(old.weight) for s, x in zip(statistics, sums, strict=True)]
+        ran = counts > 0
+        good = ran & torch.stack(traces).isfinite()
+        decay = ((1 + old.refreshes) / (10 + old.refreshes)).clamp_max(cov_decay)
+        keep, share = torch.where(good, decay, 1.0), torch.where(good, 1 - decay, 0.0)
+        parts = zip(good, keep, share, counts.clamp_min(1), strict=True)
+        for statistic, batch, part in zip(statistics, sums, parts, strict=True):
+            statistic.take(batch, *(number.to(batch.device) for number in part))
+        now = old._replace(
+            weight=keep * old.weight + share,
+            refreshes=old.refreshes + good,
+            skipped=old.skipped + (ran & ~good),
+            in_a_row=torch.where(good, 0.0, old.in_a_row + ran),
+        )
+        store_records(statistics, now)
+
+    def _known(self) -> list[Statistic]:
+        """Those with an average, the dual ones last."""
         known = [statistic for statistic in self.statistics if statistic.sigma is not None]
-        self._invert_dual([s for s in known if s.is_dual], damping, strength)
+        return sorted(known, key=lambda statistic: statistic.is_dual)
+
+    def invert(self, strength: float, *, share: bool) -> None:
+        """Make T from the averages and dampings as they are; `share` the work among ranks, or do
+        it all. T of an average of nothing is the identity."""
+        known = self._known()
+        dual = [statistic for statistic in known if statistic.is_dual]
         ready = [statistic for statistic in known if not statistic.is_dual]
+        if not known:
+            return
         mine = shares([s.case.shape[-1] for s in ready]) if share else list(range(len(ready)))
+        failed: list[Tensor | None] = [None] * len(ready)
         for part in _portions(mine, [math.prod(s.case.shape) for s in ready]):
-            self._invert([ready[i] for i in part], damping, strength)
-        if share:
-            exchange(ready, mine)
+            flags = self._invert([ready[i] for i in part], strength)
+            for i, flag in zip(part, flags, strict=True):
+                failed[i] = flag
+        found = [
+            *(exchange(ready, failed) if share else failed),
+            *self._invert_dual(dual, strength),
+        ]
+        now = records_of(known)
+        bad = torch.stack([flag.to(now.weight.device) for flag in found if flag is not None])
+        more = (10 * now.damping).clamp_min(smallest_pivot(now.damping.dtype))
+        raised = torch.where(bad, more, now.least_damping)
+        store_records(known, now._replace(least_damping=raised))
 
-    def _invert(self, part: list[Statistic], damping: float, strength: float) -> None:
-        stacks = [s.case.stack(s.sigma / s.weight) for s in part if s.sigma is not None]
+    def _invert(self, part: list[Statistic], strength: float) -> list[Tensor]:
+        weights, gammas = _weights_and_dampings(part)
+        stacks = [
+            s.case.stack(s.sigma / weight.to(s.sigma.device))
+            for s, weight in zip(part, weights, strict=True)
+            if s.sigma is not None
+        ]
         scales = [s.case.mean_eigenvalue(stack) for s, stack in zip(part, stacks, strict=True)]
-        inverses = invert(stacks, scales, damping, self.form, strength)
-        for i, statistic in enumerate(part):
-            statistic.transform = inverses.transforms[i]
-            if i in inverses.raised:
-                self._report_raised(statistic.name, inverses.raised[i])
+        transforms, failed = invert(stacks, scales, gammas, self.form, strength)
+        for statistic, transform in zip(part, transforms, strict=True):
+            statistic.transform = transform
+        return failed
 
-    def _invert_dual(self, part: list[Statistic], damping: float, strength: float) -> None:
+    def _invert_dual(self, part: list[Statistic], strength: float) -> list[Tensor]:
         """On every rank: a few small matrices are sooner factored than sent."""
-        for statistic in part:
-            assert statistic.sigma is not None
+        failed = []
+        _, gammas = _weights_and_dampings(part) if part else ((), ())
+        for statistic, gamma in zip(part, gammas, strict=True):
+            rows = statistic.sigma
+            assert rows is not None
             assert isinstance(statistic.case, DualCase)
-            statistic.transform, used = dual_transform(
-                statistic.case, statistic.sigma, damping, self.form, strength
+            statistic.transform, bad = dual_transform(
+                statistic.case, rows, gamma.to(rows), self.form, strength
             )
-            if used > damping:
-                self._report_raised(statistic.name, used)
+            failed.append(bad)
+        return failed
 
-    def report_unseen(self, name: str) -> None:
-        """Say once that a layer has a gradient but no statistics."""
-        self._say_once(
-            name,
-            "has a gradient, but no refresh has seen finite inputs; GP alone until one does, or "
-            "for good if its weight is used without calling the module",
-        )
-
-    def report_thawed(self, name: str) -> None:
-        """Say once that a layer that was frozen when DoPr was built has a gradient."""
-        self._say_once(
-            name,
-            "frozen when DoPr was built, trains now; GP alone, build DoPr anew after "
-            "requires_grad_(True)",
-        )
-
-    def _say_once(self, name: str, what: str) -> None:
-        if name not in self._said:
-            self._said.add(name)
-            logger.warning("layer %s: %s", name, what)
+    def records(self) -> dict[str, Record]:
+        """Layer name -> its numbers now, on the host, which waits for them."""
+        kept = {s.name: s.record for s in self.statistics if s.record is not None}
+        return {name: Record(*numbers.tolist()) for name, numbers in kept.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """ "averages": layer name -> lower triangles of the average of Sigma (dual form: the rows),
-        its weight and the number of refreshes in it;
+        """ "averages": layer name -> lower triangles of the average of Sigma (dual form: the rows)
+        and the numbers of its Record;
         "twins": layer name -> name of the layer whose average it uses."""
-        averages = {
-            statistic.name: {
-                "sigma": statistic.sigma if statistic.is_dual else _pack(statistic.sigma),
-                "weight": statistic.weight,
-                "refreshes": statistic.refreshes,
-            }
-            for statistic in self.statistics
-            if statistic.sigma is not None
-        }
+        self.news.tell(stop=False)
+        averages, records = {}, self.records()
+        for statistic in self.statistics:
+            numbers = records.get(statistic.name)
+            if statistic.sigma is None or numbers is None:
+                continue
+            if numbers.weight or numbers.skipped:  # else it ran on no rank
+                sigma = statistic.sigma if statistic.is_dual else _pack(statistic.sigma)
+                averages[statistic.name] = {"sigma": sigma, **numbers._asdict()}
         twins = {s.name: s.twin.name for s in self.statistics if s.twin is not None}
         return {"averages": averages, "twins": twins}
 
@@ -130,13 +159,12 @@ class Preconditioner:
         known = {statistic.name: statistic for statistic in self.statistics}
         averages, twins = saved["averages"], saved["twins"]
         for name in (*averages, *twins, *twins.values()):
-            fits = name in known and (
-                name not in averages or _fits(averages[name]["sigma"], known[name])
-            )
+            fits = name in known and (name not in averages or _fits(averages[name], known[name]))
             if not fits:
                 raise ValueError(
                     f"the optimizer state has statistics of layer {name!r}, which this model lacks "
-                    "or treats in another mode: load it into the model and rules it was saved with"
+                    "or treats in another mode: load it into the model, the rules and the version of "
+                    "flowdopr that it was saved with"
                 )
         for statistic in self.statistics:
             entry, twin = averages.get(statistic.name), twins.get(statistic.name)
@@ -144,24 +172,27 @@ class Preconditioner:
             statistic.close()
             statistic.transform = None
             statistic.sigma = None if entry is None else _unpack(entry["sigma"], statistic)
-            statistic.weight = 0.0 if entry is None else entry["weight"]
-            statistic.refreshes = 0 if entry is None else entry["refreshes"]
+            statistic.record = None
+            if entry is not None:
+                numbers = [entry[field] for field in Record._fields]
+                statistic.record = torch.tensor(
+                    numbers, dtype=statistic.dtype, device=statistic.device
+                )
+        self.news.start_from(self.records())
 
-    def _skip(self, statistic: Statistic) -> None:
-        name = statistic.name
-        statistic.skipped_in_a_row += 1
-        self.skipped_refreshes[name] = self.skipped_refreshes.get(name, 0) + 1
-        logger.warning("layer %s: inputs are not finite, refresh skipped", name)
-        if statistic.skipped_in_a_row >= self.max_nonfinite:
-            raise FloatingPointError(
-                f"layer {name!r}: inputs were not finite on {self.max_nonfinite} refreshes in a "
-                "row; lower the learning rate or check the data"
-            )
 
-    def _report_raised(self, name: str, damping: float) -> None:
-        if self.raised_damping.get(name) != damping:
-            logger.warning("layer %s: damping raised to %.1e to factor Sigma", name, damping)
-        self.raised_damping[name] = damping
+def _unzip(pairs: list[tuple[Statistic, Pile]]) -> tuple[list[Statistic], list[Pile]]:
+    return [statistic for statistic, _ in pairs], [pile for _, pile in pairs]
+
+
+def _weights_and_dampings(part: list[Statistic]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What to divide each average by, and its gamma: both 1 for an average of nothing, zeros."""
+    now = records_of(part)
+    some = now.weight > 0
+    return (
+        torch.where(some, now.weight, 1.0).unbind(),
+        torch.where(some, now.damping, 1.0).unbind(),
+    )
 
 
 def _portions(numbers: list[int], sizes: list[int]) -> Iterator[list[int]]:
@@ -176,11 +207,13 @@ def _portions(numbers: list[int], sizes: list[int]) -> Iterator[list[int]]:
         yield part
 
 
-def _fits(saved: Tensor, statistic: Statistic) -> bool:
-    groups, blocks, _, side = statistic.case.shape
+def _fits(saved: dict[str, Any], statistic: Statistic) -> bool:
+    sigma, (groups, blocks, _, side) = saved["sigma"], statistic.case.shape
+    if not saved.keys() >= set(Record._fields):
+        return False
     if statistic.is_dual:
-        return saved.dim() == 4 and (*saved.shape[:2], saved.shape[3]) == (groups, blocks, side)
-    return saved.shape == (groups, blocks, side * (side + 1) // 2)
+        return sigma.dim() == 4 and (*sigma.shape[:2], sigma.shape[3]) == (groups, blocks, side)
+    return sigma.shape == (groups, blocks, side * (side + 1) // 2)
 
 
 def _pack(sigma: Tensor) -> Tensor:

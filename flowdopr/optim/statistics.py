@@ -16,104 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from flowdopr.optim.dual import DualCase
 from flowdopr.optim.layers import Case
-from flowdopr.optim.world import agreed
+from flowdopr.optim.moments import Pile, Statistic
+from flowdopr.optim.record import Later, Record, vector
+from flowdopr.optim.world import agreed, summed, world_size
 
 logger = logging.getLogger("flowdopr.optim")
 _RUNNING: "weakref.WeakValueDictionary[int, Statistics]" = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
-
-
-class Pile:
-    """A sum of z z^T (G, B, s, s) with its number of rows; empty until something is added.
-
-    Of the dual form it holds the rows themselves. Where rows were left out, those kept are scaled
-    to stand for all, and all are counted.
-    """
-
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        self.sums: Tensor | None = None
-        self.count = 0
-
-    def pour_into(self, other: "Pile") -> None:
-        """Move everything into `other`."""
-        if self.sums is not None:
-            both = None if other.sums is None else self.case.join(other.sums, self.sums)
-            other.sums = self.sums if both is None else both
-            other.count += self.count
-        self.sums, self.count = None, 0
-
-
-class Statistic:
-    """One Sigma: the layer case that feeds it, its piles, and its running average.
-
-    `sigma` is the exponential average of the batch second moments and `weight` that of the ones,
-    so `sigma / weight` is a weighted mean from the first refresh on, of which there have been
-    `refreshes`. `transform` is T, made from it.
-    A statistic with a `twin` keeps nothing of its own: the twin's modules see the same tensors.
-    """
-
-    def __init__(self, name: str, case: Case, weight: Tensor, max_rows: int | None) -> None:
-        self.name, self.case, self.max_rows = name, case, max_rows
-        self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.parameter = weight
-        self.fresh, self.used = Pile(case), Pile(case)
-        self.sigma: Tensor | None = None
-        self.transform: Tensor | None = None
-        self.twin: Statistic | None = None
-        self.sources: list[Statistic | None] = []  # whose input each call had, until paired
-        self.weight, self.refreshes = 0.0, 0
-        self.skipped_in_a_row = 0
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weight is now."""
-        return self.parameter.device
-
-    @property
-    def is_dual(self) -> bool:
-        """Whether this keeps rows, Z / sqrt(n) (G, 1, n, d) in `sigma`, not second moments."""
-        return isinstance(self.case, DualCase)
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """Statistics of equal keys make the same Sigma of the same input."""
-        return (*self.case.key, self.dtype, self.max_rows)
-
-    def gather(self, x: Tensor, case: Case) -> None:
-        """Add one forward input."""
-        pile = self.fresh
-        if pile.sums is None:
-            pile.sums = torch.zeros(self.case.shape, dtype=self.dtype, device=x.device)
-        with torch.autocast(x.device.type, enabled=False):
-            pile.sums, count = case.gather(pile.sums, x, self.max_rows)
-        pile.count += count
-
-    def close(self) -> Pile:
-        """End the window; returns all it gathered."""
-        self.fresh.pour_into(self.used)
-        whole, self.used = self.used, Pile(self.case)
-        return whole
-
-    def take(self, pile: Pile, cov_decay: float) -> None:
-        """Sigma <- decay_k Sigma + (1 - decay_k) batch, in place; of the dual form the batch alone.
-
-        At this layer's refresh k, from 0, decay_k = min(cov_decay, (1 + k) / (10 + k)): inputs
-        change fastest at the start of training, and a long memory of them would mislead.
-        """
-        assert pile.sums is not None
-        if self.is_dual:
-            self.sigma, self.weight = pile.sums.div_(pile.count**0.5), 1.0
-            self.refreshes += 1
-            return
-        batch = pile.sums.div_(pile.count)
-        decay = min(cov_decay, (1 + self.refreshes) / (10 + self.refreshes))
-        sigma = torch.zeros_like(batch) if self.sigma is None else self.sigma
-        self.sigma = sigma.mul_(decay).add_(batch, alpha=1 - decay)
-        self.weight = decay * self.weight + (1 - decay)
-        self.refreshes += 1
 
 
 def is_recomputation() -> bool:
@@ -177,6 +87,7 @@ class Statistics:
         self._backward_ran = False
         self.pairing = True
         self._parted: set[str] = set()
+        self.ballot: tuple[list[Statistic], Later] | None = None
         self._last_inputs: dict[tuple[object, ...], tuple[weakref.ref[Tensor], Statistic]] = {}
         self._handle = next(_HANDLES)
         self._removable: list[Any] = []
@@ -236,17 +147,15 @@ class Statistics:
 
         It goes on from the twin's average, which its next refresh all but forgets.
         """
-        twins = [statistic for statistic in self.all if statistic.twin is not None]
-        if not twins:
-            return
-        parted = agreed([int(s.name in self._parted) for s in twins], twins[0].device)
-        for statistic, apart in zip(twins, parted, strict=True):
+        for statistic in self._parted_twins():
             twin = statistic.twin
-            if apart == 0 or twin is None:  # -1: on some ranks only
-                continue
+            assert twin is not None
             statistic.twin, statistic.transform = None, twin.transform
             statistic.sigma = None if twin.sigma is None else twin.sigma.clone()
-            statistic.weight, statistic.refreshes = twin.weight, 0
+            if twin.record is not None:
+                numbers = Record(*twin.record)
+                numbers = numbers._replace(refreshes=torch.zeros_like(numbers.refreshes))
+                statistic.record = numbers.table()
 
     def close(self) -> list[Pile]:
         """End the window; returns what each statistic gathered, in order."""
@@ -283,6 +192,19 @@ class Statistics:
                     statistic.name,
                     statistic.twin.name,
                 )
+
+    def _parted_twins(self) -> list[Statistic]:
+        """On several ranks one that noticed is enough, and all know of it a refresh later."""
+        twins = [statistic for statistic in self.all if statistic.twin is not None]
+        if world_size() == 1:
+            return [statistic for statistic in twins if statistic.name in self._parted]
+        (voters, votes), self.ballot = self.ballot or ([], None), None
+        parted = zip(voters, votes.read() if votes else [], strict=True)
+        parted = [statistic for statistic, apart in parted if apart and statistic.twin is not None]
+        if twins:
+            own = vector([statistic.name in self._parted for statistic in twins], twins[0].device)
+            self.ballot = twins, Later(summed([own])[0])
+        return parted
 
     def _settle(self) -> None:
         if self._backward_ran:

@@ -203,7 +203,7 @@ def test_statistics_are_gathered_on_refresh_steps_only() -> None:
     weight_of = []
     for step in range(7):
         train(model, optimizer, range(step, step + 1))
-        weight_of.append(optimizer.statistics.all[0].weight)
+        weight_of.append(optimizer.preconditioner.records()["0"].weight)
     assert weight_of[0] == weight_of[2] < weight_of[3] == weight_of[5] < weight_of[6]
 
 

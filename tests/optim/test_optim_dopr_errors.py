@@ -6,9 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from layer_cases import adamw, small_model
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import LBFGS
 
+from flowdopr.optim import reference
 from flowdopr.optim.dopr import DoPr
 from flowdopr.optim.kfac import KFAC
 from flowdopr.optim.plan import LayerRule
@@ -51,27 +52,79 @@ def test_nonfinite_activations_are_skipped_counted_and_end_in_a_stop(caplog) -> 
     layer = nn.Linear(3, 2)
     optimizer = adamw(layer, refresh_every=1, max_nonfinite=3)
     with caplog.at_level(logging.WARNING, "flowdopr.optim"):
-        for poison in (0.0, float("nan"), float("inf")):
+        for poison in (0.0, float("nan"), float("inf"), float("nan")):
             layer(torch.randn(4, 3) + poison).square().sum().backward()
             layer.zero_grad()
             optimizer.step()
-        assert optimizer.preconditioner.skipped_refreshes == {"": 2}
-        assert "not finite" in caplog.text
+        numbers = optimizer.preconditioner.records()[""]
+        assert (numbers.skipped, numbers.in_a_row, numbers.refreshes) == (3, 3, 1)
+        assert caplog.text.count("not finite, refresh skipped") == 2  # the third is told next
         assert torch.isfinite(optimizer.statistics.all[0].transform).all()
-        layer(torch.full((4, 3), float("nan"))).sum().backward()
+        layer(torch.ones(4, 3)).sum().backward()
         with pytest.raises(FloatingPointError, match="3 refreshes in a row"):
             optimizer.step()
+        assert caplog.text.count("not finite, refresh skipped") == 3
 
 
-def test_a_failing_factorisation_raises_the_damping_and_says_so(caplog) -> None:
-    layer = nn.Linear(40, 2)
-    optimizer = adamw(layer, damping=0.0)
+@pytest.mark.parametrize("last_words", [DoPr.close, DoPr.state_dict])
+def test_what_the_last_refresh_has_to_report_is_not_lost(last_words, caplog) -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = adamw(layer, max_nonfinite=1)
+    layer(torch.full((4, 3), torch.nan)).sum().backward()
+    optimizer.step()
     with caplog.at_level(logging.WARNING, "flowdopr.optim"):
-        layer(torch.randn(3, 40)).square().sum().backward()
+        last_words(optimizer)
+        last_words(optimizer)
+    assert caplog.text.count("not finite, refresh skipped") == 1
+
+
+@pytest.mark.parametrize("poison", ["first", "later"])
+def test_a_layer_that_saw_no_finite_inputs_takes_the_bare_step(poison: str) -> None:
+    """Before the first good refresh AP is the identity; after it T stays what it was."""
+    layer = nn.Linear(3, 2)
+    optimizer = adamw(layer, refresh_every=1)
+    if poison == "later":
+        layer(torch.randn(4, 3)).sum().backward()
         optimizer.step()
-    assert optimizer.preconditioner.raised_damping[""] > 0
-    assert "damping raised" in caplog.text
+    kept = optimizer.statistics.all[0].transform
+    optimizer.zero_grad()
+    layer(torch.full((4, 3), torch.inf)).sum().backward()
+    grad = torch.randn(2, 3)
+    layer.weight.grad, layer.bias.grad = grad.clone(), torch.zeros(2)
+    optimizer.step()
+    expected = grad if kept is None else grad @ kept[0, 0]
+    torch.testing.assert_close(layer.weight.grad, expected)
+
+
+@pytest.mark.parametrize("form", ["inverse", "sandwich"])
+def test_a_failing_factorisation_takes_the_diagonal_then_a_raised_damping(form, caplog) -> None:
+    """Three rows in 40 coordinates, and no damping: Sigma is singular."""
+    torch.manual_seed(0)
+    layer, z = nn.Linear(40, 2, bias=False), torch.randn(3, 40)
+    optimizer = adamw(layer, damping=0.0, form=form, cov_decay=0.0, refresh_every=1)
+    sigma = reference.second_moment(z)
+    mean = sigma.diagonal().mean()
+    seen = []
+    with caplog.at_level(logging.WARNING, "flowdopr.optim"):
+        for _ in range(8):
+            optimizer.zero_grad()
+            layer(z).square().sum().backward()
+            optimizer.step()
+            seen.append((optimizer.preconditioner.records()[""].damping, transform_of(optimizer)))
+    (first, diagonal), (last, full) = seen[0], seen[-1]
+    root = 0.5 if form == "sandwich" else 1.0
+    torch.testing.assert_close(diagonal, (sigma.diagonal() / mean).pow(-root).diag().float())
+    assert first == 0 < last < 1e-3
+    damped = (sigma / mean + last * torch.eye(40)).double()
+    inverse = (full @ full.mT if form == "sandwich" else full).double()
+    torch.testing.assert_close(inverse @ damped, torch.eye(40).double(), rtol=0, atol=0.2)
+    assert "damping raised to 1.2e-06" in caplog.text
     assert torch.isfinite(layer.weight).all()
+
+
+def transform_of(optimizer: DoPr) -> Tensor:
+    """T of the first layer, (s, s)."""
+    return optimizer.statistics.all[0].transform[0, 0].clone()
 
 
 def test_a_weight_used_without_its_module_is_reported_once(caplog) -> None:

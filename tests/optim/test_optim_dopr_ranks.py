@@ -18,6 +18,7 @@ from flowdopr.optim.plan import LayerRule
 SETTINGS = {
     "ddp": {},
     "ddp-routed": {"rules": [LayerRule("spare", "dual"), LayerRule("")]},
+    "ddp-parted": {},
     "ddp-dual": {"rules": [LayerRule("", "dual")]},
     "ddp-sua": {"conv_mode": "sua-mean", "bias": True},
     "fsdp": {},
@@ -43,9 +44,25 @@ class Routed(nn.Module):
         return y + self.spare(y) if x[0, 0, 0, 0] > 0 else y
 
 
+class Parting(nn.Module):
+    """Two layers fed one tensor, until `apart` gives the second one its copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.apart = False
+        self.flat, self.left, self.right = nn.Flatten(), nn.Linear(32, 3), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.flat(x)
+        return self.left(x) * self.right(x.clone() if self.apart else x)
+
+
 def samples(step: int) -> Tensor:
     generator = torch.Generator().manual_seed(step)
     return torch.randn(8, 2, 4, 4, generator=generator, dtype=torch.float64)
+
+
+MODELS = {"ddp-routed": Routed, "ddp-parted": Parting}
 
 
 def prepare(name: str, model: nn.Module, world: int) -> nn.Module:
@@ -64,11 +81,13 @@ def prepare(name: str, model: nn.Module, world: int) -> nn.Module:
 def train(name: str, rank: int, world: int) -> tuple[list[Tensor], dict]:
     """Five steps, each rank on its share of the batch; returns whole weights and the state."""
     torch.manual_seed(0)
-    model = Routed() if name == "ddp-routed" else small_model().double()
+    model = MODELS.get(name, small_model)().double()
     parallel = prepare(name, model, world)
     gp = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
     optimizer = DoPr(gp, model, refresh_every=2, max_rows=None, **SETTINGS[name])
     for step in range(5):
+        if isinstance(model, Parting):
+            model.apart = step >= 2 and rank == 1
         optimizer.zero_grad()
         parallel(samples(step).chunk(world)[rank]).square().mean().backward()
         optimizer.step()
@@ -103,7 +122,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "ddp-routed"])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in MODELS])
 def test_two_ranks_equal_one(name: str, ranks: list[dict]) -> None:
     expected, state = train(name, 0, 1)
     for rank in ranks:
@@ -120,6 +139,13 @@ def test_a_layer_that_runs_on_one_rank_only_neither_hangs_nor_drifts(ranks: list
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
     assert ranks[0]["ddp-routed"][1]["twins"] == {"right": "left"}
+
+
+def test_one_rank_that_notices_is_enough_to_part_twins_on_all(ranks: list[dict]) -> None:
+    (first, state), (second, other) = (rank["ddp-parted"] for rank in ranks)
+    assert state["twins"] == other["twins"] == {}
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_shards_that_cut_through_z_are_left_to_the_gp_and_listed(ranks: list[dict]) -> None:

@@ -1,0 +1,206 @@
+"""The host never waits for the device: training steps on fake CUDA tensors, which have no values.
+
+To read a number of one raises an error by itself; what else makes a host wait is refused here.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from layer_cases import CASES, IDS, LayerCase, small_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flowdopr.optim import build_optimizer
+from flowdopr.optim.dopr import DoPr
+from flowdopr.optim.plan import LayerRule
+
+# Before 2.11 even fake CUDA tensors ask for a driver.
+pytestmark = pytest.mark.skipif(
+    torch.__version__ < "2.11", reason="fake CUDA tensors without a driver need torch 2.11"
+)
+aten = torch.ops.aten
+CHECKED = {aten._linalg_check_errors.default, aten._linalg_eigh.default}
+COPIES = {aten._to_copy.default, aten.copy_.default}
+
+
+class WaitError(Exception):
+    """An operation for which the host would wait."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what waits; numbers that are on the host read as ones."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and args[0].device.type == "cpu":
+            return 1.0 if args[0].dtype.is_floating_point else 1
+        if func in CHECKED:
+            raise WaitError(func)
+        result = func(*args, **kwargs)
+        if func in COPIES and not (kwargs.get("non_blocking") or args[2:] == (True,)):
+            source = args[1] if func is aten.copy_.default else args[0]
+            if source.device != result.device:
+                raise WaitError(f"{func} from {source.device} to {result.device}")
+        return result
+
+
+class Event:
+    """Stands for a CUDA event, which needs a driver; what is read a refresh later has arrived."""
+
+    def __init__(self, device: torch.device) -> None: ...
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+@contextmanager
+def cuda_without_waiting() -> Iterator[None]:
+    with FakeTensorMode(), torch.device("cuda"), NoWaiting(), mock.patch("torch.Event", Event):
+        yield
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, steps: int) -> None:
+    """Forwards and steps; backward is left out, which CUDA's autograd engine has no device for."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for micro_batch in (x, x[1:]):
+            model(micro_batch)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+
+
+def waits(run) -> bool:
+    try:
+        with cuda_without_waiting():
+            run()
+    except (WaitError, RuntimeError):
+        return True
+    return False
+
+
+def test_waiting_is_noticed() -> None:
+    assert waits(lambda: torch.ones(3).sum().item())
+    assert waits(lambda: torch.ones(3).tolist())
+    assert waits(lambda: torch.ones(3).cpu())
+    assert waits(lambda: torch.tensor([1.0], device="cpu").to("cuda"))
+    assert waits(lambda: torch.linalg.cholesky(torch.eye(3)))
+    assert waits(lambda: torch.ones(3)[torch.ones(3).bool()])
+    assert not waits(lambda: torch.ones(3).to("cpu", non_blocking=True).tolist())
+
+
+def modes_of(case: LayerCase) -> list[str]:
+    """The modes that this kind of layer can have."""
+    module = case.build()
+    if isinstance(module, nn.Embedding):
+        return ["diagonal"]
+    if not isinstance(module, nn.Conv2d):
+        return ["full", "diagonal", "dual"]
+    shifted = ["offsets"] if module.stride == (1, 1) else []
+    return ["full", "sua", "sua-mean", "diagonal", "dual", *shifted]
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("rows", [3, "all"])
+def test_no_layer_makes_the_host_wait(case: LayerCase, rows: int | str) -> None:
+    for mode in modes_of(case):
+        with cuda_without_waiting():
+            module, x = case.build(), torch.rand(case.shape)
+            x = x.long() if isinstance(module, nn.Embedding) else x
+            gp = torch.optim.SGD(module.parameters(), lr=0.1)
+            rules = [LayerRule("", mode)]
+            optimizer = DoPr(gp, module, rules=rules, refresh_every=2, max_rows=rows)
+            train(module, optimizer, x, 3)
+            assert optimizer.statistics.all[0].transform is not None
+
+
+SETTINGS = {
+    "defaults": {},
+    "sandwich": {"form": "sandwich"},
+    "schedules": {"damping": (1.0, 0.1, 3), "anneal": (1, 4), "unit_scale": False},
+    "bias": {"bias": True, "conv_mode": "sua-mean"},
+}
+
+
+@pytest.mark.parametrize("gp", ["sgd", "adamw", "muon", "signum", "adamuon", "rownorm"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_no_optimizer_makes_the_host_wait(gp: str, settings: dict) -> None:
+    with cuda_without_waiting():
+        model = nn.Sequential(small_model(), nn.LayerNorm(3))
+        optimizer = build_optimizer(model, f"dopr-{gp}", 1e-3, refresh_every=2, **settings)
+        train(model, optimizer, torch.randn(6, 2, 4, 4), 5)
+
+
+class Pair(nn.Module):
+    """Two layers fed one tensor, or its copy where they are `apart`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.apart = nn.Linear(4, 4), nn.Linear(4, 4), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) + self.right(x.clone() if self.apart else x)
+
+
+def test_twins_that_part_do_not_make_the_host_wait() -> None:
+    with cuda_without_waiting():
+        model = Pair()
+        optimizer = build_optimizer(model, "dopr-adamw", 1e-3, refresh_every=2)
+        for model.apart in (False, True, False):
+            train(model, optimizer, torch.randn(6, 4), 2)
+        assert optimizer.statistics.all[1].twin is None
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[None]:
+    """This process as one of two, whose collectives leave tensors as they are."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize("gp", ["adamw", "muon"])
+def test_of_several_processes_only_the_first_refresh_waits(gp: str) -> None:
+    """It agrees with the others on which layers share a statistic."""
+    with cuda_without_waiting():
+        model = Pair()
+        optimizer = build_optimizer(model, f"dopr-{gp}", 1e-3, refresh_every=2)
+        left, right = optimizer.statistics.all
+        optimizer.statistics.pairing, right.twin = False, left  # what the first one comes to
+        for model.apart in (False, True):
+            train(model, optimizer, torch.randn(6, 4), 4)
+        assert right.twin is None
+
+
+def test_powers_wait_for_eigenvalues() -> None:
+    """The one documented exception; torch has no eigenvalues without a check."""
+    with cuda_without_waiting():
+        model = small_model()
+        optimizer = build_optimizer(model, "dopr-adamw", 1e-3, power=0.5)
+        with pytest.raises(WaitError, match="eigh"):
+            train(model, optimizer, torch.randn(6, 2, 4, 4), 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("gp", ["adamw", "muon"])
+def test_on_a_real_device_torch_finds_no_waiting_either(gp: str) -> None:
+    model = small_model().to("cuda")
+    optimizer = build_optimizer(model, f"dopr-{gp}", 1e-3, refresh_every=2)
+    x = torch.randn(6, 2, 4, 4, device="cuda")
+    for step in range(7):
+        torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")
+        try:
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
