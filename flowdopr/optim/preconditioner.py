@@ -163,8 +163,8 @@ class Preconditioner:
             if not fits:
                 raise ValueError(
                     f"the optimizer state has statistics of layer {name!r}, which this model lacks "
-                    "or treats in another mode: load it into the model, the rules and the version of "
-                    "flowdopr that it was saved with"
+                    "or treats in another mode: load it into the model, the rules and the "
+                    "version of flowdopr that it was saved with"
                 )
         for statistic in self.statistics:
             entry, twin = averages.get(statistic.name), twins.get(statistic.name)
