@@ -77,6 +77,8 @@ class Arm:
 
     def __init__(self, setup: Setup, name: str, options: dict[str, Any]) -> None:
         torch.manual_seed(0)
+        if setup.autocast:
+            torch.set_float32_matmul_precision("high")  # as the trainer does
         self.setup = setup
         self.model = MODELS[setup.model]().to(setup.device)
         given = dict(options)

@@ -141,17 +141,9 @@ class DoPr(torch.optim.Optimizer):
         `max_nonfinite` in a row with activations that are not finite.
         """
         loss = call_closure(closure)
-        with full_precision():
-            if self.statistics.gathering:
-                self._refreshed_at = self.steps
-                piles = self.statistics.close()
-                self.statistics.pair()
-                self.statistics.part()
-                self.preconditioner.refresh(piles, *self._schedule(self.steps))
-                for layer in self.plan.frozen:
-                    if layer.parameters[0].grad is not None:
-                        self.preconditioner.news.report_thawed(layer.name)
-            ready = self._precondition()
+        if self.statistics.gathering:
+            self._refresh()
+        ready = self._precondition()  # in the program's own precision, as G was made
         if self.preconditioner.form.sandwich:
             self._step_sandwich(ready)
         else:
@@ -238,6 +230,17 @@ class DoPr(torch.optim.Optimizer):
         _, strength = self._schedule(self.steps)
         self.statistics.gathering = strength > 0 and self.steps % self.refresh_every == 0
 
+    def _refresh(self) -> None:
+        self._refreshed_at = self.steps
+        piles = self.statistics.close()
+        self.statistics.pair()
+        self.statistics.part()
+        with full_precision():
+            self.preconditioner.refresh(piles, *self._schedule(self.steps))
+        for layer in self.plan.frozen:
+            if layer.parameters[0].grad is not None:
+                self.preconditioner.news.report_thawed(layer.name)
+
     def _precondition(self) -> list[tuple[Layer, Tensor]]:
         """Put M, or G T, in place of G; returns the layers and the T they had."""
         ready = []
@@ -276,8 +279,7 @@ class DoPr(torch.optim.Optimizer):
             for p in group["params"]
         }
         for (layer, transform), before in zip(ready, held, strict=True):
-            with full_precision():
-                moved = layer.case.multiply([local(p) for p in layer.parameters], transform.mT)
+            moved = layer.case.multiply([local(p) for p in layer.parameters], transform.mT)
             for parameter, old, move in zip(layer.parameters, before, moved, strict=True):
                 parameter.copy_(old.mul_(kept[id(parameter)]))
                 local(parameter).add_(move)

@@ -169,6 +169,37 @@ def test_the_programs_matmul_precision_is_given_back(precision: str) -> None:
     assert after == precision
 
 
+@pytest.mark.filterwarnings("ignore:Please use the new API settings")  # torch 2.9, once
+@pytest.mark.parametrize("form", ["inverse", "sandwich"])
+def test_sigma_is_factored_in_full_precision_and_t_applied_in_the_programs(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def noting(name: str, function: Callable) -> Callable:
+        def noted(*args: object) -> object:
+            seen.append((name, torch.backends.cuda.matmul.fp32_precision))
+            return function(*args)
+
+        return noted
+
+    layer = nn.Linear(3, 2)
+    optimizer = adamw(layer, form=form)
+    case = optimizer.statistics.all[0].case
+    monkeypatch.setattr(case, "multiply", noting("apply", case.multiply))
+    factor = noting("factor", torch.linalg.cholesky_ex)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", factor)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        layer(torch.ones(4, 3)).sum().backward()
+        optimizer.step()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen[:2] == [("factor", "ieee"), ("apply", "tf32")]
+    assert seen[2:] == [("apply", "tf32")] * (form == "sandwich")
+
+
 def test_transforms_of_torch_func_pass_by() -> None:
     model = small_model()
     optimizer = adamw(model, refresh_every=1)
