@@ -1,16 +1,13 @@
 """Two processes (gloo) against one: the same Sigma, the same step, whatever ran where."""
 
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from layer_cases import small_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from two_ranks import on_two_ranks
 
 from flowdopr.optim.dopr import DoPr
 from flowdopr.optim.plan import LayerRule
@@ -104,22 +101,15 @@ def sharded_roles() -> dict[str, str]:
     return {name: reason for name, _, _, reason in optimizer.roles()}
 
 
-def worker(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+def work(rank: int) -> dict:
     results: dict = {name: train(name, rank, 2) for name in SETTINGS}
-    torch.save({**results, "roles": sharded_roles()}, folder / f"{rank}.pt")
-    dist.barrier()  # a rank that leaves first may take the other one with it
-    dist.destroy_process_group()
+    return {**results, "roles": sharded_roles()}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of two ranks has after every training; the processes are started once."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (folder,), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return on_two_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name not in MODELS])

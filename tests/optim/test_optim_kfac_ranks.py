@@ -1,16 +1,13 @@
 """K-FAC on two processes (gloo, DDP): the steps of one process with the whole batch."""
 
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from layer_cases import small_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from two_ranks import on_two_ranks
 
 from flowdopr.optim.kfac import KFAC
 
@@ -63,20 +60,13 @@ def refusal_of_shards() -> str:
     return ""
 
 
-def worker(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    torch.save((*train(rank, 2), refusal_of_shards()), folder / f"{rank}.pt")
-    dist.barrier()  # a rank that leaves first may take the other one with it
-    dist.destroy_process_group()
+def work(rank: int) -> tuple:
+    return (*train(rank, 2), refusal_of_shards())
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (folder,), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return on_two_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
 def test_two_ranks_take_the_steps_of_one(ranks: list[tuple]) -> None:

@@ -1,11 +1,10 @@
 """Two processes with FSDP2 shards take the steps of one process with the whole model."""
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from two_ranks import on_two_ranks
 
 from flowdopr.optim import build_optimizer
 
@@ -27,16 +26,13 @@ def trained(name, mesh=None):
     return [(p if mesh is None else p.full_tensor()).detach() for p in model.parameters()]
 
 
-def compare_on_rank(rank, rendezvous):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+def sharded_and_whole(rank):
     mesh = init_device_mesh("cpu", (2,))
-    for name in NAMES:
-        for sharded, whole in zip(trained(name, mesh), trained(name), strict=True):
-            torch.testing.assert_close(sharded, whole, rtol=1e-5, atol=1e-6)
-    dist.barrier()  # a rank that leaves first may take the other one with it
-    dist.destroy_process_group()
+    return {name: (trained(name, mesh), trained(name)) for name in NAMES}
 
 
 def test_shards_take_the_steps_of_the_whole(tmp_path):
-    mp.spawn(compare_on_rank, args=(tmp_path / "rendezvous",), nprocs=2)
+    for results in on_two_ranks(sharded_and_whole, tmp_path):
+        for parts, weights in results.values():
+            for sharded, whole in zip(parts, weights, strict=True):
+                torch.testing.assert_close(sharded, whole, rtol=1e-5, atol=1e-6)
