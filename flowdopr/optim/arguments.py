@@ -9,6 +9,7 @@ import torch
 
 from flowdopr.optim.dual import DualCase
 from flowdopr.optim.kfac import KFAC
+from flowdopr.optim.moments import precision
 from flowdopr.optim.plan import Layer, LayerRule
 
 # Optimizers, of torch and of other packages, whose steps depend on the weights themselves: on their
@@ -88,11 +89,13 @@ def layer_rules(rules: Sequence[LayerRule | Mapping[str, Any]]) -> list[LayerRul
     return named
 
 
-def refuse_dual(layers: Sequence[Layer]) -> None:
-    """ValueError if a layer has the dual form, which is one of the plain damped inverse alone."""
+def check_dual(layers: Sequence[Layer], plain: bool, damping: float) -> None:
+    """ValueError for a layer in the dual form, unless AP is the `plain` damped inverse and its
+    lowest damping leaves some digits of the difference that the form takes."""
     for layer in layers:
-        if isinstance(layer.case, DualCase):
+        least = 1000 * torch.finfo(precision(layer.parameters[0])).eps
+        if isinstance(layer.case, DualCase) and not (plain and damping >= least):
             raise ValueError(
                 f"DoPr: layer {layer.name!r} has mode 'dual', which needs form 'inverse', power 1 "
-                "and damping above 0: change these or give it another mode"
+                f"and damping of {least:.1e} or more: change these or give it another mode"
             )

@@ -23,13 +23,14 @@ def sum_piles(statistics: Sequence[Statistic], piles: Sequence[Pile]) -> Pooled:
     One rank leaves out what did not run; of several, each has zeros to give for it, and none
     knows whether others have more.
     """
-    if world_size() > 1:
+    if world_size() > 1 and statistics:
         for statistic, pile in zip(statistics, piles, strict=True):
             if pile.sums is None:
                 shape, dtype = statistic.case.shape, statistic.dtype
                 pile.sums = torch.zeros(shape, dtype=dtype, device=statistic.device)
     ran, sums, counts = _with_rows(statistics, piles)
-    counts, *sums = summed([counts, *sums])
+    if ran:
+        counts, *sums = summed([counts, *sums])
     return ran, sums, counts
 
 

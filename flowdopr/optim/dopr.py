@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from flowdopr.optim.apply import apply
 from flowdopr.optim.arguments import (
     check,
+    check_dual,
     check_optimizer,
     check_whole,
     damping_schedule,
     layer_rules,
-    refuse_dual,
     row_limit,
 )
 from flowdopr.optim.inverse import Form, full_precision
@@ -113,8 +113,8 @@ class DoPr(torch.optim.Optimizer):
         self.plan = make_plan(
             model, optimized, layer_rules(rules), Defaults(conv_mode, bias, max_side, max_patch)
         )
-        if form != "inverse" or power != 1 or 0 in self._damping[:2]:
-            refuse_dual(self.plan.layers)
+        plain = form == "inverse" and power == 1
+        check_dual(self.plan.layers, plain, min(self._damping[:2]))
         self.statistics = Statistics()
         for layer in self.plan.layers:
             rows = row_limit(max_rows if layer.rule.max_rows is None else layer.rule.max_rows)
@@ -143,6 +143,8 @@ class DoPr(torch.optim.Optimizer):
         loss = call_closure(closure)
         if self.statistics.gathering:
             self._refresh()
+        elif self._schedule(self.steps)[1] == 0:  # AP has faded, and no refresh will come
+            self.preconditioner.news.tell_and_stop()
         ready = self._precondition()  # in the program's own precision, as G was made
         if self.preconditioner.form.sandwich:
             self._step_sandwich(ready)
@@ -169,7 +171,7 @@ class DoPr(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Remove every hook from the model; the optimizer must not step any more."""
-        self.preconditioner.news.tell(stop=False)
+        self.preconditioner.news.tell()
         self.statistics.remove_hooks()
 
     def state_dict(self) -> dict[str, Any]:
@@ -181,6 +183,7 @@ class DoPr(torch.optim.Optimizer):
         own = {
             "steps": self.steps,
             "refreshed_at": self._refreshed_at,
+            "parting": self.statistics.voted(),
             **self.preconditioner.state_dict(),
         }
         return {**self.optimizer.state_dict(), "dopr": own}
@@ -200,9 +203,7 @@ class DoPr(torch.optim.Optimizer):
         self.steps, self._refreshed_at = own["steps"], own["refreshed_at"]
         # Accelerate loads the state of an optimizer that has not stepped: nothing is paired yet.
         self.statistics.pairing = own["steps"] == 0
-        for statistic in self.statistics.all:
-            statistic.sources.clear()
-        self.statistics.ballot = None
+        self.statistics.load_voted(own["parting"])
         self._set_gathering()
         with full_precision(), torch.no_grad():
             self.preconditioner.invert(self._schedule(self._refreshed_at)[1], share=False)
@@ -251,7 +252,9 @@ class DoPr(torch.optim.Optimizer):
                 continue
             if transform is None:
                 self.preconditioner.news.report_unseen(layer.name)
-                continue
+                if not self.preconditioner.form.sandwich:
+                    continue
+                transform = statistic.identity()  # whatever T is, weight decay is decoupled
             ready.append((layer, transform))
         apply(ready)
         return ready

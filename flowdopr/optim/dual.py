@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowdopr.optim.inverse import Form, factor, smallest_pivot
+from flowdopr.optim.inverse import Form, factor
 from flowdopr.optim.layers import Case
 
 
@@ -74,14 +74,12 @@ class DualCase(Case):
 def dual_transform(
     case: DualCase, rows: Tensor, gamma: Tensor, form: Form, strength: float
 ) -> tuple[Tensor, Tensor]:
-    """T from rows Z / sqrt(n) (G, 1, n, d), and whether `gamma`, of shape (), was too small, for a
-    factor or for the difference above, which loses as many digits as gamma is small; Sigma / m is
-    then taken for the identity. See `inverse.invert`."""
+    """T from rows Z / sqrt(n) (G, 1, n, d), and whether `gamma`, of shape (), was too small;
+    Sigma / m is then taken for the identity. See `inverse.invert`."""
     mean = case.mean_eigenvalue(rows)
     mean = torch.where(mean > 0, mean, 1.0)
     unit = (rows / mean.sqrt()).flatten(0, 1)
     factors, failed = factor(unit @ unit.mT, gamma.expand(len(unit)))
-    failed |= gamma < 100 * smallest_pivot(rows.dtype)
     low_rank = torch.linalg.solve_triangular(factors, unit, upper=False)[:, None]
     lost = failed[:, None, None, None]
     scale = strength / torch.where(lost, gamma + 1, gamma)

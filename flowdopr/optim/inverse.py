@@ -55,8 +55,9 @@ def invert(
 
     Matrices of one size are factored together, after division by their `scales`, the mean
     eigenvalues (G, 1, 1, 1). `strength` blends T with the identity: 1 is the full form, 0 leaves
-    the gradient alone. A matrix that cannot be factored is taken for its diagonal. Nothing here
-    waits for the device, but torch's eigenvalues do, for a power other than 1.
+    the gradient alone. A matrix that cannot be factored is taken for its diagonal; for a power
+    other than 1 its smallest eigenvalues are lifted. Nothing here waits for the device, but these
+    eigenvalues do.
     """
     batches: dict[tuple[int, torch.dtype, torch.device], list[int]] = defaultdict(list)
     for index, stack in enumerate(stacks):
@@ -94,11 +95,12 @@ def _transform(unit: Tensor, gammas: Tensor, form: Form) -> tuple[Tensor, Tensor
         return (unit + gammas.clamp_min(floor)[:, None, None]) ** -power, gammas < 0
     if not form.sandwich and power != 1:
         unit.diagonal(dim1=-2, dim2=-1).add_(gammas[:, None])
-        values, vectors = torch.linalg.eigh(unit)
+        values, vectors = torch.linalg.eigh(unit.nan_to_num_(0, 0, 0))
         powers = values.clamp_min(floor) ** -power
         return (vectors * powers[:, None]) @ vectors.mT, ~(values[:, 0] > floor)
     factors, failed = factor(unit, gammas)
-    roots = unit.diagonal(dim1=-2, dim2=-1).clamp_min(floor).sqrt()
+    # Of a Sigma that has overflowed the diagonal is not finite either.
+    roots = unit.diagonal(dim1=-2, dim2=-1).nan_to_num(1, 1).clamp_min(floor).sqrt()
     factors.masked_fill_(failed[:, None, None], 0)
     pivots = factors.diagonal(dim1=-2, dim2=-1)
     pivots.copy_(torch.where(failed[:, None], roots, pivots))

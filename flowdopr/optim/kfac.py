@@ -34,6 +34,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from flowdopr.optim.conv import PatchCase
 from flowdopr.optim.layers import LinearCase, add_gram
 from flowdopr.optim.matrix import MatrixOptimizer, call_closure, decay_weights
+from flowdopr.optim.moments import precision
 from flowdopr.optim.roles import DECAYED, parameter_roles
 from flowdopr.optim.world import is_sharded, summed, world_size
 
@@ -207,7 +208,7 @@ class KFAC(MatrixOptimizer):
         for number, p in zip(numbers, params, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
                 if name.startswith(("factor_", "inverse_")):
-                    self.state[p][name] = value.to(p.device, _precision(p))
+                    self.state[p][name] = value.to(p.device, precision(p))
 
     def _matrix_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
         momenta = self.buffers(params, "momentum_buffer")
@@ -222,7 +223,7 @@ class KFAC(MatrixOptimizer):
         state, grad = self.state[p], p.grad
         assert grad is not None
         if "inverse_a" in state:
-            matrix = grad.flatten(1).to(_precision(p))
+            matrix = grad.flatten(1).to(precision(p))
             return (state["inverse_b"] @ matrix @ state["inverse_a"]).reshape(p.shape)
         name = self._names[p]
         if name not in self._reported:
@@ -266,14 +267,10 @@ class KFAC(MatrixOptimizer):
             state[f"inverse_{name}"] = torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
 
-def _precision(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
 def _no_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Zeros for the sums of z z^T and of g g^T."""
     d_out, d_in = weight.flatten(1).shape
-    a, b = (weight.new_zeros(side, side, dtype=_precision(weight)) for side in (d_in, d_out))
+    a, b = (weight.new_zeros(side, side, dtype=precision(weight)) for side in (d_in, d_out))
     return a, b
 
 

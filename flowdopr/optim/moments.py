@@ -3,11 +3,16 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowdopr.optim.dual import DualCase
 from flowdopr.optim.layers import Case
 from flowdopr.optim.record import Record
+
+
+def precision(weight: Tensor) -> torch.dtype:
+    """Of the statistics of a layer: float64 for a weight of float64, else float32."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 class Pile:
@@ -42,7 +47,7 @@ class Statistic:
 
     def __init__(self, name: str, case: Case, weight: Tensor, max_rows: int | None) -> None:
         self.name, self.case, self.max_rows = name, case, max_rows
-        self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.dtype = precision(weight)
         self.parameter = weight
         self.fresh, self.used = Pile(case), Pile(case)
         self.sigma: Tensor | None = None
@@ -66,6 +71,12 @@ class Statistic:
         """Statistics of equal keys make the same Sigma of the same input."""
         return (*self.case.key, self.dtype, self.max_rows)
 
+    def identity(self) -> Tensor:
+        """A T that changes nothing; not of the dual form."""
+        *stack, side, _ = self.case.transform_shape
+        eye = torch.eye(side, dtype=self.dtype, device=self.device)
+        return eye.expand(*stack, side, side)
+
     def gather(self, x: Tensor, case: Case) -> None:
         """Add one forward input."""
         pile = self.fresh
@@ -82,7 +93,8 @@ class Statistic:
         return whole if whole.count else Pile(self.case)  # forwards of empty batches count as none
 
     def take(self, batch: Tensor, good: Tensor, keep: Tensor, share: Tensor, count: Tensor) -> None:
-        """Sigma <- keep Sigma + share batch / count, in place; of the dual form the batch alone.
+        """Sigma <- keep Sigma + share batch / count, in place; of the dual form the batch alone, or
+        what it was, if that had as many rows.
 
         All of shape () but the batch, whose values need not be finite where `good` is false.
         """
@@ -91,12 +103,14 @@ class Statistic:
             batch.mul_(share / count)
             self.sigma = batch if self.sigma is None else self.sigma.mul_(keep).add_(batch)
             return
-        rows = batch.div_(count.sqrt())
-        old = torch.zeros_like(rows) if self.sigma is None else self.sigma
-        missing = old.shape[2] - rows.shape[2]  # rows of zeros add nothing to Z^T Z
-        rows = nn.functional.pad(rows, (0, 0, 0, max(0, missing)))
-        old = nn.functional.pad(old, (0, 0, 0, max(0, -missing)))
-        self.sigma = torch.where(good, rows, old)
+        rows, old = batch.mul_(share / count.sqrt()), self.sigma
+        self.sigma = (
+            torch.where(good, rows, old) if old is not None and self.can_keep(rows) else rows
+        )
+
+    def can_keep(self, batch: Tensor) -> bool:
+        """Whether a batch that is not good leaves the average as it is; else there is none."""
+        return self.sigma is not None and self.sigma.shape == batch.shape
 
 
 def records_of(statistics: Sequence[Statistic]) -> Record:
@@ -115,4 +129,4 @@ def records_of(statistics: Sequence[Statistic]) -> Record:
 def store_records(statistics: Sequence[Statistic], record: Record) -> None:
     """The inverse of `records_of`."""
     for statistic, row in zip(statistics, record.table(), strict=True):
-        statistic.record = row.to(statistic.device)
+        statistic.record = row.to(statistic.device, statistic.dtype)

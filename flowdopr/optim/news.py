@@ -1,6 +1,6 @@
 """What DoPr has to say of its layers: what each refresh found, told at the next one, and warnings.
 
-By then the device has long sent the numbers, so that reading them holds nothing up.
+By then the device has sent the numbers, unless it is a whole interval behind the host.
 """
 
 import logging
@@ -21,6 +21,7 @@ class News:
     def __init__(self, max_nonfinite: int) -> None:
         self.max_nonfinite = max_nonfinite
         self._sent: tuple[list[Statistic], Later] | None = None
+        self._stop: str | None = None  # layer whose inputs were not finite too often
         self._told: dict[str, tuple[float, float]] = {}  # skipped and least_damping
         self._said: set[str] = set()
 
@@ -29,24 +30,28 @@ class News:
         if statistics:
             self._sent = list(statistics), Later(records_of(statistics).table())
 
-    def tell(self, *, stop: bool = True) -> None:
-        """Log what was sent last. Raises FloatingPointError, unless `stop` is false, where inputs
-        were not finite `max_nonfinite` times in a row."""
+    def tell(self) -> None:
+        """Log what was sent last, once."""
         if self._sent is None:
             return
         (statistics, numbers), self._sent = self._sent, None
         for statistic, row in zip(statistics, numbers.read(), strict=True):
-            now = Record(*row)
-            self._tell_of(statistic, now)
-            if stop and now.in_a_row >= self.max_nonfinite:
-                raise FloatingPointError(
-                    f"layer {statistic.name!r}: inputs were not finite on {self.max_nonfinite} "
-                    "refreshes in a row; lower the learning rate or check the data"
-                )
+            self._tell_of(statistic, Record(*row))
+
+    def tell_and_stop(self) -> None:
+        """`tell`. Raises FloatingPointError, once, if inputs were not finite `max_nonfinite` times
+        in a row: on all ranks together, since all come here at the same steps."""
+        self.tell()
+        name, self._stop = self._stop, None
+        if name is not None:
+            raise FloatingPointError(
+                f"layer {name!r}: inputs were not finite on {self.max_nonfinite} refreshes in a "
+                "row; lower the learning rate or check the data"
+            )
 
     def start_from(self, records: Mapping[str, Record]) -> None:
         """Tell only what comes after these numbers, by layer name."""
-        self._sent = None
+        self._sent = self._stop = None
         self._told = {name: _worth_telling(numbers) for name, numbers in records.items()}
 
     def report_unseen(self, name: str) -> None:
@@ -71,11 +76,14 @@ class News:
         self._told[name] = _worth_telling(now)
         if now.skipped > skipped:
             logger.warning("layer %s: inputs are not finite, refresh skipped", name)
+            if now.in_a_row >= self.max_nonfinite:
+                self._stop = name
         if now.least_damping > damping:
             logger.warning(
-                "layer %s: Sigma cannot be factored, its diagonal serves until the next refresh; "
-                "damping raised to %.1e",
+                "layer %s: damping %.1e leaves Sigma singular; damping raised to %.1e or more from "
+                "the next refresh on",
                 name,
+                now.damping,
                 now.least_damping,
             )
         if now.weight == 0 and statistic.parameter.grad is not None:

@@ -12,7 +12,7 @@ from flowdopr.optim.dual import DualCase, dual_transform
 from flowdopr.optim.inverse import Form, invert, smallest_pivot
 from flowdopr.optim.moments import Pile, Statistic, records_of, store_records
 from flowdopr.optim.news import News
-from flowdopr.optim.record import Record
+from flowdopr.optim.record import Record, vector
 
 MAX_TOGETHER = 2**22  # elements inverted in one call, which takes some four times their memory
 
@@ -38,7 +38,7 @@ class Preconditioner:
         The host does not wait: what the last refresh had to report is told now. Raises
         FloatingPointError if that was the last of `max_nonfinite` skips in a row.
         """
-        self.news.tell()
+        self.news.tell_and_stop()
         own = [(s, p) for s, p in zip(self.statistics, piles, strict=True) if s.twin is None]
         plain, dual = ([pair for pair in own if pair[0].is_dual == rows] for rows in (False, True))
         self._fold(*sum_piles(*_unzip(plain)), self.cov_decay)
@@ -66,6 +66,9 @@ class Preconditioner:
         good = ran & torch.stack(traces).isfinite()
         decay = ((1 + old.refreshes) / (10 + old.refreshes)).clamp_max(cov_decay)
         keep, share = torch.where(good, decay, 1.0), torch.where(good, 1 - decay, 0.0)
+        kept = [s.can_keep(x) for s, x in zip(statistics, sums, strict=True)]
+        if not all(kept):
+            keep = keep * vector(kept, keep.device, keep.dtype)
         parts = zip(good, keep, share, counts.clamp_min(1), strict=True)
         for statistic, batch, part in zip(statistics, sums, parts, strict=True):
             statistic.take(batch, *(number.to(batch.device) for number in part))
@@ -78,7 +81,7 @@ class Preconditioner:
         store_records(statistics, now)
 
     def _known(self) -> list[Statistic]:
-        """Those with an average, the dual ones last."""
+        """Those with an average, be it of nothing, the dual ones last."""
         known = [statistic for statistic in self.statistics if statistic.sigma is not None]
         return sorted(known, key=lambda statistic: statistic.is_dual)
 
@@ -142,7 +145,7 @@ class Preconditioner:
         """ "averages": layer name -> lower triangles of the average of Sigma (dual form: the rows)
         and the numbers of its Record;
         "twins": layer name -> name of the layer whose average it uses."""
-        self.news.tell(stop=False)
+        self.news.tell()
         averages, records = {}, self.records()
         for statistic in self.statistics:
             numbers = records.get(statistic.name)

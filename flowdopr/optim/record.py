@@ -1,8 +1,7 @@
 """What refreshes decide about each statistic, kept on its device so that nothing waits for it.
 
 Whether a layer's inputs were finite, and whether its matrix had a Cholesky factor, is known on the
-device alone. What follows is computed there; the host is told a refresh later, when the numbers
-have long arrived.
+device alone. What follows is computed there; the host is told a refresh later.
 """
 
 from collections.abc import Sequence
@@ -19,8 +18,8 @@ class Record(NamedTuple):
     refreshes: how many are in it.
     skipped: how many were skipped, ever, for inputs that were not finite.
     in_a_row: how many of these since the last good one.
-    damping: gamma of T.
-    least_damping: of T from the next refresh on; above 0 once a factorisation has failed.
+    damping: gamma of T, once there is an average.
+    least_damping: of T from the next refresh on, for good; above 0 once a factorisation failed.
     """
 
     weight: Tensor
@@ -54,7 +53,7 @@ class Later:
         self._numbers = numbers.to("cpu", non_blocking=True)
         self._arrival = None if numbers.device.type == "cpu" else torch.Event(numbers.device)
         if self._arrival is not None:
-            self._arrival.record()
+            self._arrival.record(torch.accelerator.current_stream(numbers.device))
 
     def read(self) -> list:
         """The numbers as (nested) lists."""

@@ -87,7 +87,7 @@ class Statistics:
         self._backward_ran = False
         self.pairing = True
         self._parted: set[str] = set()
-        self.ballot: tuple[list[Statistic], Later] | None = None
+        self._ballot: tuple[list[str], Later] | None = None
         self._last_inputs: dict[tuple[object, ...], tuple[weakref.ref[Tensor], Statistic]] = {}
         self._handle = next(_HANDLES)
         self._removable: list[Any] = []
@@ -153,9 +153,9 @@ class Statistics:
             statistic.twin, statistic.transform = None, twin.transform
             statistic.sigma = None if twin.sigma is None else twin.sigma.clone()
             if twin.record is not None:
-                numbers = Record(*twin.record)
-                numbers = numbers._replace(refreshes=torch.zeros_like(numbers.refreshes))
-                statistic.record = numbers.table()
+                numbers, none = Record(*twin.record), torch.zeros_like(twin.record[0])
+                own = Record(numbers.weight, none, none, none, numbers.damping, none)
+                statistic.record = own.table()
 
     def close(self) -> list[Pile]:
         """End the window; returns what each statistic gathered, in order."""
@@ -196,15 +196,28 @@ class Statistics:
     def _parted_twins(self) -> list[Statistic]:
         """On several ranks one that noticed is enough, and all know of it a refresh later."""
         twins = [statistic for statistic in self.all if statistic.twin is not None]
+        voted = self.voted()
+        self._ballot = None
         if world_size() == 1:
-            return [statistic for statistic in twins if statistic.name in self._parted]
-        (voters, votes), self.ballot = self.ballot or ([], None), None
-        parted = zip(voters, votes.read() if votes else [], strict=True)
-        parted = [statistic for statistic, apart in parted if apart and statistic.twin is not None]
-        if twins:
+            voted = [*voted, *self._parted]
+        elif twins:
             own = vector([statistic.name in self._parted for statistic in twins], twins[0].device)
-            self.ballot = twins, Later(summed([own])[0])
-        return parted
+            self._ballot = [statistic.name for statistic in twins], Later(summed([own])[0])
+        return [statistic for statistic in twins if statistic.name in voted]
+
+    def voted(self) -> list[str]:
+        """Names of the statistics that part at the next refresh, by a vote of several ranks."""
+        if self._ballot is None:
+            return []
+        names, votes = self._ballot
+        return [name for name, some in zip(names, votes.read(), strict=True) if some]
+
+    def load_voted(self, names: list[str]) -> None:
+        """Restore what `voted` gave, and forget whose input each call had."""
+        self._ballot = names, Later(torch.ones(len(names)))
+        self._parted.clear()
+        for statistic in self.all:
+            statistic.sources.clear()
 
     def _settle(self) -> None:
         if self._backward_ran:

@@ -122,7 +122,8 @@ def test_layers_fed_one_tensor_share_their_rows_and_the_role_says_dual() -> None
     [
         ({"form": "sandwich"}, "mode 'dual', which needs form 'inverse'"),
         ({"power": 0.5}, "mode 'dual', which needs form 'inverse', power 1"),
-        ({"damping": 0.0}, "damping above 0"),
+        ({"damping": 0.0}, "damping of 1.2e-04 or more"),
+        ({"damping": (0.1, 1e-5, 10)}, "damping of 1.2e-04 or more"),
     ],
 )
 def test_dual_is_refused_in_one_line_where_it_cannot_be(settings: dict, message: str) -> None:

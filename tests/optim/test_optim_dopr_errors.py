@@ -78,6 +78,61 @@ def test_what_the_last_refresh_has_to_report_is_not_lost(last_words, caplog) -> 
     assert caplog.text.count("not finite, refresh skipped") == 1
 
 
+def poisoned_steps(optimizer: DoPr, layer: nn.Module, steps: int, after_step=None) -> int:
+    """Steps on NaN until one raises; returns how many did not."""
+    for step in range(steps):
+        layer(torch.full((4, 3), torch.nan)).sum().backward()
+        try:
+            optimizer.step()
+        except FloatingPointError:
+            return step
+        if after_step is not None:
+            after_step()
+    return steps
+
+
+def test_saving_does_not_lose_the_stop() -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = adamw(layer, max_nonfinite=2, refresh_every=1)
+    assert poisoned_steps(optimizer, layer, 9, optimizer.state_dict) == 2
+
+
+def test_the_stop_comes_though_ap_has_faded_meanwhile() -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = adamw(layer, max_nonfinite=2, refresh_every=2, anneal=(1, 3))
+    assert poisoned_steps(optimizer, layer, 9) == 3
+
+
+def test_the_stop_comes_once_for_a_layer_that_runs_no_more() -> None:
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer = adamw(nn.ModuleList([first, second]), max_nonfinite=1, refresh_every=1)
+    stops = []
+    for step in range(5):
+        optimizer.zero_grad()
+        loss = first(torch.randn(4, 3)).sum()
+        if step == 0:
+            loss = loss + second(torch.full((4, 3), torch.nan)).sum()
+        loss.backward()
+        try:
+            optimizer.step()
+        except FloatingPointError:
+            stops.append(step)
+    assert stops == [1]
+
+
+def test_a_parted_twin_inherits_no_report(caplog) -> None:
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer = adamw(nn.ModuleDict({"first": first, "second": second}), refresh_every=1)
+    with caplog.at_level(logging.WARNING, "flowdopr.optim"):
+        for step in range(6):
+            optimizer.zero_grad()
+            x = torch.randn(4, 3) + (torch.nan if step == 1 else 0)
+            (first(x) + second(x.clone() if step > 2 else x)).sum().backward()
+            optimizer.step()
+    assert optimizer.statistics.all[1].twin is None
+    assert caplog.text.count("refresh skipped") == caplog.text.count("layer first:") == 1
+
+
 @pytest.mark.parametrize("poison", ["first", "later"])
 def test_a_layer_that_saw_no_finite_inputs_takes_the_bare_step(poison: str) -> None:
     """Before the first good refresh AP is the identity; after it T stays what it was."""

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from flowdopr.optim import reference
 from flowdopr.optim.dopr import DoPr
+from flowdopr.optim.dual import DualCase, dual_transform
+from flowdopr.optim.inverse import Form
+from flowdopr.optim.layers import LinearCase
 from flowdopr.optim.plan import LayerRule
 
 
@@ -47,21 +50,18 @@ def test_a_resume_is_bitwise_whatever_failed_before(saved_at: int, settings: dic
 
 
 def test_the_dual_form_falls_back_to_a_multiple_of_g() -> None:
-    layer, optimizer = make(damping=1e-9, rules=[LayerRule("", "dual")])
-    z = torch.ones(4, 40)
-    seen = []
-    for _ in range(9):
-        optimizer.zero_grad()
-        layer(z).sum().backward()
-        grad = layer.weight.grad.clone()
-        optimizer.step()
-        seen.append((grad, layer.weight.grad, optimizer.preconditioner.records()[""].damping))
-    grad, m, damping = seen[0]
-    torch.testing.assert_close(m, grad / (1 + damping))
-    grad, m, damping = seen[-1]
-    assert 1e-9 < damping < 1e-3
-    expected = reference.precondition(grad.double(), reference.second_moment(z), damping)
-    torch.testing.assert_close(m.double(), expected, rtol=1e-2, atol=1e-2)
+    case = DualCase(LinearCase("full", 1, 40))
+    rows, gamma, form = torch.ones(1, 1, 4, 40), torch.tensor(1e-9), Form()
+    transform, failed = dual_transform(case, rows, gamma, form, 1.0)
+    assert failed
+    grad = torch.randn(2, 40)
+    torch.testing.assert_close(case.multiply([grad], transform)[0], grad / (1 + gamma))
+    transform, failed = dual_transform(case, rows, torch.tensor(1e-2), form, 1.0)
+    assert not failed
+    sigma = reference.second_moment(rows[0, 0])
+    expected = reference.precondition(grad.double(), 4 * sigma, 1e-2)
+    found = case.multiply([grad], transform)[0].double()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_damping_that_failed_stays_raised_and_a_higher_schedule_wins() -> None:
@@ -73,3 +73,71 @@ def test_damping_that_failed_stays_raised_and_a_higher_schedule_wins() -> None:
     assert seen[0] == seen[1] == pytest.approx(1e-8)
     assert seen[2] == pytest.approx(10 * torch.finfo(torch.float32).eps)
     assert seen[-1] == pytest.approx(0.5)
+
+
+def saved_every_step(train_to, steps: int) -> None:
+    """A run resumed from its state at every step ends bitwise where the straight run does."""
+    straight, _ = train_to(range(steps), None)
+    for step in range(1, steps):
+        _, state = train_to(range(step), None)
+        resumed, _ = train_to(range(step, steps), state)
+        for ours, expected in zip(resumed, straight, strict=True):
+            assert torch.equal(ours, expected), step
+
+
+def test_layers_of_two_precisions_resume_bitwise() -> None:
+    def run(steps: range, state: tuple | None) -> tuple[list[Tensor], tuple]:
+        torch.manual_seed(0)
+        model = nn.ModuleList([nn.Linear(3, 2).double(), nn.Linear(30, 20)])
+        optimizer = adamw(model, refresh_every=1)
+        if state is not None:
+            model.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+        for step in steps:
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            wide = model[1](torch.randn(40, 30)).square().mean()
+            (wide + model[0](torch.randn(9, 3).double()).square().mean()).backward()
+            optimizer.step()
+        state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        return [p.detach().clone() for p in model.parameters()], state
+
+    saved_every_step(run, 20)
+
+
+def test_a_dual_layer_forgets_one_large_window() -> None:
+    layer = nn.Linear(40, 2)
+    optimizer = adamw(layer, refresh_every=1, rules=[LayerRule("", "dual")])
+    shapes = []
+    for rows in (4, 200, 4, 4):
+        optimizer.zero_grad()
+        layer(torch.randn(rows, 40)).sum().backward()
+        optimizer.step()
+        shapes.append(optimizer.statistics.all[0].sigma.shape[2])
+    assert shapes == [4, 200, 4, 4]
+
+
+def test_a_dual_layer_without_finite_rows_takes_the_bare_step_if_their_number_changed() -> None:
+    layer = nn.Linear(40, 2)
+    optimizer = adamw(layer, refresh_every=1, rules=[LayerRule("", "dual")])
+    layer(torch.randn(4, 40)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    layer(torch.full((5, 40), torch.nan)).sum().backward()
+    layer.weight.grad, layer.bias.grad = torch.ones(2, 40), torch.ones(2)
+    optimizer.step()
+    assert optimizer.preconditioner.records()[""].weight == 0
+    torch.testing.assert_close(layer.weight.grad, torch.ones(2, 40))
+
+
+def test_an_overflowing_sigma_gives_no_nan() -> None:
+    """Its trace is finite, but what is added for the mean over offsets is not."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 3, 3, padding=1)
+    optimizer = adamw(layer, conv_mode="sua-mean", max_patch=1)
+    layer(torch.full((1, 2, 1, 2), 6.2e18) + torch.randn(1, 2, 1, 2) * 3e17).sum().backward()
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert torch.isfinite(optimizer.statistics.all[0].transform).all()
+    assert torch.isfinite(layer.weight).all()

@@ -1,5 +1,7 @@
 """Two processes (gloo) against one: the same Sigma, the same step, whatever ran where."""
 
+import copy
+
 import pytest
 import torch
 from layer_cases import small_model
@@ -16,6 +18,7 @@ SETTINGS = {
     "ddp": {},
     "ddp-routed": {"rules": [LayerRule("spare", "dual"), LayerRule("")]},
     "ddp-parted": {},
+    "ddp-bypassed": {"form": "sandwich"},
     "ddp-dual": {"rules": [LayerRule("", "dual")]},
     "ddp-sua": {"conv_mode": "sua-mean", "bias": True},
     "fsdp": {},
@@ -59,7 +62,19 @@ def samples(step: int) -> Tensor:
     return torch.randn(8, 2, 4, 4, generator=generator, dtype=torch.float64)
 
 
-MODELS = {"ddp-routed": Routed, "ddp-parted": Parting}
+class Bypassed(Parting):
+    """The weight of a third layer is used without calling it, so that it has no statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.third = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(super().forward(x), self.third.weight, self.third.bias)
+
+
+MODELS = {"ddp-routed": Routed, "ddp-parted": Parting, "ddp-bypassed": Bypassed}
+UNLIKE_ONE = ("ddp-routed", "ddp-parted")  # not the same computation on one rank
 
 
 def prepare(name: str, model: nn.Module, world: int) -> nn.Module:
@@ -80,10 +95,11 @@ def train(name: str, rank: int, world: int) -> tuple[list[Tensor], dict]:
     torch.manual_seed(0)
     model = MODELS.get(name, small_model)().double()
     parallel = prepare(name, model, world)
-    gp = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
+    decay = 0.1 if name == "ddp-bypassed" else 0.0
+    gp = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=decay, foreach=False)
     optimizer = DoPr(gp, model, refresh_every=2, max_rows=None, **SETTINGS[name])
     for step in range(5):
-        if isinstance(model, Parting):
+        if name == "ddp-parted":
             model.apart = step >= 2 and rank == 1
         optimizer.zero_grad()
         parallel(samples(step).chunk(world)[rank]).square().mean().backward()
@@ -101,9 +117,51 @@ def sharded_roles() -> dict[str, str]:
     return {name: reason for name, _, _, reason in optimizer.roles()}
 
 
+def stopped_at(rank: int) -> int:
+    """The step that raises, after NaN on the second rank at step 2; only the first one saves."""
+    model = small_model().double()
+    parallel = prepare("ddp", model, 2)
+    gp = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = DoPr(gp, model, refresh_every=2, max_nonfinite=1)
+    for step in range(8):
+        optimizer.zero_grad()
+        x = samples(step).chunk(2)[rank]
+        parallel(x * torch.nan if step == 2 and rank == 1 else x).square().mean().backward()
+        try:
+            optimizer.step()
+        except FloatingPointError:
+            return step
+        if rank == 0:
+            optimizer.state_dict()
+    return -1
+
+
+def parting_resumed(rank: int, saved_at: int) -> list[Tensor]:
+    """Ten steps of twins that part at step 4 on the second rank, with a resume in between."""
+    state: tuple | None = None
+    model, optimizer = Parting().double(), None
+    for part in (range(saved_at), range(saved_at, 10)):
+        torch.manual_seed(0)
+        model = Parting().double()
+        optimizer = DoPr(torch.optim.SGD(model.parameters(), 0.1, 0.9), model, refresh_every=2)
+        if state is not None:
+            model.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+        parallel = DistributedDataParallel(model)
+        for step in part:
+            model.apart = step >= 4 and rank == 1
+            optimizer.zero_grad()
+            parallel(samples(step).chunk(2)[rank]).square().mean().backward()
+            optimizer.step()
+        state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    return [p.detach() for p in model.parameters()]
+
+
 def work(rank: int) -> dict:
     results: dict = {name: train(name, rank, 2) for name in SETTINGS}
-    return {**results, "roles": sharded_roles()}
+    resumed = [parting_resumed(rank, step) for step in (0, 3, 4, 5, 6, 7, 8)]
+    extra = {"roles": sharded_roles(), "stopped": stopped_at(rank), "resumed": resumed}
+    return {**results, **extra}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +170,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return on_two_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in MODELS])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in UNLIKE_ONE])
 def test_two_ranks_equal_one(name: str, ranks: list[dict]) -> None:
     expected, state = train(name, 0, 1)
     for rank in ranks:
@@ -136,6 +194,17 @@ def test_one_rank_that_notices_is_enough_to_part_twins_on_all(ranks: list[dict])
     assert state["twins"] == other["twins"] == {}
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_stop_comes_on_all_ranks_together_though_one_alone_saves(ranks: list[dict]) -> None:
+    assert [rank["stopped"] for rank in ranks] == [4, 4]
+
+
+def test_a_resume_while_twins_part_is_bitwise(ranks: list[dict]) -> None:
+    straight, *resumed = ranks[0]["resumed"]
+    for weights in (*resumed, *ranks[1]["resumed"]):
+        for a, b in zip(weights, straight, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_shards_that_cut_through_z_are_left_to_the_gp_and_listed(ranks: list[dict]) -> None:

@@ -12,11 +12,16 @@ import torch
 import torch.distributed as dist
 from layer_cases import CASES, IDS, LayerCase, small_model
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowdopr.optim import build_optimizer
+from flowdopr.optim.distributed import sum_piles
 from flowdopr.optim.dopr import DoPr
 from flowdopr.optim.plan import LayerRule
 
@@ -25,8 +30,13 @@ pytestmark = pytest.mark.skipif(
     torch.__version__ < "2.11", reason="fake CUDA tensors without a driver need torch 2.11"
 )
 aten = torch.ops.aten
-CHECKED = {aten._linalg_check_errors.default, aten._linalg_eigh.default}
+UNCHECKED = {
+    aten.linalg_cholesky_ex.default,
+    aten.linalg_solve_triangular.default,
+    aten.linalg_vector_norm.default,
+}
 COPIES = {aten._to_copy.default, aten.copy_.default}
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
 class WaitError(Exception):
@@ -40,12 +50,20 @@ class NoWaiting(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and args[0].device.type == "cpu":
             return 1.0 if args[0].dtype.is_floating_point else 1
-        if func in CHECKED:
+        if "linalg_" in str(func) and (func not in UNCHECKED or kwargs.get("check_errors")):
             raise WaitError(func)
+        if func in INDEXING:
+            for index in args[1]:
+                if index is not None and (index.dtype == torch.bool or index.device.type == "cpu"):
+                    raise WaitError(f"{func} by a mask, or by numbers on the host")
         result = func(*args, **kwargs)
-        if func in COPIES and not (kwargs.get("non_blocking") or args[2:] == (True,)):
+        if func in COPIES:
             source = args[1] if func is aten.copy_.default else args[0]
-            if source.device != result.device:
+            # Only to a new tensor, which torch pins, does a copy not wait; and none from the host.
+            arrives_later = func is aten._to_copy.default and kwargs.get("non_blocking")
+            if source.device != result.device and not (
+                arrives_later and source.device.type != "cpu"
+            ):
                 raise WaitError(f"{func} from {source.device} to {result.device}")
         return result
 
@@ -55,14 +73,16 @@ class Event:
 
     def __init__(self, device: torch.device) -> None: ...
 
-    def record(self) -> None: ...
+    def record(self, stream: object) -> None: ...
 
     def synchronize(self) -> None: ...
 
 
 @contextmanager
 def cuda_without_waiting() -> Iterator[None]:
-    with FakeTensorMode(), torch.device("cuda"), NoWaiting(), mock.patch("torch.Event", Event):
+    events = mock.patch("torch.Event", Event)
+    streams = mock.patch("torch.accelerator.current_stream")
+    with FakeTensorMode(), torch.device("cuda"), NoWaiting(), events, streams:
         yield
 
 
@@ -81,7 +101,7 @@ def waits(run) -> bool:
     try:
         with cuda_without_waiting():
             run()
-    except (WaitError, RuntimeError):
+    except (WaitError, DataDependentOutputException, DynamicOutputShapeException):
         return True
     return False
 
@@ -91,8 +111,14 @@ def test_waiting_is_noticed() -> None:
     assert waits(lambda: torch.ones(3).tolist())
     assert waits(lambda: torch.ones(3).cpu())
     assert waits(lambda: torch.tensor([1.0], device="cpu").to("cuda"))
+    assert waits(lambda: torch.ones(3, device="cpu").to("cuda", non_blocking=True))
+    assert waits(lambda: torch.ones(3, device="cpu").copy_(torch.ones(3), non_blocking=True))
     assert waits(lambda: torch.linalg.cholesky(torch.eye(3)))
+    assert waits(lambda: torch.linalg.cholesky_ex(torch.eye(3), check_errors=True))
+    assert waits(lambda: torch.linalg.svd(torch.eye(3)))
     assert waits(lambda: torch.ones(3)[torch.ones(3).bool()])
+    assert waits(lambda: torch.ones(3)[torch.zeros(1, device="cpu").long()])
+    assert waits(lambda: torch.ones(3).index_put_((torch.ones(3).bool(),), torch.ones(3)))
     assert not waits(lambda: torch.ones(3).to("cpu", non_blocking=True).tolist())
 
 
@@ -189,11 +215,19 @@ def test_powers_wait_for_eigenvalues() -> None:
             train(model, optimizer, torch.randn(6, 2, 4, 4), 1)
 
 
+@pytest.mark.usefixtures("two_ranks")
+def test_nothing_to_sum_is_no_collective() -> None:
+    """NCCL would refuse an empty tensor of the host."""
+    with mock.patch("torch.distributed.all_reduce", side_effect=AssertionError):
+        assert sum_piles([], [])[:2] == ([], [])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("gp", ["adamw", "muon"])
 def test_on_a_real_device_torch_finds_no_waiting_either(gp: str) -> None:
-    model = small_model().to("cuda")
+    equal = [nn.Linear(8, 8) for _ in range(3)]  # of one size: a batch of matrices
+    model = nn.Sequential(small_model(), nn.Linear(3, 8), *equal).to("cuda")
     optimizer = build_optimizer(model, f"dopr-{gp}", 1e-3, refresh_every=2)
     x = torch.randn(6, 2, 4, 4, device="cuda")
     for step in range(7):
