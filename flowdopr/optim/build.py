@@ -17,7 +17,6 @@ from flowdopr.optim.adamuon import AdaMuon
 from flowdopr.optim.dopr import DoPr
 from flowdopr.optim.kfac import KFAC
 from flowdopr.optim.muon import Muon
-from flowdopr.optim.plan import LayerRule
 from flowdopr.optim.roles import parameter_groups
 from flowdopr.optim.rownorm import RowNorm
 from flowdopr.optim.signum import Signum
@@ -142,8 +141,6 @@ def build_optimizer(
     wrapped = name.startswith("dopr-")
     recipe = OPTIMIZERS[name.removeprefix("dopr-")]
     given = {key: value for key, value in options.items() if value is not None}
-    if "rules" in given:
-        given["rules"] = [LayerRule(**r) if isinstance(r, dict) else r for r in given["rules"]]
     gp_names = _option_names(recipe)
     ap_names = _option_names(DoPr) if wrapped else []
     for key in given:

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from flowdopr.optim.apply import apply
 from flowdopr.optim.arguments import (
     check,
+    check_anneal,
     check_dual,
     check_optimizer,
     check_whole,
     damping_schedule,
+    is_number,
     layer_rules,
     row_limit,
 )
@@ -29,8 +31,8 @@ from flowdopr.optim.matrix import call_closure
 from flowdopr.optim.moments import Statistic
 from flowdopr.optim.plan import CONV_MODES, Defaults, Layer, LayerRule, make_plan
 from flowdopr.optim.preconditioner import Preconditioner
+from flowdopr.optim.sandwich import step_sandwich
 from flowdopr.optim.statistics import Statistics
-from flowdopr.optim.world import local
 
 FORMS = ("inverse", "sandwich")
 
@@ -91,15 +93,15 @@ class DoPr(torch.optim.Optimizer):
         unit_scale: bool = True,
         max_nonfinite: int = 10,
     ) -> None:
+        check_optimizer(optimizer, form)
         self._damping = damping_schedule(damping)
-        check("cov_decay", cov_decay, 0 <= cov_decay < 1, "0 or more and below 1")
+        decays = is_number(cov_decay) and 0 <= cov_decay < 1
+        check("cov_decay", cov_decay, decays, "0 or more and below 1")
         check_whole("refresh_every", refresh_every)
         check("form", form, form in FORMS, f"one of {', '.join(FORMS)}")
-        check("power", power, power > 0, "above 0")
+        check("power", power, is_number(power) and power > 0, "above 0 and finite")
         check("power", power, power == 1 or form == "inverse", "1 with form 'sandwich'")
-        check_optimizer(optimizer, form)
-        in_order = anneal is None or 0 <= anneal[0] < anneal[1]
-        check("anneal", anneal, in_order, "(first, last) steps, first below last")
+        check_anneal(anneal)
         self._anneal = anneal
         check_whole("max_side", max_side)
         check_whole("max_patch", max_patch)
@@ -109,6 +111,7 @@ class DoPr(torch.optim.Optimizer):
         self.optimizer, self.refresh_every = optimizer, refresh_every
         self._share()
         self.steps = self._refreshed_at = 0
+        self._closed = False
         optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.plan = make_plan(
             model, optimized, layer_rules(rules), Defaults(conv_mode, bias, max_side, max_patch)
@@ -140,6 +143,10 @@ class DoPr(torch.optim.Optimizer):
         Afterwards `.grad` holds what the GP saw, M. Raises FloatingPointError at the refresh after
         `max_nonfinite` in a row with activations that are not finite.
         """
+        if self._closed:
+            raise ValueError(
+                "this DoPr was closed: step the optimizer inside it, or build a new one"
+            )
         loss = call_closure(closure)
         if self.statistics.gathering:
             self._refresh()
@@ -147,7 +154,7 @@ class DoPr(torch.optim.Optimizer):
             self.preconditioner.news.tell_and_stop()
         ready = self._precondition()  # in the program's own precision, as G was made
         if self.preconditioner.form.sandwich:
-            self._step_sandwich(ready)
+            step_sandwich(self.optimizer, ready)
         else:
             self.optimizer.step()
         self.steps += 1
@@ -170,23 +177,14 @@ class DoPr(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def close(self) -> None:
-        """Remove every hook from the model; the optimizer must not step any more."""
+        """Remove every hook from the model; the optimizer steps no more."""
         self.preconditioner.news.tell()
         self.statistics.remove_hooks()
+        self._closed = True
 
     def state_dict(self) -> dict[str, Any]:
-        """The GP's state dict with one more entry, "dopr": the averages of Sigma, by layer name.
-
-        It is the same on every rank and for any number of ranks. What was gathered since the last
-        step is not part of it: save between steps.
-        """
-        own = {
-            "steps": self.steps,
-            "refreshed_at": self._refreshed_at,
-            "parting": self.statistics.voted(),
-            **self.preconditioner.state_dict(),
-        }
-        return {**self.optimizer.state_dict(), "dopr": own}
+        """The GP's state dict with one more entry, "dopr": `statistics_state_dict`."""
+        return {**self.optimizer.state_dict(), "dopr": self.statistics_state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave. ValueError if it is not of a DoPr of these layers."""
@@ -194,11 +192,29 @@ class DoPr(torch.optim.Optimizer):
         own = inner.pop("dopr", None)
         if own is None:
             raise ValueError(
-                "the optimizer state has no entry 'dopr': it was saved by a bare optimizer; "
-                "load it into that one, or start the run anew"
+                "the optimizer state has no entry 'dopr': a bare optimizer saved it, or torch's "
+                "distributed checkpoint, which keeps the GP's part alone; load it into that one "
+                "(`.optimizer`), or start the run anew"
             )
-        self.preconditioner.load_state_dict(own)
         self.optimizer.load_state_dict(inner)
+        self.load_statistics_state_dict(own)
+
+    def statistics_state_dict(self) -> dict[str, Any]:
+        """What DoPr adds to the GP's state: the averages of Sigma, by layer name.
+
+        It is the same on every rank and for any number of ranks. What was gathered since the last
+        step is not part of it: save between steps.
+        """
+        return {
+            "steps": self.steps,
+            "refreshed_at": self._refreshed_at,
+            "parting": self.statistics.voted(),
+            **self.preconditioner.state_dict(),
+        }
+
+    def load_statistics_state_dict(self, own: dict[str, Any]) -> None:
+        """Restore what `statistics_state_dict` gave, after the GP's own state."""
+        self.preconditioner.load_state_dict(own)
         self._share()
         self.steps, self._refreshed_at = own["steps"], own["refreshed_at"]
         # Accelerate loads the state of an optimizer that has not stepped: nothing is paired yet.
@@ -258,31 +274,3 @@ class DoPr(torch.optim.Optimizer):
             ready.append((layer, transform))
         apply(ready)
         return ready
-
-    def _step_sandwich(self, ready: list[tuple[Layer, Tensor]]) -> None:
-        """W <- (1 - lr wd) W - lr GP(G L^-T) L^-1.
-
-        The GP steps from W = 0, where its weight decay does nothing and what it leaves is its
-        direction, exactly.
-        """
-        held = [[p.clone() for p in layer.parameters] for layer, _ in ready]
-        for layer, _ in ready:
-            for parameter in layer.parameters:
-                parameter.zero_()
-        try:
-            self.optimizer.step()
-        except BaseException:
-            for (layer, _), before in zip(ready, held, strict=True):
-                for parameter, old in zip(layer.parameters, before, strict=True):
-                    parameter.copy_(old)
-            raise
-        kept = {
-            id(p): 1 - group["lr"] * group.get("weight_decay", 0.0)
-            for group in self.param_groups
-            for p in group["params"]
-        }
-        for (layer, transform), before in zip(ready, held, strict=True):
-            moved = layer.case.multiply([local(p) for p in layer.parameters], transform.mT)
-            for parameter, old, move in zip(layer.parameters, before, moved, strict=True):
-                parameter.copy_(old.mul_(kept[id(parameter)]))
-                local(parameter).add_(move)

@@ -62,6 +62,8 @@ class Hook:
         optimizer = None if reference is None else reference()
         if reference is None or optimizer is None or weight is None or not output.requires_grad:
             return
+        if not weight.requires_grad:
+            return
         if optimizer._is_due(weight, optimizer.param_groups[self.group]):
             inputs = (args[0] if args else kwargs["input"]).detach()
 

@@ -59,7 +59,8 @@ class News:
         self._say_once(
             name,
             "has a gradient, but no refresh has seen finite inputs; GP alone until one does, or "
-            "for good if its weight is used without calling the module",
+            "for good if its weight is used without calling the module, the model trains in eval() "
+            "mode, or was compiled and run before DoPr was built",
         )
 
     def report_thawed(self, name: str) -> None:

@@ -1,5 +1,6 @@
 """Which layer is preconditioned how: rules, defaults, and one role for every parameter."""
 
+import logging
 import math
 import re
 from collections import Counter
@@ -26,6 +27,7 @@ LAYERS = (nn.Linear, nn.Embedding, *CONVS, *TRANSPOSED)
 STACKED = ("full", "blocks", "diagonal")
 CONV_MODES = ("auto", *STACKED, "offsets", "sua", "sua-mean")
 NARROWEST = 64
+logger = logging.getLogger("flowdopr.optim")
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,11 @@ class _Planner:
                 )
 
     def _add(self, name: str, module: nn.Module, weight: nn.Parameter, rule: LayerRule) -> None:
+        if isinstance(weight, nn.UninitializedParameter):
+            raise ValueError(f"layer {name!r} has no weight yet: run a forward, then build DoPr")
+        if weight.is_complex():
+            self._refuse(weight, "complex")
+            return
         known = self.layers.get(id(weight))
         rule = known.rule if known else rule
         if id(weight) in self.tied or not _trains_bias(module):
@@ -162,7 +169,8 @@ def make_plan(
     """The plan for `model` whose optimizer holds the parameters with the ids `optimized`.
 
     Raises ValueError for a rule that decides nothing, for a trainable layer weight that the
-    optimizer lacks, and for a model without a layer to precondition.
+    optimizer lacks, and for a model without a layer to precondition. Other parameters that it
+    lacks, which another optimizer may have, are logged.
     """
     planner = _Planner(model, rules, defaults)
     modes: dict[int, str] = {}
@@ -192,6 +200,15 @@ def make_plan(
         plain = "frozen" if not parameter.requires_grad else "not the weight of a layer"
         reason = "layer input" if mode != "none" else planner.refused.get(id(parameter), plain)
         roles.append((name, tuple(parameter.shape), mode, reason))
+    idle = [
+        name for name, p in model.named_parameters() if p.requires_grad and id(p) not in optimized
+    ]
+    if idle:
+        logger.warning(
+            "%d trainable parameters, %s first, are not in the optimizer: it does not move them",
+            len(idle),
+            idle[0],
+        )
     return Plan(layers, roles, frozen)
 
 

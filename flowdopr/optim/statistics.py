@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import peek_interpreter_stack
 
 from flowdopr.optim.layers import Case
 from flowdopr.optim.moments import Pile, Statistic
@@ -47,10 +47,12 @@ class Hook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.token is None or not module.training or not torch.is_grad_enabled():
             return
-        x = args[0] if args else kwargs["input"]
+        x = args[0] if args else kwargs.get("input")
+        if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided:
+            return  # nothing with rows of z: the layer is reported as unseen
         if torch.compiler.is_compiling():
             torch.ops.flowdopr.gather(x.detach(), self.token, self.handle, self.index)
-        elif not is_functorch_wrapped_tensor(x):  # inside torch.func
+        elif peek_interpreter_stack() is None:  # not inside torch.func
             _gather(x, self.handle, self.index, traced=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
@@ -116,6 +118,8 @@ class Statistics:
             return
         self._settle()
         statistic, case = self._readers[index]
+        if not statistic.parameter.requires_grad:  # frozen for a while, as a discriminator is
+            return
         if statistic.twin is None:
             statistic.gather(x.detach(), case)
         if not traced:

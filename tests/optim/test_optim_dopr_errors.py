@@ -9,7 +9,7 @@ from layer_cases import adamw, small_model
 from torch import Tensor, nn
 from torch.optim import LBFGS
 
-from flowdopr.optim import reference
+from flowdopr.optim import build_optimizer, reference
 from flowdopr.optim.dopr import DoPr
 from flowdopr.optim.kfac import KFAC
 from flowdopr.optim.plan import LayerRule
@@ -32,11 +32,27 @@ BAD: list[tuple[str, Callable[[nn.Module], DoPr]]] = [
     ("has no field 'mod'", lambda m: adamw(m, rules=[{"pattern": "3", "mod": "full"}])),
     ("a layer rule needs a pattern", lambda m: adamw(m, rules=[{"mode": "full"}])),
     ("KFAC preconditions by layer inputs itself", lambda m: DoPr(KFAC(m), m)),
-    ("LBFGS evaluates the loss several times", lambda m: DoPr(LBFGS(m.parameters()), m)),
+    ("LBFGS evaluates the loss itself within a step", lambda m: DoPr(LBFGS(m.parameters()), m)),
     (
         "Adafactor reads them: use form 'inverse'",
         lambda m: DoPr(torch.optim.Adafactor(m.parameters()), m, form="sandwich"),
     ),
+    ("damping is \\(0.1, 0.2\\), it must be a number or", lambda m: adamw(m, damping=(0.1, 0.2))),
+    ("damping is 0.1, it must be a number or", lambda m: adamw(m, damping="0.1")),
+    ("cov_decay is a, it must be", lambda m: adamw(m, cov_decay="a")),
+    ("anneal is 5, it must be", lambda m: adamw(m, anneal=5)),
+    ("anneal is \\(1,\\), it must be", lambda m: adamw(m, anneal=(1,))),
+    ("power is None, it must be", lambda m: adamw(m, power=None)),
+    ("power is inf, it must be", lambda m: adamw(m, power=float("inf"))),
+    ("a list of layer rules", lambda m: adamw(m, rules=LayerRule(""))),
+    ("null with mode 'full'", lambda m: adamw(m, rules=[LayerRule("", "full", max_side=3)])),
+    ("wraps a torch optimizer, got Sequential", lambda m: DoPr(m, adamw(m))),
+    ("is a DoPr already", lambda m: DoPr(adamw(m), m)),
+    (
+        "has no field 'mod'",
+        lambda m: build_optimizer(m, "dopr-sgd", 1, rules=[{"pattern": "", "mod": 1}]),
+    ),
+    ("layer '5' has no weight yet", lambda m: DoPr(adamw(m).optimizer, m.append(nn.LazyLinear(2)))),
     ("no trainable layer", lambda m: adamw(m, rules=[LayerRule("", mode="none")])),
 ]
 
@@ -260,4 +276,43 @@ def test_transforms_of_torch_func_pass_by() -> None:
     optimizer = adamw(model, refresh_every=1)
     x = torch.randn(5, 6, 2, 4, 4)
     torch.testing.assert_close(torch.vmap(model)(x), torch.stack([model(part) for part in x]))
-    assert optimizer.statistics.all[-1].fresh.count == 30
+    assert [s.fresh.count for s in optimizer.statistics.all[1:]] == [30, 30]
+    weights = dict(model.named_parameters())
+    torch.func.grad(lambda w: torch.func.functional_call(model, w, (x[0],)).sum())(weights)
+    assert [s.fresh.count for s in optimizer.statistics.all[1:]] == [30, 30]
+
+
+def test_a_closed_dopr_steps_no_more() -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = adamw(layer)
+    optimizer.close()
+    layer(torch.ones(4, 3)).sum().backward()
+    with pytest.raises(ValueError, match="was closed"):
+        optimizer.step()
+
+
+def test_parameters_of_no_layer_that_the_optimizer_lacks_are_logged(caplog) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    with caplog.at_level(logging.WARNING, "flowdopr.optim"):
+        DoPr(torch.optim.SGD(model[0].parameters()), model)
+    assert "2 trainable parameters, 1.weight first, are not in the optimizer" in caplog.text
+
+
+@pytest.mark.parametrize("x", [torch.ones(4, 3).to_sparse(), [torch.ones(4, 3)]])
+def test_inputs_without_rows_pass_by_and_are_reported(x: object, caplog) -> None:
+    class Summed(nn.Linear):
+        def forward(self, x: object) -> Tensor:
+            return super().forward(x[0] if isinstance(x, list) else x.to_dense())
+
+    layer = Summed(3, 2)
+    optimizer = adamw(layer)
+    with caplog.at_level(logging.WARNING, "flowdopr.optim"):
+        layer(x).sum().backward()
+        optimizer.step()
+    assert "no refresh has seen finite inputs" in caplog.text
+
+
+def test_complex_weights_are_left_to_the_gp() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2, dtype=torch.complex64))
+    optimizer = DoPr(torch.optim.SGD(model.parameters()), model)
+    assert optimizer.roles()[2][2:] == ("none", "complex")

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowdopr.optim import DoPr
+from flowdopr.optim.kfac import KFAC
 from flowdopr.optim.plan import LayerRule
 
 
@@ -89,3 +90,22 @@ def test_a_rule_for_the_second_of_two_tied_layers_decides_nothing() -> None:
     gp = torch.optim.SGD(model.parameters(), lr=1.0)
     with pytest.raises(ValueError, match="layer rule '1' decides no layer"):
         DoPr(gp, model, rules=[LayerRule("1", "diagonal")])
+
+
+@pytest.mark.parametrize("build", [adamw, KFAC], ids=["dopr", "kfac"])
+def test_a_forward_while_the_layer_is_frozen_does_not_count(build) -> None:
+    """As a discriminator's is, while its generator trains."""
+    weights = []
+    for probed in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 2)
+        optimizer = build(layer)
+        if probed:
+            layer.requires_grad_(False)
+            layer(10 * torch.randn(100, 3, requires_grad=True)).square().mean().backward()
+            layer.requires_grad_(True)
+        torch.manual_seed(1)
+        layer(torch.randn(8, 3)).square().mean().backward()
+        optimizer.step()
+        weights.append(layer.weight.detach())
+    assert torch.equal(*weights)
