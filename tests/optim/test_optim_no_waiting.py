@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowdopr.optim import build_optimizer
-from flowdopr.optim.distributed import sum_piles
+from flowdopr.optim.distributed import shares, sum_piles
 from flowdopr.optim.dopr import DoPr
 from flowdopr.optim.plan import LayerRule
 
@@ -213,6 +213,17 @@ def test_powers_wait_for_eigenvalues() -> None:
         optimizer = build_optimizer(model, "dopr-adamw", 1e-3, power=0.5)
         with pytest.raises(WaitError, match="eigh"):
             train(model, optimizer, torch.randn(6, 2, 4, 4), 1)
+
+
+@pytest.mark.usefixtures("two_ranks")
+def test_each_rank_factors_its_share_of_each_size() -> None:
+    sides = [4, 8, 4, 8, 4, 2]
+    first = shares(sides)
+    with mock.patch("torch.distributed.get_rank", return_value=1):
+        second = shares(sides)
+    assert sorted([*first, *second]) == list(range(6))
+    assert len(first) == len(second) == 3
+    assert {sides[i] for i in first} >= {4, 8} <= {sides[i] for i in second}
 
 
 @pytest.mark.usefixtures("two_ranks")
