@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdopr.optim.dopr import DoPr
+from flowdopr.optim.plan import LayerRule
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ CASES = [
     LayerCase("embedding", lambda: nn.Embedding(7, 3), (5, 6)),
 ]
 IDS = [case.name for case in CASES]
+FORMS = {"inverse": {}, "sandwich": {"form": "sandwich"}, "root": {"power": 0.5}}
 
 
 def small_model(seed: int = 0) -> nn.Sequential:
@@ -70,3 +72,20 @@ def batch(seed: int) -> Tensor:
 def adamw(model: nn.Module, **settings: object) -> DoPr:
     gp = torch.optim.AdamW(model.parameters(), lr=1e-2)
     return DoPr(gp, model, **{"refresh_every": 3, **settings})
+
+
+def one_step(
+    module: nn.Module, x: Tensor, *, rule: LayerRule | None = None, **settings: object
+) -> list[Tensor]:
+    """The updates of all parameters in one step of DoPr around SGD with learning rate 1."""
+    before = [p.detach().clone() for p in module.parameters()]
+    rules = [] if rule is None else [rule]
+    exact = {"max_rows": None, "cov_decay": 0.0, "damping": 0.1, "rules": rules, **settings}
+    gp = torch.optim.SGD(module.parameters(), lr=1.0)
+    optimizer = DoPr(gp, module, **exact)
+    module(x).sin().sum().backward()
+    grads = [p.grad for p in module.parameters()]
+    optimizer.step()
+    for parameter, grad in zip(module.parameters(), grads, strict=True):
+        parameter.grad = grad  # G again, where the step has left M
+    return [old - new.detach() for old, new in zip(before, module.parameters(), strict=True)]
