@@ -60,9 +60,9 @@ class Hook:
     ) -> None:
         reference, weight = self.optimizer, self.weight
         optimizer = None if reference is None else reference()
-        if reference is None or optimizer is None or weight is None or not output.requires_grad:
+        if reference is None or optimizer is None or weight is None:
             return
-        if not weight.requires_grad:
+        if not (output.requires_grad and weight.requires_grad):
             return
         if optimizer._is_due(weight, optimizer.param_groups[self.group]):
             inputs = (args[0] if args else kwargs["input"]).detach()
@@ -118,14 +118,16 @@ class KFAC(MatrixOptimizer):
     ) -> None:
         if isinstance(damping, Sequence):
             raise ValueError(f"kfac: damping is one number, not a schedule, got {damping}")
-        if not (damping > 0 and 0 <= cov_decay < 1 and refresh_every >= 1):
+        if not (damping > 0 and 0 <= cov_decay < 1 and refresh_every in range(1, 2**31)):
             raise ValueError(
-                "kfac: damping must be positive, cov_decay in [0, 1) and refresh_every at least 1, "
-                f"got {damping}, {cov_decay} and {refresh_every}"
+                "kfac: damping must be positive, cov_decay in [0, 1), refresh_every whole and at "
+                f"least 1, got {damping}, {cov_decay} and {refresh_every}"
             )
         if any(is_sharded(p) for p in model.parameters()):
             raise ValueError("kfac: takes whole weights, not FSDP's shards: use DDP, or 'dopr-sgd'")
         layers = _supported_layers(model)
+        if not layers:
+            raise ValueError("kfac: the model has no Linear or convolution for it: use adamw")
         roles = parameter_roles(model)
         unsupported = [
             f"^{re.escape(role.name)}$"

@@ -39,6 +39,11 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         for name in ("lr", "eps", "weight_decay"):
             if not defaults[name] >= 0:
                 raise ValueError(f"{self.gp}: {name}={defaults[name]} must not be negative")
+        if adamw_lr is not None and not adamw_lr >= 0:
+            raise ValueError(f"{self.gp}: adamw_lr={adamw_lr} must not be negative")
+        steps = defaults.get("ns_steps", 1)
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"{self.gp}: ns_steps={steps} must be a whole number of 1 or more")
         for value in (*defaults["betas"], defaults["momentum"]):
             if not 0 <= value < 1:
                 raise ValueError(f"{self.gp}: momentum and betas must lie in [0, 1), got {value}")

@@ -79,8 +79,11 @@ def test_kfac_leaves_layers_it_cannot_factor_to_adamw():
 
 
 def test_kfac_refuses_values_out_of_range():
-    with pytest.raises(ValueError, match="kfac: damping"):
-        KFAC(nn.Linear(2, 2), damping=0.0)
+    for values in ({"damping": 0.0}, {"cov_decay": 1.0}, {"refresh_every": 1.5}):
+        with pytest.raises(ValueError, match="kfac: damping"):
+            KFAC(nn.Linear(2, 2), **values)
+    with pytest.raises(ValueError, match="no Linear or convolution"):
+        KFAC(nn.LayerNorm(2))
 
 
 def test_soap_is_adam_in_the_eigenbasis_of_its_factors():

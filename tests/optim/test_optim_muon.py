@@ -151,6 +151,8 @@ def test_layers_left_to_adamw_by_name():
         (lambda: Muon([torch.ones(2, 2)], momentum=1.0), "momentum and betas"),
         (lambda: Muon([torch.ones(2, 2)], betas=(0.9, 1.5)), "momentum and betas"),
         (lambda: Muon([torch.ones(2, 2)], adjust_lr="none"), "adjust_lr='none'"),
+        (lambda: Muon([torch.ones(2, 2)], ns_steps=-3), "ns_steps=-3"),
+        (lambda: Muon([torch.ones(2, 2)], adamw_lr=-3.0), "adamw_lr=-3.0"),
         (lambda: Muon([torch.ones(2, 2)], adamw_for=["x"]), "needs a model"),
         (lambda: Muon(nn.Linear(2, 2), adamw_for=["head"]), "matches no parameter"),
         (lambda: Muon([{"params": torch.ones(3), "gp": "muon"}]), "takes matrices"),
