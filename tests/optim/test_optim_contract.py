@@ -4,13 +4,22 @@ import io
 
 import pytest
 import torch
+from layer_cases import FORMS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from flowdopr.optim import OPTIMIZER_NAMES, build_optimizer
 
-STEPS = 6
+STEPS = 7
 LR = {"sgd": 0.05, "kfac": 0.01}
+EVERY_FORM = pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        (name, form)
+        for name in OPTIMIZER_NAMES
+        for form in (FORMS if name.startswith("dopr-") else ["inverse"])
+    ],
+)
 
 
 class Network(nn.Module):
@@ -40,8 +49,11 @@ class Network(nn.Module):
 
 
 def make(name, **options):
+    """Those with statistics of layer inputs refresh them every other step."""
     torch.manual_seed(0)
     network = Network()
+    if name == "kfac" or name.startswith("dopr-"):
+        options = {"refresh_every": 2, **options}
     return network, build_optimizer(
         network, name, LR.get(name.removeprefix("dopr-"), 0.005), **options
     )
@@ -74,8 +86,8 @@ def assert_same(ours, theirs):
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def straight(name, **how):
-    network, optimizer = make(name)
+def straight(name, form="inverse", **how):
+    network, optimizer = make(name, **FORMS[form])
     train(network, optimizer, range(STEPS), **how)
     return weights(network)
 
@@ -91,23 +103,27 @@ def test_trains(name):
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-def test_is_deterministic(name):
-    assert_same(straight(name), straight(name))
+@EVERY_FORM
+def test_is_deterministic(name, form):
+    assert_same(straight(name, form), straight(name, form))
 
 
-def test_resumes_bitwise(name):
-    network, optimizer = make(name)
-    train(network, optimizer, range(3))
+@EVERY_FORM
+@pytest.mark.parametrize("stop", [3, 4])
+def test_resumes_bitwise(name, form, stop):
+    """Between two refreshes, and just before one."""
+    network, optimizer = make(name, **FORMS[form])
+    train(network, optimizer, range(stop))
     file = io.BytesIO()
     torch.save({"network": network.state_dict(), "optimizer": optimizer.state_dict()}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
 
-    again, optimizer = make(name)
+    again, optimizer = make(name, **FORMS[form])
     again.load_state_dict(saved["network"])
     optimizer.load_state_dict(saved["optimizer"])
-    train(again, optimizer, range(3, STEPS))
-    assert_same(weights(again), straight(name))
+    train(again, optimizer, range(stop, STEPS))
+    assert_same(weights(again), straight(name, form))
 
 
 def test_a_parameter_without_gradient_stays(name):
@@ -193,6 +209,7 @@ def test_evaluation_leaves_no_trace(name):
     assert_same(weights(network), straight(name))
 
 
+@EVERY_FORM
 @pytest.mark.parametrize("kind", ["reentrant", "selective"])
-def test_activation_checkpointing_changes_nothing(name, kind):
-    assert_same(straight(name, checkpointing=kind), straight(name))
+def test_activation_checkpointing_changes_nothing(name, form, kind):
+    assert_same(straight(name, form, checkpointing=kind), straight(name, form))

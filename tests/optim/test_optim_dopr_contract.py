@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from layer_cases import adamw, batch, small_model
+from layer_cases import FORMS, adamw, batch, small_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -36,21 +36,25 @@ def test_two_runs_are_bitwise_equal() -> None:
     assert same(*runs)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5])
+@pytest.mark.parametrize("stop", [1, 4, 5])
 @pytest.mark.parametrize("cov_decay", [0.0, 0.95])
-def test_resume_is_bitwise(stop: int, cov_decay: float) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_resume_is_bitwise(stop: int, cov_decay: float, form: str) -> None:
+    settings = {"cov_decay": cov_decay, "refresh_every": 2, **FORMS[form]}
     straight = small_model()
-    train(straight, adamw(straight, cov_decay=cov_decay), range(10))
+    train(straight, adamw(straight, **settings), range(10))
     first = small_model()
-    optimizer = adamw(first, cov_decay=cov_decay)
+    optimizer = adamw(first, **settings)
     train(first, optimizer, range(stop))
     saved = copy.deepcopy((first.state_dict(), optimizer.state_dict()))
     second = small_model(1)
-    resumed = adamw(second, cov_decay=cov_decay)
+    resumed = adamw(second, **settings)
     second.load_state_dict(saved[0])
     resumed.load_state_dict(saved[1])
     train(second, resumed, range(stop, 10))
     assert same(weights(straight), weights(second))
+    numbers = resumed.preconditioner.records()["0"]
+    assert (numbers.refreshes, numbers.skipped) == (5, 0)
 
 
 def test_state_goes_through_a_file(tmp_path) -> None:
@@ -83,8 +87,8 @@ def test_evaluation_forwards_leave_no_trace(mode: str) -> None:
     runs = []
     for evaluate in (False, True):
         model = small_model()
-        optimizer = adamw(model)
-        for step in range(4):
+        optimizer = adamw(model, refresh_every=2)
+        for step in range(6):
             optimizer.zero_grad()
             model(batch(step)).square().mean().backward()
             if evaluate and mode == "eval":
@@ -119,17 +123,18 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_counts_once(reentrant: bool) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_activation_checkpointing_counts_once(reentrant: bool, form: str) -> None:
     runs = []
     for kind in (None, reentrant):
         model = Checkpointed(kind)
-        optimizer = adamw(model)
-        for step in range(4):
+        optimizer = adamw(model, refresh_every=2, **FORMS[form])
+        for step in range(6):
             optimizer.zero_grad()
             for half in torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(step)):
                 model(half).square().mean().backward()
             counts = [s.fresh.count + s.used.count for s in optimizer.statistics.all]
-            assert counts == ([12] * 4 if step % 3 == 0 else [0] * 4)
+            assert counts == ([12] * 4 if step % 2 == 0 else [0] * 4)
             optimizer.step()
         runs.append(weights(model))
     assert same(*runs)
