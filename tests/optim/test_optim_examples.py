@@ -22,8 +22,9 @@ def test_language_model_trains_and_writes(name, monkeypatch):
     monkeypatch.setattr(example, "LENGTH", 20)
     text = example.load_text()[:20_000]
     assert set(text) <= set(example.LETTERS)
+    untrained = example.train(name, 0.0, 0, 5, text)
     result = example.train(name, 1e-2, 0, 5, text)
-    assert 0 < result["one-step loss"] < 4
+    assert 0 < result["one-step loss"] < untrained["one-step loss"] - 0.5
     assert 0 < result["unknown words"] <= 1
 
 
@@ -34,9 +35,12 @@ def test_unknown_words_counts_whole_words_only():
 
 @pytest.mark.parametrize("name", ["adamw", "dopr-adamw"])
 def test_robot_policy_learns_to_fly(name):
-    result = load("robot_policy").train(name, 3e-3, 0, 5, 2)
-    assert result["one-step loss"] > 0
-    assert 0 < result["flight error"] <= 5
+    example = load("robot_policy")
+    untrained = example.train(name, 0.0, 0, 5, 16)
+    result = example.train(name, 1e-2, 0, 200, 16)
+    assert 0 < result["one-step loss"] < 0.6 * untrained["one-step loss"]
+    for flight in ("validation flight", "flight error"):
+        assert 0 < result[flight] < 0.2 * untrained[flight]
 
 
 def test_the_robots_expert_stays_on_its_path():
