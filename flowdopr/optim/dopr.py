@@ -2,9 +2,9 @@
 
     optimizer = DoPr(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
 
-For every layer y = W z the gradient G is replaced by M = G (Sigma + gamma tr(Sigma)/d I)^-1, with
-Sigma the second moment of z, and the wrapped optimizer, the gradient preconditioner (GP), steps
-on M. This file says when; `plan` says which layer how, `layers` and `conv` know the layers,
+For every layer y = W z the gradient G is replaced by M = G (Sigma / m + gamma I)^-1, with Sigma the
+second moment of z and m = tr(Sigma)/d, and the wrapped optimizer, the gradient preconditioner (GP),
+steps on M. This file says when; `plan` says which layer how, `layers` and `conv` know the layers,
 `statistics` has the hooks, `preconditioner` and `inverse` the matrices.
 """
 

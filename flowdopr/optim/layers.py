@@ -98,7 +98,8 @@ class Case:
 
     def describe(self) -> str:
         """The mode as the role table prints it."""
-        return f"{self.mode} {self.blocks}x{self.side}" if self.mode == "blocks" else self.mode
+        cut = self.blocks > 1 and self.mode != "diagonal"
+        return f"{self.mode} {self.blocks}x{self.side}" if cut else self.mode
 
     def rows(self, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
         """The kept rows of z of the input `x`, (n, G, B, s), and how many there were."""
@@ -183,7 +184,8 @@ class LinearCase(Case):
 class LinearBiasCase(LinearCase):
     """`nn.Linear` with the homogeneous coordinate: z is (z, 1), weight and bias are one matrix.
 
-    The same as centring: M_W = (G_W - g_b mu^T) C^-1 and M_b = g_b - M_W mu.
+    Without damping and unit scale the same as centring: M_W = (G_W - g_b mu^T) C^-1 and
+    M_b = g_b - M_W mu.
     """
 
     kind = "linear+bias"
@@ -207,7 +209,7 @@ class LinearBiasCase(LinearCase):
 
 
 class EmbeddingCase(Case):
-    """`nn.Embedding`: z is one-hot and Sigma = diag(p), so M_v = G_v / (p_v + gamma/V).
+    """`nn.Embedding`: z is one-hot and Sigma = diag(p), so M_v = G_v / (V p_v + gamma).
 
     A row that was never looked up has no gradient and stays where it is. Every index counts:
     `max_rows` does not apply, and neither does a `padding_idx`, whose gradient is zero.

@@ -124,6 +124,9 @@ class _Planner:
         if weight.is_complex():
             self._refuse(weight, "complex")
             return
+        if weight.dim() < 2:
+            self._refuse(weight, "flattened, as FSDP1 does; use FSDP2's fully_shard")
+            return
         known = self.layers.get(id(weight))
         rule = known.rule if known else rule
         if id(weight) in self.tied or not _trains_bias(module):

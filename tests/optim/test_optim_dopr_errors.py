@@ -312,6 +312,21 @@ def test_inputs_without_rows_pass_by_and_are_reported(x: object, caplog) -> None
     assert "no refresh has seen finite inputs" in caplog.text
 
 
+def test_a_flattened_weight_is_left_to_the_gp() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2))
+    model[1].weight = nn.Parameter(torch.ones(6))
+    optimizer = DoPr(torch.optim.SGD(model.parameters()), model)
+    assert optimizer.roles()[2][2] == "none"
+    assert "FSDP1" in optimizer.roles()[2][3]
+
+
+def test_roles_tell_the_blocks_of_shared_offsets() -> None:
+    layer = nn.Conv2d(8, 4, 3)
+    for mode in ("sua", "sua-mean", "blocks"):
+        optimizer = adamw(layer, rules=[LayerRule("", mode, max_side=4)])
+        assert optimizer.roles()[0][2] == f"{mode} {18 if mode == 'blocks' else 2}x4"
+
+
 def test_complex_weights_are_left_to_the_gp() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2, dtype=torch.complex64))
     optimizer = DoPr(torch.optim.SGD(model.parameters()), model)
