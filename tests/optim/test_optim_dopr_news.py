@@ -1,0 +1,145 @@
+"""What a refresh finds, told at the next one: skips, stops, and dampings that were too small."""
+
+import logging
+
+import pytest
+import torch
+from layer_cases import adamw
+from torch import Tensor, nn
+
+from flowdopr.optim import reference
+from flowdopr.optim.dopr import DoPr
+
+
+def test_nonfinite_activations_are_skipped_counted_and_end_in_a_stop(caplog) -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = adamw(layer, refresh_every=1, max_nonfinite=3)
+    with caplog.at_level(logging.WARNING, "flowdopr.optim"):
+        for poison in (0.0, float("nan"), float("inf"), float("nan")):
+            layer(torch.randn(4, 3) + poison).square().sum().backward()
+            layer.zero_grad()
+            optimizer.step()
+        numbers = optimizer.preconditioner.records()[""]
+        assert (numbers.skipped, numbers.in_a_row, numbers.refreshes) == (3, 3, 1)
+        assert caplog.text.count("not finite, refresh skipped") == 2  # the third is told next
+        assert torch.isfinite(optimizer.statistics.all[0].transform).all()
+        layer(torch.ones(4, 3)).sum().backward()
+        with pytest.raises(FloatingPointError, match="3 refreshes in a row"):
+            optimizer.step()
+        assert caplog.text.count("not finite, refresh skipped") == 3
+
+
+@pytest.mark.parametrize("last_words", [DoPr.close, DoPr.state_dict])
+def test_what_the_last_refresh_has_to_report_is_not_lost(last_words, caplog) -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = adamw(layer, max_nonfinite=1)
+    layer(torch.full((4, 3), torch.nan)).sum().backward()
+    optimizer.step()
+    with caplog.at_level(logging.WARNING, "flowdopr.optim"):
+        last_words(optimizer)
+        last_words(optimizer)
+    assert caplog.text.count("not finite, refresh skipped") == 1
+
+
+def poisoned_steps(optimizer: DoPr, layer: nn.Module, steps: int, after_step=None) -> int:
+    """Steps on NaN until one raises; returns how many did not."""
+    for step in range(steps):
+        layer(torch.full((4, 3), torch.nan)).sum().backward()
+        try:
+            optimizer.step()
+        except FloatingPointError:
+            return step
+        if after_step is not None:
+            after_step()
+    return steps
+
+
+def test_saving_does_not_lose_the_stop() -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = adamw(layer, max_nonfinite=2, refresh_every=1)
+    assert poisoned_steps(optimizer, layer, 9, optimizer.state_dict) == 2
+
+
+def test_the_stop_comes_though_ap_has_faded_meanwhile() -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = adamw(layer, max_nonfinite=2, refresh_every=2, anneal=(1, 3))
+    assert poisoned_steps(optimizer, layer, 9) == 3
+
+
+def test_the_stop_comes_once_for_a_layer_that_runs_no_more() -> None:
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer = adamw(nn.ModuleList([first, second]), max_nonfinite=1, refresh_every=1)
+    stops = []
+    for step in range(5):
+        optimizer.zero_grad()
+        loss = first(torch.randn(4, 3)).sum()
+        if step == 0:
+            loss = loss + second(torch.full((4, 3), torch.nan)).sum()
+        loss.backward()
+        try:
+            optimizer.step()
+        except FloatingPointError:
+            stops.append(step)
+    assert stops == [1]
+
+
+def test_a_parted_twin_inherits_no_report(caplog) -> None:
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer = adamw(nn.ModuleDict({"first": first, "second": second}), refresh_every=1)
+    with caplog.at_level(logging.WARNING, "flowdopr.optim"):
+        for step in range(6):
+            optimizer.zero_grad()
+            x = torch.randn(4, 3) + (torch.nan if step == 1 else 0)
+            (first(x) + second(x.clone() if step > 2 else x)).sum().backward()
+            optimizer.step()
+    assert optimizer.statistics.all[1].twin is None
+    assert caplog.text.count("refresh skipped") == caplog.text.count("layer first:") == 1
+
+
+@pytest.mark.parametrize("poison", ["first", "later"])
+def test_a_layer_that_saw_no_finite_inputs_takes_the_bare_step(poison: str) -> None:
+    """Before the first good refresh AP is the identity; after it T stays what it was."""
+    layer = nn.Linear(3, 2)
+    optimizer = adamw(layer, refresh_every=1)
+    if poison == "later":
+        layer(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+    kept = optimizer.statistics.all[0].transform
+    optimizer.zero_grad()
+    layer(torch.full((4, 3), torch.inf)).sum().backward()
+    grad = torch.randn(2, 3)
+    layer.weight.grad, layer.bias.grad = grad.clone(), torch.zeros(2)
+    optimizer.step()
+    expected = grad if kept is None else grad @ kept[0, 0]
+    torch.testing.assert_close(layer.weight.grad, expected)
+
+
+@pytest.mark.parametrize("form", ["inverse", "sandwich"])
+def test_a_failing_factorisation_takes_the_diagonal_then_a_raised_damping(form, caplog) -> None:
+    """Three rows in 40 coordinates, and no damping: Sigma is singular."""
+    torch.manual_seed(0)
+    layer, z = nn.Linear(40, 2, bias=False), torch.randn(3, 40)
+    optimizer = adamw(layer, damping=0.0, form=form, cov_decay=0.0, refresh_every=1)
+    sigma = reference.second_moment(z)
+    mean = sigma.diagonal().mean()
+    seen = []
+    with caplog.at_level(logging.WARNING, "flowdopr.optim"):
+        for _ in range(8):
+            optimizer.zero_grad()
+            layer(z).square().sum().backward()
+            optimizer.step()
+            seen.append((optimizer.preconditioner.records()[""].damping, transform_of(optimizer)))
+    (first, diagonal), (last, full) = seen[0], seen[-1]
+    root = 0.5 if form == "sandwich" else 1.0
+    torch.testing.assert_close(diagonal, (sigma.diagonal() / mean).pow(-root).diag().float())
+    assert first == 0 < last < 1e-3
+    damped = (sigma / mean + last * torch.eye(40)).double()
+    inverse = (full @ full.mT if form == "sandwich" else full).double()
+    torch.testing.assert_close(inverse @ damped, torch.eye(40).double(), rtol=0, atol=0.2)
+    assert "damping raised to 1.2e-06" in caplog.text
+    assert torch.isfinite(layer.weight).all()
+
+
+def transform_of(optimizer: DoPr) -> Tensor:
+    """T of the first layer, (s, s)."""
+    return optimizer.statistics.all[0].transform[0, 0].clone()
