@@ -20,6 +20,7 @@ from flowdopr.optim.muon import Muon
 from flowdopr.optim.roles import parameter_groups
 from flowdopr.optim.rownorm import RowNorm
 from flowdopr.optim.signum import Signum
+from flowdopr.optim.world import is_sharded
 
 
 def sgd(
@@ -100,6 +101,8 @@ def soap(
         raise ValueError(
             "optimizer 'soap' needs the package pytorch-optimizer: pip install pytorch-optimizer"
         ) from error
+    if any(is_sharded(p) for p in model.parameters()):
+        raise ValueError("soap: takes whole weights, not FSDP's shards: use DDP, or 'muon'")
     groups = parameter_groups(model, "soap", weight_decay=weight_decay)
     frequency = precondition_frequency
     return SOAP(groups, lr, betas=betas, eps=eps, precondition_frequency=frequency)

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from two_ranks import on_two_ranks
 
+from flowdopr.optim import build_optimizer
 from flowdopr.optim.kfac import KFAC
 
 
@@ -50,18 +51,19 @@ def train(rank: int, world: int) -> tuple[list[Tensor], dict]:
     return [p.detach() for p in model.parameters()], optimizer.state_dict()["state"]
 
 
-def refusal_of_shards() -> str:
+def refusals_of_shards() -> list[str]:
     model = nn.Sequential(nn.Linear(4, 4))
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    try:
-        KFAC(model)
-    except ValueError as error:
-        return str(error)
-    return ""
+    said = []
+    for name in ("kfac", "soap", "dopr-soap"):
+        with pytest.raises(ValueError, match=name.removeprefix("dopr-")) as error:
+            build_optimizer(model, name, 0.1)
+        said.append(str(error.value))
+    return said
 
 
 def work(rank: int) -> tuple:
-    return (*train(rank, 2), refusal_of_shards())
+    return (*train(rank, 2), refusals_of_shards())
 
 
 @pytest.fixture(scope="module")
@@ -90,4 +92,5 @@ def test_a_layer_that_no_rank_saw_stays_as_it_was(ranks: list[tuple]) -> None:
 
 
 def test_shards_are_refused(ranks: list[tuple]) -> None:
-    assert "use DDP" in ranks[0][2]
+    assert len(ranks[0][2]) == 3
+    assert all("use DDP" in said for said in ranks[0][2])
