@@ -92,7 +92,7 @@ def _transform(unit: Tensor, gammas: Tensor, form: Form) -> tuple[Tensor, Tensor
     floor = smallest_pivot(unit.dtype)
     power = 0.5 if form.sandwich else form.power
     if unit.shape[-1] == 1:
-        return (unit + gammas.clamp_min(floor)[:, None, None]) ** -power, gammas < 0
+        return (unit + gammas[:, None, None]).clamp_min(floor) ** -power, gammas < 0
     if not form.sandwich and power != 1:
         unit.diagonal(dim1=-2, dim2=-1).add_(gammas[:, None])
         values, vectors = torch.linalg.eigh(unit.nan_to_num_(0, 0, 0))

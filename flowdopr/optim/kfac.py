@@ -59,7 +59,7 @@ class Hook:
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         reference, weight = self.optimizer, self.weight
-        optimizer = None if reference is None else reference()
+        optimizer = reference() if reference else None
         if reference is None or optimizer is None or weight is None:
             return
         if not (output.requires_grad and weight.requires_grad):
@@ -118,7 +118,7 @@ class KFAC(MatrixOptimizer):
     ) -> None:
         if isinstance(damping, Sequence):
             raise ValueError(f"kfac: damping is one number, not a schedule, got {damping}")
-        if not (damping > 0 and 0 <= cov_decay < 1 and refresh_every in range(1, 2**31)):
+        if not (damping > 0 and 0 <= cov_decay < 1 and 0 < refresh_every == int(refresh_every)):
             raise ValueError(
                 "kfac: damping must be positive, cov_decay in [0, 1), refresh_every whole and at "
                 f"least 1, got {damping}, {cov_decay} and {refresh_every}"

@@ -55,10 +55,10 @@ class LayerRule:
 class Defaults:
     """For layers and fields that no rule decides; see DoPr."""
 
-    conv_mode: str = "auto"
-    bias: bool = False
-    max_side: int = 1280
-    max_patch: int = 128
+    conv_mode: str
+    bias: bool
+    max_side: int
+    max_patch: int
 
     def rule(self, module: nn.Module) -> LayerRule:
         """The rule of a layer that no rule matches."""
