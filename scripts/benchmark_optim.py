@@ -26,6 +26,7 @@ import torch
 
 from flowdopr.models import DiT, UNet
 from flowdopr.optim import build_optimizer
+from flowdopr.optim.precision import tf32_products
 
 REFRESH_EVERY = 16
 EXACT = {"refresh_every": 1, "max_rows": "all"}
@@ -77,8 +78,6 @@ class Arm:
 
     def __init__(self, setup: Setup, name: str, options: dict[str, Any]) -> None:
         torch.manual_seed(0)
-        if setup.autocast:
-            torch.set_float32_matmul_precision("high")  # as the trainer does
         self.setup = setup
         self.model = MODELS[setup.model]().to(setup.device)
         given = dict(options)
@@ -98,7 +97,8 @@ class Arm:
         loss = (velocity.float() - self.dx_t).square().mean()
         self.optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step()
+        with tf32_products(self.setup.autocast):  # as the trainer does
+            self.optimizer.step()
         return self._now() - start
 
     def _now(self) -> float:

@@ -26,10 +26,11 @@ from flowdopr.optim.arguments import (
     layer_rules,
     row_limit,
 )
-from flowdopr.optim.inverse import Form, full_precision
+from flowdopr.optim.inverse import Form
 from flowdopr.optim.matrix import call_closure
 from flowdopr.optim.moments import Statistic
 from flowdopr.optim.plan import CONV_MODES, Defaults, Layer, LayerRule, make_plan
+from flowdopr.optim.precision import full_precision
 from flowdopr.optim.preconditioner import Preconditioner
 from flowdopr.optim.sandwich import step_sandwich
 from flowdopr.optim.statistics import Statistics

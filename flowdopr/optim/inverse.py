@@ -9,11 +9,9 @@ scale of the activations decides the size of M; `unit_scale=False` multiplies m 
 Factors are taken in the precision of the statistics, without TF32.
 """
 
-import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,21 +24,6 @@ class Form:
     power: float = 1.0
     sandwich: bool = False
     unit_scale: bool = True
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Matrix products in true float32, whatever the program has set for its own."""
-    mkldnn: Any = torch.backends.mkldnn  # its attributes are made at run time
-    backends = (torch.backends.cuda.matmul, mkldnn.matmul, mkldnn.conv)
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def invert(
@@ -92,7 +75,8 @@ def _transform(unit: Tensor, gammas: Tensor, form: Form) -> tuple[Tensor, Tensor
     floor = smallest_pivot(unit.dtype)
     power = 0.5 if form.sandwich else form.power
     if unit.shape[-1] == 1:
-        return (unit + gammas[:, None, None]).clamp_min(floor) ** -power, gammas < 0
+        none = torch.zeros_like(gammas, dtype=torch.bool)
+        return (unit + gammas[:, None, None]).clamp_min(floor) ** -power, none
     if not form.sandwich and power != 1:
         unit.diagonal(dim1=-2, dim2=-1).add_(gammas[:, None])
         values, vectors = torch.linalg.eigh(unit.nan_to_num_(0, 0, 0))

@@ -105,7 +105,7 @@ class Statistic:
             return
         rows, old = batch.mul_(share / count.sqrt()), self.sigma
         self.sigma = (
-            torch.where(good, rows, old) if old is not None and self.can_keep(rows) else rows
+            rows if old is None or not self.can_keep(rows) else torch.where(good, rows, old)
         )
 
     def can_keep(self, batch: Tensor) -> bool:

@@ -31,6 +31,7 @@ from flowdopr.flow import (
     one_step_loss,
 )
 from flowdopr.models import load_decoder
+from flowdopr.optim.precision import tf32_products
 from flowdopr.train.ema import EMA
 from flowdopr.train.guide import load_guide
 from flowdopr.train.log import StepProgress, log_roles, shown_line
@@ -130,7 +131,8 @@ class Trainer:
         grad_norm = None
         if settings.max_grad_norm is not None:
             grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
-        self.optimizer.step()
+        with tf32_products(settings.precision != "no"):  # rounds less than autocast did to G
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return total, grad_norm
 

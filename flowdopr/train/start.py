@@ -108,9 +108,6 @@ def make_accelerator(config: Config) -> Accelerator:
             f"accelerate is configured for {accelerator.distributed_type.value}; "
             "the trainer runs on one process or on several by data parallelism (DDP)"
         )
-    if settings.precision != "no" and accelerator.device.type == "cuda":
-        # TF32 for what autocast leaves in float32; it rounds less than autocast does.
-        torch.set_float32_matmul_precision("high")
     share = accelerator.num_processes * settings.accumulation_steps
     if settings.global_batch_size % share:
         raise ConfigError(

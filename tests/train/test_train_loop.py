@@ -77,6 +77,25 @@ def test_faster_ways_train_nearly_the_same(tmp_path, setting):
     assert all(value.dtype == torch.float32 for value in weights(other, 4).values())
 
 
+@pytest.mark.parametrize(("precision", "inside"), [("bf16", "tf32"), ("no", None)])
+def test_mixed_precision_allows_tf32_within_the_optimizers_step_alone(
+    tmp_path, monkeypatch, precision, inside
+):
+    matmul, seen = torch.backends.cuda.matmul, []
+    before, step = matmul.fp32_precision, torch.optim.AdamW.step
+
+    def noted(*args, **kwargs):
+        seen.append(matmul.fp32_precision)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    train(
+        tiny(tmp_path, "train.steps=2", "optimizer.name=dopr-adamw", f"train.precision={precision}")
+    )
+    assert seen == [inside or before] * 2
+    assert matmul.fp32_precision == before
+
+
 def test_unconditional_training(tmp_path):
     run = RunFolder.open(train(tiny(tmp_path, "model.class_conditional=false")))
     assert run.load_model()[0].num_classes == 0
