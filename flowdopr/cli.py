@@ -235,7 +235,7 @@ def encode(
     Mirrored copies are encoded too where data.horizontal_flip is on. Needs flowdopr[latents].
     """
     from flowdopr.config import load_data_config
-    from flowdopr.evaluate import encode as run_encode
+    from flowdopr.latents import encode as run_encode
 
     _tell(
         run_encode(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import platform
 import time
@@ -54,6 +55,15 @@ def to_disk(path: Path) -> None:
     """Wait until the file's content is on the disk, and not only in the machine's memory."""
     with open(path, "rb") as handle:
         os.fsync(handle.fileno())
+
+
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of the file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
+from flowdopr.linalg import tf32_products
 from flowdopr.models import DiT, UNet
 from flowdopr.optim import build_optimizer
-from flowdopr.optim.precision import tf32_products
 
 REFRESH_EVERY = 16
 EXACT = {"refresh_every": 1, "max_rows": "all"}

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from flowdopr.flow import FlowMatching
 from flowdopr.models import DiT, UNet
 from flowdopr.optim import build_optimizer
-from flowdopr.train.ema import EMA, Average
+from flowdopr.runs.averages import Average
+from flowdopr.train.ema import EMA
 
 # One training step; it yields when the backward pass is done, to be timed in two parts.
 Step = Callable[[], Iterator[None]]

@@ -1,5 +1,5 @@
-"""Settings shared by all tests: one thread a process, so that results and timings do not depend on
-how many tests run beside each other."""
+"""Shared by all tests: one thread a process, so that results and timings do not depend on how many
+tests run beside each other; small configs; and images on disk made on the spot."""
 
 import os
 import tempfile
@@ -8,8 +8,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Extractors trained by tests stay out of the user's cache; shared by the test processes of a run.
 os.environ.setdefault("FLOWDOPR_CACHE", tempfile.mkdtemp(prefix="flowdopr-tests-"))
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from flowdopr.config import Config, DataConfig, DiTConfig, TrainConfig
 
 torch.set_num_threads(1)
 
@@ -17,3 +23,35 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def make_config():
+    """`make_config(name="digits", batch=8, ...)`: a config whose `data` has the other values."""
+
+    def make(batch: int = 8, seed: int = 0, **data) -> Config:
+        return Config(
+            name="test",
+            seed=seed,
+            data=DataConfig(**data),
+            model=DiTConfig(name="dit"),
+            train=TrainConfig(steps=1, global_batch_size=batch),
+        )
+
+    return make
+
+
+@pytest.fixture
+def write_images():
+    """`write_images(folder, {"cat": 3, "dog": 2})` writes that many PNGs to each sub-folder."""
+
+    def write(folder: Path, counts: dict[str, int], size: int = 8) -> Path:
+        noise = np.random.default_rng(0)
+        for name, count in counts.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                pixels = noise.integers(0, 256, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / name / f"{number}.png")
+        return folder
+
+    return write

@@ -1,4 +1,4 @@
-"""The plan of docs/architecture.md, kept true: who may import whom, and how large a file may be."""
+"""The plan of docs/architecture.md, kept true: which room may import which."""
 
 import ast
 from pathlib import Path
@@ -9,24 +9,24 @@ PACKAGE = Path(__file__).parent.parent / "flowdopr"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A room may import these rooms of ours, and itself.
+TOOLS = {"cpu", "disk", "linalg", "processes", "terminal"}
 MAY_IMPORT = {
     "config": set(),
-    "disk": set(),
-    "products": set(),
-    "optim": {"products"},
-    "flow": {"config"},
-    "models": {"config", "products"},
+    **{tool: set() for tool in TOOLS},
+    "optim": {"cpu", "linalg"},
+    "flow": {"config", "linalg"},
+    "models": {"config", "cpu"},
     "data": {"config", "disk"},
-    "train": {"config", "disk", "optim", "flow", "models", "data"},
-    "evaluate": {"config", "disk", "data", "flow", "models", "train"},
-    "compare": {"config", "disk", "data", "train", "evaluate"},
+    "runs": {"config", "disk", "data", "models"},
+    "latents": {"config", "data", "models", "runs", *TOOLS},
+    "train": {"config", "optim", "flow", "models", "data", "runs", "latents", *TOOLS},
+    "evaluate": {"config", "flow", "models", "data", "runs", "latents", *TOOLS},
+    "compare": {"config", "data", "runs", "latents", "train", "evaluate", *TOOLS},
     "exits": set(),
-    "cli": {"exits", "config", "train", "evaluate", "compare"},
+    "cli": {"exits", "config", "latents", "train", "evaluate", "compare"},
     "__main__": {"cli"},
     "__init__": set(),
 }
-# Of the trainer, evaluation may see only what a run left behind.
-FROM_TRAIN = {f"flowdopr.train.{name}" for name in ("run_folder", "guide", "provenance", "log")}
 # In rooms that promise plain arguments, only these files see the Config.
 SEES_CONFIG = {"flow": {"build.py"}, "models": {"__init__.py"}}
 
@@ -54,8 +54,6 @@ def test_imports_go_one_way(path):
     for name in imports(path):
         other = name.split(".")[1]
         assert other == here or other in MAY_IMPORT[here], f"{here} imports {name}"
-        if here in ("evaluate", "compare") and other == "train":
-            assert here == "compare" or name in FROM_TRAIN
         if other == "config" and here in SEES_CONFIG:
             assert path.name in SEES_CONFIG[here], f"{path.name} sees the config"
 
@@ -64,14 +62,15 @@ def test_imports_go_one_way(path):
 def test_files_stay_readable(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), "every file says what it holds"
-    assert len(path.read_text().splitlines()) <= 300
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, f"{node.name} does not fit on a screen"
 
 
 def test_optim_stands_alone():
-    """It needs torch, and one file of ours that needs nothing but torch."""
-    for path in (PACKAGE / "optim").glob("*.py"):
+    """It needs torch, and two files of ours that need nothing but torch."""
+    for path in (PACKAGE / "optim").rglob("*.py"):
         ours = {name for name in imports(path) if not name.startswith("flowdopr.optim")}
-        assert ours <= {"flowdopr.products"}, path.name
+        assert ours <= {"flowdopr.cpu", "flowdopr.linalg"}, path.name
+    for name in ("cpu", "linalg"):
+        assert not imports(PACKAGE / f"{name}.py")

@@ -13,11 +13,11 @@ from flowdopr.compare.execute import Executor, worker_command
 from flowdopr.compare.plan import RunPlan, expand, study_path, study_settings
 from flowdopr.compare.progress import Display
 from flowdopr.config import Config, ConfigError, apply_overrides, to_yaml
-from flowdopr.data import build_pixel_datasets
 from flowdopr.disk import locked, write_text
 from flowdopr.evaluate import trained_classifier
-from flowdopr.train import Interrupted, RunFolder
-from flowdopr.train.run_folder import check_same_run
+from flowdopr.latents import build_pixel_datasets
+from flowdopr.runs.folder import RunFolder, check_same_run
+from flowdopr.train import Interrupted
 
 __all__ = ["StudyFailed", "compare"]
 

@@ -12,7 +12,7 @@ from flowdopr.compare.evaluations import Card, is_finished, known_cards, wanted_
 from flowdopr.compare.execute import failure_path
 from flowdopr.compare.plan import RunPlan
 from flowdopr.compare.results import Evaluation, RunResult, Status
-from flowdopr.train import RunFolder
+from flowdopr.runs.folder import RunFolder
 
 
 def collect(study: Path, plans: Sequence[RunPlan]) -> list[RunResult]:

@@ -15,7 +15,7 @@ import torchvision
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from flowdopr.config import Config, DataConfig
+from flowdopr.config import DataConfig
 from flowdopr.data.files import (
     Archive,
     Folder,
@@ -25,7 +25,6 @@ from flowdopr.data.files import (
     fingerprint_files,
 )
 from flowdopr.data.info import DatasetInfo, Datasets
-from flowdopr.data.latents import open_latents, read_notes
 from flowdopr.data.memory import ImageTensor
 from flowdopr.data.transforms import fit
 
@@ -37,8 +36,8 @@ TORCHVISION = {
 }
 
 
-def build_datasets(config: Config) -> Datasets:
-    """The data set that `config.data` names.
+def build_image_datasets(data: DataConfig) -> Datasets:
+    """The images that `data` names, other than latents.
 
     With several processes on a machine, call it on one of them first if it may download.
 
@@ -46,35 +45,6 @@ def build_datasets(config: Config) -> Datasets:
         ValueError: nothing at `data.root`, no images, unreadable ones, too few of a class, a
             download that failed; one line each, with the remedy.
     """
-    return _datasets_of(config.data)
-
-
-def build_pixel_datasets(config: Config) -> Datasets:
-    """The images themselves: of latents those that were encoded, else the data set of the config.
-
-    Raises:
-        ValueError: as `build_datasets`; other images than were encoded.
-    """
-    data = config.data
-    if data.name != "latents":
-        return _datasets_of(data)
-    notes = read_notes(data.root)
-    moved = {"root": data.source_root, "held_out_root": data.held_out_root}
-    moved = {key: place for key, place in moved.items() if place}
-    here = {"download": data.download, "num_workers": data.num_workers}
-    source = DataConfig(**notes["source"]["data"] | moved | here)
-    datasets = _datasets_of(source)
-    if datasets.info.fingerprint != notes["source"]["info"]["fingerprint"]:
-        raise ValueError(
-            f"data.source_root: the images in '{source.root}' are not those that were encoded into "
-            f"'{data.root}'; give the folder of those"
-        )
-    return datasets
-
-
-def _datasets_of(data: DataConfig) -> Datasets:
-    if data.name == "latents":
-        return open_latents(data)
     if data.name == "digits":
         return _in_memory(data, *_load_digits(data.held_out_fraction))
     if data.name in TORCHVISION:

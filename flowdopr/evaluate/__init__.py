@@ -2,7 +2,6 @@
 
 from flowdopr.evaluate.classifier import trained_classifier
 from flowdopr.evaluate.draw import sample
-from flowdopr.evaluate.encode import encode
 from flowdopr.evaluate.extractors import Extractor, classifier_extractor, inception_extractor
 from flowdopr.evaluate.fidelity import fidelity
 from flowdopr.evaluate.generate import generate_images
@@ -12,7 +11,6 @@ __all__ = [
     "Extractor",
     "build_extractor",
     "classifier_extractor",
-    "encode",
     "evaluate",
     "fidelity",
     "generate_images",

@@ -24,9 +24,9 @@ from flowdopr.disk import write_text
 from flowdopr.evaluate.classifier import RECIPE
 from flowdopr.flow import ADAPTIVE_SOLVERS, BATCH_DEPENDENT_SOLVERS, build_sampling
 from flowdopr.models.weights import weights_sha256
-from flowdopr.train.guide import Guide
-from flowdopr.train.provenance import commit, versions
-from flowdopr.train.run_folder import RunFolder
+from flowdopr.runs.folder import RunFolder
+from flowdopr.runs.guide import Guide
+from flowdopr.runs.provenance import commit, versions
 
 
 def origin(run: RunFolder, model: nn.Module, step: int, weights: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ others that name the same weights, and with nothing else.
 Shapes: images uint8 `(B, C, H, W)`, features `(B, 64)`, logits `(B, num_classes)`.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 
 from flowdopr.data import Datasets, ImageDataset, from_uint8
 from flowdopr.data.loader import picks_between
-from flowdopr.disk import replacing
+from flowdopr.disk import file_sha256, replacing
 
 RECIPE = 2  # part of the cache key: raise it with any change of the network or its training
 NUM_FEATURES = 64
@@ -152,14 +151,6 @@ def accuracy(model: Classifier, dataset: ImageDataset) -> float:
 def predict(model: Classifier, images: Tensor) -> Tensor:
     """Labels `(N,)` of uint8 images `(N, C, H, W)`, on the CPU."""
     return torch.cat([model(images[part])[1].argmax(1) for part in _chunks(len(images))])
-
-
-def file_sha256(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -25,16 +25,15 @@ from flowdopr.evaluate.card import (
 )
 from flowdopr.evaluate.generate import (
     balanced_labels,
-    device_of,
     generate_images,
     repeated_labels,
-    this_process,
 )
 from flowdopr.flow import build_sampling
 from flowdopr.flow.objective import num_classes_of
-from flowdopr.models import load_decoder
-from flowdopr.train.guide import load_guide
-from flowdopr.train.run_folder import RunFolder
+from flowdopr.latents import load_decoder
+from flowdopr.processes import device_of, this_process
+from flowdopr.runs.folder import RunFolder
+from flowdopr.runs.guide import load_guide
 
 MAX_IN_GRID = 100
 SMALLEST_IN_GRID = 32  # pixels; smaller images are magnified

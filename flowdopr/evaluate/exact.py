@@ -14,7 +14,6 @@ from flowdopr.config import Config, ConfigError
 from flowdopr.data import Datasets, plain_batches
 from flowdopr.data.loader import picks_between
 from flowdopr.data.memory import Picks
-from flowdopr.evaluate.fidelity import float32_is_float32
 from flowdopr.flow import (
     EmpiricalVelocity,
     Sampling,
@@ -25,6 +24,7 @@ from flowdopr.flow import (
     rollout_excess,
 )
 from flowdopr.flow.objective import num_classes_of
+from flowdopr.linalg import full_float32
 
 LIKELIHOOD_SOLVER = "dopri5"
 LARGEST_TRAINING_SET = 100_000  # images the oracle compares with, mirrored copies included
@@ -75,7 +75,7 @@ def likelihood(config: Config, model: nn.Module, datasets: Datasets, device: Any
     num = min(chosen.bpd_num_images, len(held_out))
     images, labels = held_out.batch(picks_between(0, len(held_out), 0, num).indices)
     sampling = _unguided(config, solver=LIKELIHOOD_SOLVER, time_grid="uniform")
-    with float32_is_float32():
+    with full_float32():
         bits, nfe = bits_per_dim(
             model,
             images,
@@ -117,7 +117,7 @@ def excess(config: Config, model: nn.Module, datasets: Datasets, device: Any) ->
     batches = [
         (images[part].to(device), labels[part].to(device)) for part in points.split(POINTS_TOGETHER)
     ]
-    with float32_is_float32():
+    with full_float32():
         on_path = excess_error(oracle, objective, model, batches, seed=seed)
         rollout = rollout_excess(
             oracle,

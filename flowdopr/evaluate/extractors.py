@@ -14,7 +14,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
 from flowdopr.data import Datasets
-from flowdopr.evaluate.classifier import file_sha256, load_classifier, trained_classifier
+from flowdopr.disk import file_sha256
+from flowdopr.evaluate.classifier import load_classifier, trained_classifier
 
 CLASSIFIER, INCEPTION = "flowdopr-classifier", "inception-v3-compat"
 

@@ -4,9 +4,7 @@ Shapes: images uint8 `(N, C, H, W)` on the CPU.
 """
 
 import hashlib
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Collection
 
 import torch
 import torch_fidelity
@@ -16,6 +14,7 @@ from torch.utils.data import Dataset
 from flowdopr.data import ImageDataset
 from flowdopr.evaluate.classifier import cache_folder
 from flowdopr.evaluate.extractors import Extractor
+from flowdopr.linalg import full_float32
 
 LARGEST_KID_SUBSET = 1000
 PRC_NEIGHBOURS = 3
@@ -80,7 +79,7 @@ def fidelity(
             f"images, there are {len(generated)} and {len(reference)}; raise "
             "evaluate.fid_num_images"
         )
-    with float32_is_float32():
+    with full_float32():
         found = torch_fidelity.calculate_metrics(
             input1=BareImages(generated, extractor.channels),
             input2=BareImages(reference, extractor.channels),
@@ -102,22 +101,6 @@ def fidelity(
         )
     names = NAMES | {torch_fidelity.KEY_METRIC_FID: extractor.distance}
     return {names[key]: value for key, value in found.items()}
-
-
-@contextmanager
-def float32_is_float32() -> Iterator[None]:
-    """No TF32 in matrix products and convolutions: its rounding would move the distances."""
-    cudnn: Any = torch.backends.cudnn  # attributes of both are made at run time
-    mkldnn: Any = torch.backends.mkldnn
-    backends = (torch.backends.cuda.matmul, cudnn.conv, mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def _cache_name(fingerprint: str, num_images: int, extractor: Extractor) -> str:

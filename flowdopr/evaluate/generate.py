@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from flowdopr.data import to_uint8
 from flowdopr.data.loader import picks_between
-from flowdopr.evaluate.fidelity import float32_is_float32
-from flowdopr.evaluate.progress import counting
 from flowdopr.flow import Sampling, generate
+from flowdopr.linalg import full_float32
+from flowdopr.terminal import counting
 
 DECODED_TOGETHER = 256  # decoded images are floats until they are rounded: not all at once
 
@@ -68,7 +68,7 @@ def generate_images(
     first, last = rank * num // world, (rank + 1) * num // world
     share: list[tuple[Tensor, float]] = []
     if last > first:
-        with counting("sampling", last - first, shown=rank == 0) as progress, float32_is_float32():
+        with counting("sampling", last - first, shown=rank == 0) as progress, full_float32():
             samples = generate(
                 model,
                 None if labels is None else labels[first:last],
@@ -86,18 +86,3 @@ def generate_images(
     shares = gather_object(share) if world > 1 else share
     nfe = sum(calls for _, calls in shares) / num
     return torch.cat([images for images, _ in shares]), int(nfe) if nfe.is_integer() else nfe
-
-
-def this_process() -> PartialState:
-    """This process among those of its launch.
-
-    Without an accelerator accelerate joins the processes only if told that they run on the CPU;
-    otherwise each would take itself for the only one.
-    """
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpu)
-
-
-def device_of(state: PartialState) -> torch.device:
-    """The device of this process."""
-    return state.device or torch.device("cpu")

@@ -13,8 +13,6 @@ from flowdopr.config import Config, ConfigError, apply_overrides
 from flowdopr.data import (
     Datasets,
     ImageTensor,
-    build_datasets,
-    build_pixel_datasets,
     plain_batches,
 )
 from flowdopr.evaluate.card import (
@@ -34,13 +32,11 @@ from flowdopr.evaluate.extractors import (
     classifier_extractor,
     inception_extractor,
 )
-from flowdopr.evaluate.fidelity import fidelity, float32_is_float32
+from flowdopr.evaluate.fidelity import fidelity
 from flowdopr.evaluate.generate import (
     balanced_labels,
-    device_of,
     generate_images,
     labels_like_data,
-    this_process,
 )
 from flowdopr.flow import (
     ONE_STEP_BATCH,
@@ -50,9 +46,11 @@ from flowdopr.flow import (
     rollout_span,
 )
 from flowdopr.flow.objective import num_classes_of
-from flowdopr.models import load_decoder
-from flowdopr.train.guide import Guide, load_guide
-from flowdopr.train.run_folder import RunFolder
+from flowdopr.latents import build_datasets, build_pixel_datasets, load_decoder
+from flowdopr.linalg import full_float32
+from flowdopr.processes import device_of, this_process
+from flowdopr.runs.folder import RunFolder
+from flowdopr.runs.guide import Guide, load_guide
 
 CLAIM = 50_000  # generated images below which a Frechet distance is a proxy
 FIDELITY = ("fd", "kid", "isc", "prc")
@@ -193,7 +191,7 @@ class Measurement:
         """The held-out one-step loss, and the span of its times, which the prediction decides."""
         held_out = plain_batches(self.datasets.held_out, ONE_STEP_BATCH, device_of(self.state))
         objective, seed = build_objective(self.config), self.config.evaluate.seed
-        with float32_is_float32():
+        with full_float32():
             result = one_step_loss(objective, self.model, held_out, seed=seed)
         metrics = {"one_step_loss": result.mean, "one_step_loss_by_time": result.by_time}
         start, end = rollout_span(objective.path, objective.prediction)

@@ -16,8 +16,7 @@ though v* itself leads every rollout to a training image:
 Shapes: x_t, velocity (B, ...); t scalar or (B,); y (B,) or None; images (N, ...).
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +29,7 @@ from flowdopr.flow.path import Coefficients, LinearPath, Path, batch_times
 from flowdopr.flow.prediction import SAFE_TIME, convert
 from flowdopr.flow.sampler import Sampling
 from flowdopr.flow.solver import Velocity, calls_of
+from flowdopr.linalg import full_float32
 
 # How near to t = 1, where sigma_t is 0 and v* infinite off the training set, float32 still serves.
 LAST = 1e-5
@@ -101,7 +101,7 @@ class EmpiricalVelocity(nn.Module):
         if y is not None and self.labels is None:
             raise ValueError("oracle: labels given, but it was made without: make it with labels")
         c = self._coefficients(x_t, t)
-        with full_precision(x_t.device):
+        with torch.autocast(x_t.device.type, enabled=False), full_float32():
             x = (x_t - c.alpha * self.mean).flatten(1)
             alpha, sigma = c.alpha.reshape(-1, 1), c.sigma.reshape(-1, 1)
             return self._softmax_mean(x, alpha, sigma, y).reshape(x_t.shape) + self.mean
@@ -140,18 +140,6 @@ class EmpiricalVelocity(nn.Module):
 
     def _coefficients(self, x_t: Tensor, t: Tensor) -> Coefficients:
         return self.path.at(batch_times(t, x_t).clamp(max=1 - LAST), x_t)
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products in full float32: neither autocast nor TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @dataclass(frozen=True)

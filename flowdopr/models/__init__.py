@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from flowdopr.models.autoencoder import Autoencoder, load_decoder
 from flowdopr.models.dit import DiT
 from flowdopr.models.unet import UNet
 
 if TYPE_CHECKING:
     from flowdopr.config import Config
 
-__all__ = ["MODELS", "Autoencoder", "DiT", "UNet", "build_model", "load_decoder"]
+__all__ = ["MODELS", "DiT", "UNet", "build_model"]
 
 MODELS = {"dit": DiT, "unet": UNet}
 

@@ -2,10 +2,9 @@
 
 Shapes: B batch, N tokens, D width, H heads, E = D / H head width, h x w token grid.
 
-Every weight sits in a plain `nn.Linear`, `nn.Conv2d` or `nn.Embedding`, so that an optimizer that
-listens to layer inputs sees each of them. A Linear that is several maps side by side carries
-`fused_blocks`: its rows are that many equal blocks, to be treated as separate matrices. Where each
-block's rows are attention heads, `heads` says how many.
+Every weight belongs to a `Linear`, `Conv2d` or `nn.Embedding`, whose hooks show an optimizer the
+input of each. A Linear that is several maps side by side has an attribute `fused_blocks`: its rows
+are that many equal blocks, which optimizers treat as separate matrices.
 """
 
 from __future__ import annotations
@@ -17,14 +16,35 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flowdopr.products import linear
+from flowdopr.cpu import dropout, linear
 
 
-class Linear(nn.Linear):
-    """`nn.Linear` (..., d_in) -> (..., d_out) by `products.linear`."""
+class EffectiveWeight:
+    """A layer that multiplies by `effective_weight()`, of which `weight` is the trained parameter.
+
+    Every Linear and convolution of both models is one, so a map from the trained weight to the
+    weight in use is written here and nowhere else. Optimizers see `weight`.
+    """
+
+    weight: nn.Parameter
+
+    def effective_weight(self) -> Tensor:
+        """The weight that `forward` uses, of the shape of `weight`."""
+        return self.weight
+
+
+class Linear(EffectiveWeight, nn.Linear):
+    """`nn.Linear` (..., d_in) -> (..., d_out) by `cpu.linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        return linear(input, self.effective_weight(), self.bias)
+
+
+class Conv2d(EffectiveWeight, nn.Conv2d):
+    """`nn.Conv2d` (B, C, H, W) -> (B, C', H', W')."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.effective_weight(), self.bias)
 
 
 class FusedLinear(Linear):
@@ -36,23 +56,10 @@ class FusedLinear(Linear):
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, on the CPU from 16 random bits an element: torch draws one element after the
-    other there, and its 32 bits for each were a twentieth of a U-Net's training step.
-
-    There p is the nearest multiple of 2^-16, and the kept elements are scaled by that.
-    """
+    """`nn.Dropout` by `cpu.dropout`, which draws fewer random numbers on the CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
-        dropped = round(self.p * 2**16)
-        compiled = torch.compiler.is_compiling()  # the compiler draws and multiplies in one pass
-        if not self.training or not input.is_cpu or compiled or dropped in (0, 2**16):
-            return super().forward(input)
-        words = torch.empty((input.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        bits = words.view(torch.int16)[: input.numel()]
-        mask = torch.empty_like(input)
-        in_memory_order = mask.as_strided(bits.shape, (1,))
-        in_memory_order.copy_(bits >= dropped - 2**15).mul_(2**16 / (2**16 - dropped))
-        return input * mask
+        return dropout(input, self.p, self.training)
 
 
 def zero_(layer: nn.Linear | nn.Conv2d) -> None:
@@ -101,8 +108,8 @@ class Condition(nn.Module):
             raise ValueError(f"the number of time features {num_features} must be even")
         self.num_features = num_features
         self.num_classes = num_classes
-        self.time_1 = nn.Linear(num_features, dim)
-        self.time_2 = nn.Linear(dim, dim)
+        self.time_1 = Linear(num_features, dim)
+        self.time_2 = Linear(dim, dim)
         self.label = nn.Embedding(num_classes + 1, dim) if num_classes else None
 
     def forward(self, t: Tensor, y: Tensor | None) -> Tensor:

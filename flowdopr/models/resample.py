@@ -1,4 +1,4 @@
-"""Changes of resolution in the U-Net, and what makes them cheap.
+"""Changes of resolution in the U-Net.
 
 Shapes: B batch, C channels, H x W image.
 """
@@ -8,31 +8,23 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowdopr.cpu import upsampled_conv2d
+from flowdopr.models.layers import Conv2d
 
-class EnlargedConv2d(nn.Conv2d):
+
+class UpsampledConv2d(Conv2d):
     """A 3x3 convolution of its input enlarged twice by nearest neighbour, (B, C, H, W) ->
-    (B, C', 2 H, 2 W).
-
-    Each output pixel sees only 2x2 different input pixels, so the kernel's rows and columns that
-    fall on one pixel are added first: a transposed convolution of stride 2 with a 4x4 kernel,
-    four products an output pixel in place of nine, and no enlarged image in memory. `enlarge`
-    tells an optimizer that listens to inputs what the kernel slides over.
-    """
-
-    enlarge = 2
-    # Of a smaller image, rearranging the larger kernel costs more than the products saved.
-    FOLD_MIN_PIXELS = 64
+    (B, C', 2 H, 2 W)."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__(c_in, c_out, 3, padding=1)
 
+    def kernel_input(self, input: Tensor) -> Tensor:
+        """The image that the kernel slides over. DoPr asks for it to see the kernel's patches."""
+        return F.interpolate(input, scale_factor=2, mode="nearest")
+
     def forward(self, input: Tensor) -> Tensor:
-        if input.shape[-2] * input.shape[-1] < self.FOLD_MIN_PIXELS:
-            return super().forward(F.interpolate(input, scale_factor=self.enlarge, mode="nearest"))
-        # Sums of 2x2 neighbours with a border of zeros: 3x3 -> 4x4.
-        folded = F.avg_pool2d(self.weight, 2, stride=1, padding=1, divisor_override=1)
-        kernel = folded.flip(2, 3).transpose(0, 1)  # a transposed convolution mirrors its kernel
-        return F.conv_transpose2d(input, kernel, self.bias, stride=2, padding=1)
+        return upsampled_conv2d(input, self.effective_weight(), self.bias)
 
 
 class Upsample(nn.Module):
@@ -40,7 +32,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, *, conv: bool):
         super().__init__()
-        self.conv = EnlargedConv2d(channels, channels) if conv else nn.Upsample(scale_factor=2.0)
+        self.conv = UpsampledConv2d(channels, channels) if conv else nn.Upsample(scale_factor=2.0)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
@@ -51,7 +43,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, *, conv: bool):
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if conv else nn.AvgPool2d(2)
+        self.op = Conv2d(channels, channels, 3, stride=2, padding=1) if conv else nn.AvgPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)

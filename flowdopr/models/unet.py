@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flowdopr.models.layers import Attention, Condition, Dropout, FusedLinear, modulate, zero_
+from flowdopr.models.layers import (
+    Attention,
+    Condition,
+    Conv2d,
+    Dropout,
+    FusedLinear,
+    modulate,
+    zero_,
+)
 from flowdopr.models.resample import Downsample, Upsample
 
 
@@ -46,12 +54,12 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm_1 = group_norm(c_in)
-        self.conv_1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv_1 = Conv2d(c_in, c_out, 3, padding=1)
         self.modulation = FusedLinear(cond_dim, c_out, 2 if scale_shift else 1)
         self.norm_2 = group_norm(c_out)
         self.dropout = Dropout(dropout)
-        self.conv_2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.conv_2 = Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.resample = nn.Identity()
         if resample:
             self.resample = {"up": Upsample, "down": Downsample}[resample](c_in, conv=False)
@@ -145,7 +153,7 @@ class UNet(nn.Module):
             image_shape[1] >> level in attention_resolutions for level in range(len(widths))
         ]
         self.condition = Condition(self.cond_dim, num_classes, num_features=channels)
-        self.stem = nn.Conv2d(image_shape[0], widths[0], 3, padding=1)
+        self.stem = Conv2d(image_shape[0], widths[0], 3, padding=1)
         down, skips = self._make_down(widths, attention, num_res_blocks)
         self.down = nn.ModuleList(down)
         self.middle = Stage(
@@ -157,7 +165,7 @@ class UNet(nn.Module):
         )
         self.up = nn.ModuleList(self._make_up(widths, attention, num_res_blocks, skips))
         self.head_norm = group_norm(widths[0])
-        self.head = nn.Conv2d(widths[0], image_shape[0], 3, padding=1)
+        self.head = Conv2d(widths[0], image_shape[0], 3, padding=1)
         zero_(self.head)
         # Weights laid out as the feature maps spare a copy at each use, and one of each gradient.
         self.to(memory_format=torch.channels_last)

@@ -17,14 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdopr.optim.matrix import (
-    MatrixOptimizer,
-    decay_weights,
-    same_shape,
-    stack_blocks,
-    unstack_blocks,
-)
-from flowdopr.optim.muon import NS_COEFFICIENTS, orthogonalised
+from flowdopr.linalg import NS_COEFFICIENTS, same_shape, stack_blocks, unstack_blocks
+from flowdopr.optim.matrix import MatrixOptimizer, decay_weights
+from flowdopr.optim.muon import orthogonalised
 from flowdopr.optim.world import signs
 
 UPDATE_RMS = 0.2

@@ -18,11 +18,11 @@ from flowdopr.optim.layers import Case, kept_rows, unravelled
 
 
 def image_under(conv: _ConvNd, x: Tensor) -> Tensor:
-    """What the kernel slides over, (B, C, *axes): `x` with a batch axis, enlarged by nearest
-    neighbour if the layer's attribute `enlarge` says that it does so itself."""
+    """What the kernel slides over, (B, C, *axes): `x` with a batch axis, changed by the layer's own
+    method `kernel_input` where it has one."""
     x = x[None] if x.dim() == len(conv.kernel_size) + 1 else x
-    enlarge = getattr(conv, "enlarge", 1)
-    return x if enlarge == 1 else nn.functional.interpolate(x, scale_factor=float(enlarge))
+    kernel_input = getattr(conv, "kernel_input", None)
+    return x if kernel_input is None else kernel_input(x)
 
 
 def pad_input(x: Tensor, conv: _ConvNd) -> Tensor:
@@ -73,7 +73,7 @@ class PatchCase(Case):
     def key(self) -> tuple[object, ...]:
         conv = self.conv
         window = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
-        return (*super().key, *window, getattr(conv, "enlarge", 1))
+        return (*super().key, *window, hasattr(conv, "kernel_input"))
 
     def rows(self, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
         patches, total = patch_rows(x, self.conv, max_rows)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowdopr.linalg import full_float32
 from flowdopr.optim.apply import apply
 from flowdopr.optim.arguments import (
     check,
@@ -30,7 +31,6 @@ from flowdopr.optim.inverse import Form
 from flowdopr.optim.matrix import call_closure
 from flowdopr.optim.moments import Statistic
 from flowdopr.optim.plan import CONV_MODES, Defaults, Layer, LayerRule, make_plan
-from flowdopr.optim.precision import full_precision
 from flowdopr.optim.preconditioner import Preconditioner
 from flowdopr.optim.sandwich import step_sandwich
 from flowdopr.optim.statistics import Statistics
@@ -222,7 +222,7 @@ class DoPr(torch.optim.Optimizer):
         self.statistics.pairing = own["steps"] == 0
         self.statistics.load_voted(own["parting"])
         self._set_gathering()
-        with full_precision(), torch.no_grad():
+        with full_float32(), torch.no_grad():
             self.preconditioner.invert(self._schedule(self._refreshed_at)[1], share=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -253,7 +253,7 @@ class DoPr(torch.optim.Optimizer):
         piles = self.statistics.close()
         self.statistics.pair()
         self.statistics.part()
-        with full_precision():
+        with full_float32():
             self.preconditioner.refresh(piles, *self._schedule(self.steps))
         for layer in self.plan.frozen:
             if layer.parameters[0].grad is not None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flowdopr.products import linear
+from flowdopr.cpu import linear
 
 
 def kept_rows(total: int, max_rows: int | None, device: torch.device) -> Tensor | None:

@@ -10,12 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
 from flowdopr.optim.roles import parameter_groups, split_by_dimension
-
-MAX_STACKED_ELEMENTS = 2**25  # bounds the memory of one batched call: 128 MiB in float32
 
 
 class MatrixOptimizer(torch.optim.Optimizer, ABC):
@@ -144,36 +141,3 @@ def decay_weights(params: list[Tensor], group: dict[str, Any]) -> None:
     """W <- (1 - lr * weight_decay) W."""
     if group["weight_decay"]:
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-
-
-def same_shape(tensors: list[Tensor]) -> list[list[int]]:
-    """Indices of `tensors` in lists that can be stacked: one shape, dtype and device, and not more
-    than `MAX_STACKED_ELEMENTS` in all."""
-    found: dict[tuple, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        found.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(index)
-    chunks = []
-    for indices in found.values():
-        size = max(1, MAX_STACKED_ELEMENTS // max(1, tensors[indices[0]].numel()))
-        chunks += [indices[i : i + size] for i in range(0, len(indices), size)]
-    return chunks
-
-
-def stack_blocks(tensors: list[Tensor], blocks: int) -> Tensor:
-    """(K tensors of one shape) -> (K * blocks, rows, cols). Under FSDP2 every rank gathers the
-    whole matrices: their rows do not suffice to orthogonalise them."""
-    stacked = torch.stack([t.full_tensor() if isinstance(t, DTensor) else t for t in tensors])
-    rows = stacked.shape[1] // blocks
-    return stacked.reshape(len(tensors) * blocks, rows, -1)
-
-
-def unstack_blocks(stacked: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """Inverse of `stack_blocks`: tensors of the shape and dtype of `like`."""
-    shape = (len(like), *like[0].shape)
-    tensors = list(stacked.reshape(shape).to(like[0].dtype).unbind(0))
-    return [
-        distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
-        if isinstance(p, DTensor)
-        else tensor
-        for tensor, p in zip(tensors, like, strict=True)
-    ]

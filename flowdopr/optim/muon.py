@@ -18,47 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdopr.optim.matrix import (
-    MatrixOptimizer,
-    decay_weights,
+from flowdopr.linalg import (
+    NS_COEFFICIENTS,
+    newton_schulz,
     same_shape,
     stack_blocks,
     unstack_blocks,
 )
+from flowdopr.optim.matrix import MatrixOptimizer, decay_weights
 
-NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SCALES = {
     "original": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
     "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
 }
-
-
-def newton_schulz(
-    matrices: Tensor,
-    *,
-    steps: int = 5,
-    coefficients: tuple[float, float, float] = NS_COEFFICIENTS,
-    eps: float = 1e-7,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Approximate msgn of a batch of matrices (K, rows, cols), in the same shape.
-
-    Five quintic steps x <- a x + b x^3 + c x^5 on the singular values, which they bring to about
-    0.7 to 1.2, not to exactly 1. The result has the computing `dtype`: bfloat16 on CUDA and the
-    input's own precision, float32 at least, elsewhere, unless given. A zero matrix stays zero.
-    """
-    if dtype is None:
-        dtype = torch.promote_types(matrices.dtype, torch.float32)
-        if matrices.is_cuda and dtype == torch.float32:
-            dtype = torch.bfloat16
-    a, b, c = coefficients
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
-    x = (x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)).to(dtype)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
 
 
 def orthogonalised(tensors: list[Tensor], group: dict[str, Any]) -> Tensor:

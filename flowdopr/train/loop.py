@@ -30,13 +30,14 @@ from flowdopr.flow import (
     generate,
     one_step_loss,
 )
-from flowdopr.models import load_decoder
-from flowdopr.optim.precision import tf32_products
+from flowdopr.latents import load_decoder
+from flowdopr.linalg import tf32_products
+from flowdopr.runs.averages import averages_of
+from flowdopr.runs.folder import RunFolder
+from flowdopr.runs.guide import load_guide
 from flowdopr.train.ema import EMA
-from flowdopr.train.guide import load_guide
 from flowdopr.train.log import StepProgress, log_roles, shown_line
 from flowdopr.train.meter import Meter
-from flowdopr.train.run_folder import RunFolder, averages_of
 from flowdopr.train.schedule import derive_seed, lr_factor
 from flowdopr.train.signals import Interrupted, StopSignal, TrainingFailed
 

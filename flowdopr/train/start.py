@@ -12,16 +12,18 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from flowdopr.config import Config, ConfigError
-from flowdopr.data import DatasetInfo, build_datasets
+from flowdopr.data import DatasetInfo
 from flowdopr.disk import locked
 from flowdopr.flow import build_objective, build_sampling
-from flowdopr.models import build_model, load_decoder
+from flowdopr.latents import build_datasets, load_decoder
+from flowdopr.models import build_model
 from flowdopr.optim import build_optimizer
-from flowdopr.train.guide import load_guide
+from flowdopr.runs.averages import averages_of
+from flowdopr.runs.folder import RunFolder
+from flowdopr.runs.guide import load_guide
+from flowdopr.runs.provenance import provenance
 from flowdopr.train.log import run_log
 from flowdopr.train.loop import Trainer
-from flowdopr.train.provenance import provenance
-from flowdopr.train.run_folder import RunFolder, averages_of
 from flowdopr.train.signals import TrainingFailed
 
 

@@ -19,7 +19,7 @@ from flowdopr.compare.statistics import summarise
 from flowdopr.config import ConfigError, apply_overrides
 from flowdopr.data import DatasetInfo
 from flowdopr.evaluate.card import card_settings
-from flowdopr.train import RunFolder
+from flowdopr.runs.folder import RunFolder
 
 DIGITS = DatasetInfo("digits", (1, 8, 8), 10, tuple("0123456789"), 1600, 197, "f" * 64)
 MADE_BY = {

@@ -4,8 +4,8 @@ import zipfile
 
 import pytest
 
-from flowdopr.data import build_datasets
 from flowdopr.data.files import Folder
+from flowdopr.latents import build_datasets
 
 
 def test_linked_classes_and_images_count(make_config, write_images, tmp_path):

@@ -5,7 +5,7 @@ import zipfile
 import pytest
 import torch
 
-from flowdopr.data import build_datasets
+from flowdopr.latents import build_datasets
 
 
 @pytest.fixture

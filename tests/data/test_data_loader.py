@@ -5,8 +5,9 @@ from itertools import islice
 import pytest
 import torch
 
-from flowdopr.data import build_datasets, build_loader, from_uint8, plain_batches
+from flowdopr.data import build_loader, from_uint8, plain_batches
 from flowdopr.data.loader import epoch_picks, picks_between
+from flowdopr.latents import build_datasets
 
 
 @pytest.fixture

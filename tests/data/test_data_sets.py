@@ -12,9 +12,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets as torchvision_sets
 
-from flowdopr.data import DatasetInfo, build_datasets, from_uint8, to_uint8
+from flowdopr.data import DatasetInfo, from_uint8, to_uint8
 from flowdopr.data.datasets import split
 from flowdopr.data.transforms import fit
+from flowdopr.latents import build_datasets
 
 
 def write_idx(path, array):

@@ -3,8 +3,9 @@
 import pytest
 from untrained import make_config, save_random_checkpoint
 
-from flowdopr.data import Datasets, build_datasets
-from flowdopr.train.run_folder import RunFolder
+from flowdopr.data import Datasets
+from flowdopr.latents import build_datasets
+from flowdopr.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,7 @@ from flowdopr.cli import run_command
 from flowdopr.config import apply_overrides
 from flowdopr.evaluate import evaluate, sample
 from flowdopr.evaluate.draw import grid
-from flowdopr.train.run_folder import RunFolder
+from flowdopr.runs.folder import RunFolder
 
 
 def pixels(folder, index):

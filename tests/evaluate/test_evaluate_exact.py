@@ -11,7 +11,7 @@ from flowdopr.data import Datasets, ImageTensor, from_uint8
 from flowdopr.evaluate import evaluate, exact
 from flowdopr.evaluate.exact import check_exact, excess, likelihood
 from flowdopr.flow import EmpiricalVelocity, Sampling, bits_per_dim
-from flowdopr.train.run_folder import RunFolder
+from flowdopr.runs.folder import RunFolder
 
 SMALL = ["evaluate.fid_num_images=4"]
 LOOSE = ["sample.atol=1e-2", "sample.rtol=1e-2"]  # of the likelihood's solver

@@ -11,7 +11,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as inception
 from flowdopr.data import ImageTensor
 from flowdopr.evaluate import classifier_extractor, fidelity, inception_extractor
 from flowdopr.evaluate.classifier import load_classifier
-from flowdopr.evaluate.fidelity import float32_is_float32
+from flowdopr.linalg import full_float32
 
 ALL = ("fd", "kid", "isc", "prc")
 
@@ -130,7 +130,7 @@ def test_full_float32_only_while_scoring():
     before = convolution.fp32_precision
     convolution.fp32_precision = "tf32"
     try:
-        with float32_is_float32():
+        with full_float32():
             assert convolution.fp32_precision == "ieee"
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
         assert convolution.fp32_precision == "tf32"

@@ -13,9 +13,9 @@ from flowdopr.data import to_uint8
 from flowdopr.evaluate import evaluate, sample
 from flowdopr.evaluate.generate import balanced_labels
 from flowdopr.flow import build_sampling, generate
+from flowdopr.runs.folder import RunFolder
+from flowdopr.runs.guide import load_guide
 from flowdopr.train import train
-from flowdopr.train.guide import load_guide
-from flowdopr.train.run_folder import RunFolder
 
 QUICK = ["evaluate.metrics=[]", "evaluate.fid_num_images=12"]
 

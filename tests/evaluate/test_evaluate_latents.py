@@ -12,12 +12,12 @@ from latent_run import notes_of, save_autoencoder, source_config, training_confi
 from PIL import Image
 
 from flowdopr.cli import run_command
-from flowdopr.data import build_datasets, build_pixel_datasets, plain_batches, to_uint8
-from flowdopr.evaluate import classifier, encode, evaluate, sample
+from flowdopr.data import plain_batches, to_uint8
+from flowdopr.evaluate import classifier, evaluate, sample
 from flowdopr.flow import build_sampling, generate
-from flowdopr.models import Autoencoder, load_decoder
+from flowdopr.latents import Autoencoder, build_datasets, build_pixel_datasets, encode, load_decoder
+from flowdopr.runs.folder import RunFolder
 from flowdopr.train import train
-from flowdopr.train.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True)

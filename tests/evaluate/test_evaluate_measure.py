@@ -12,7 +12,7 @@ from flowdopr.evaluate.card import answers, card_settings, write_card
 from flowdopr.evaluate.generate import balanced_labels, labels_like_data, repeated_labels
 from flowdopr.evaluate.measure import ONE_STEP_BATCH
 from flowdopr.flow import build_objective, one_step_loss
-from flowdopr.train.run_folder import averages_of
+from flowdopr.runs.averages import averages_of
 
 
 def read(path):

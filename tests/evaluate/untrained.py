@@ -6,7 +6,8 @@ import torch
 
 from flowdopr.config import Config, DataConfig, DiTConfig, EvaluateConfig, SampleConfig, TrainConfig
 from flowdopr.models import build_model
-from flowdopr.train.run_folder import RunFolder, averages_of
+from flowdopr.runs.averages import averages_of
+from flowdopr.runs.folder import RunFolder
 
 
 def make_config(output: Path, *, class_conditional: bool = True) -> Config:

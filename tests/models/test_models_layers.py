@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flowdopr import products
+from flowdopr import cpu
 from flowdopr.models import layers
 from flowdopr.models.layers import Attention, Condition, Dropout, FusedLinear, Linear, SwiGLU
 
@@ -15,8 +15,8 @@ from flowdopr.models.layers import Attention, Condition, Dropout, FusedLinear, L
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("shape", [(2, 8, 12), (4, 4, 3, 12), (1, 16, 12), (16, 12), (5, 12)])
 def test_linear_equals_torchs(onednn, shape, monkeypatch):
-    monkeypatch.setattr(products, "ONEDNN_IS_FAST", onednn)
-    monkeypatch.setattr(products, "ONEDNN_MIN_ROWS", 16)
+    monkeypatch.setattr(cpu, "ONEDNN_IS_FAST", onednn)
+    monkeypatch.setattr(cpu, "ONEDNN_MIN_ROWS", 16)
     ours = Linear(12, 20)
     theirs = nn.Linear(12, 20)
     theirs.load_state_dict(ours.state_dict())

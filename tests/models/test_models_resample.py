@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flowdopr.models.resample import EnlargedConv2d
+from flowdopr.models.resample import UpsampledConv2d
 from flowdopr.optim import build_optimizer
 
 
 class PlainUpsampling(nn.Module):
     """What the folded layer stands for, with its weights and names."""
 
-    def __init__(self, folded: EnlargedConv2d):
+    def __init__(self, folded: UpsampledConv2d):
         super().__init__()
         self.conv = nn.Conv2d(folded.in_channels, folded.out_channels, 3, padding=1).double()
         self.conv.load_state_dict(folded.state_dict())
@@ -23,7 +23,7 @@ class PlainUpsampling(nn.Module):
 
 def pair(c_in: int = 3, c_out: int = 4) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    folded = nn.ModuleDict({"conv": EnlargedConv2d(c_in, c_out).double()})
+    folded = nn.ModuleDict({"conv": UpsampledConv2d(c_in, c_out).double()})
     return folded, PlainUpsampling(folded["conv"])
 
 

@@ -3,11 +3,11 @@
 from functools import partial
 
 import pytest
+import reference
 import torch
 from layer_cases import one_step
 from torch import Tensor, nn
 
-from flowdopr.optim import reference
 from flowdopr.optim.dopr import DoPr
 from flowdopr.optim.layers import kept_rows
 from flowdopr.optim.plan import LayerRule

@@ -3,10 +3,10 @@
 import copy
 
 import pytest
+import reference
 import torch
 from torch import Tensor, nn
 
-from flowdopr.optim import reference
 from flowdopr.optim.dopr import DoPr
 
 

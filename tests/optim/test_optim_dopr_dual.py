@@ -4,11 +4,11 @@ import copy
 import logging
 
 import pytest
+import reference
 import torch
 from layer_cases import CASES, IDS, LayerCase, adamw, batch, small_model
 from torch import Tensor, nn
 
-from flowdopr.optim import reference
 from flowdopr.optim.dopr import DoPr
 from flowdopr.optim.plan import LayerRule
 

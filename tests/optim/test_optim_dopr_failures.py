@@ -3,11 +3,11 @@
 import copy
 
 import pytest
+import reference
 import torch
 from layer_cases import adamw
 from torch import Tensor, nn
 
-from flowdopr.optim import reference
 from flowdopr.optim.dopr import DoPr
 from flowdopr.optim.dual import DualCase, dual_transform
 from flowdopr.optim.inverse import Form

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import pytest
+import reference
 import torch
 from layer_cases import CASES, IDS, LayerCase, adamw, batch, small_model
 from torch import Tensor, nn
 
-from flowdopr.optim import reference
 from flowdopr.optim.dopr import DoPr
 
 GPS: dict[str, Callable[[Tensor], Tensor]] = {

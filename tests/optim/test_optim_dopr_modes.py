@@ -1,11 +1,11 @@
 """The modes of a layer: blocks, diagonal, bias coordinate, offsets, SUA, row subsampling."""
 
 import pytest
+import reference
 import torch
 from layer_cases import conv, one_step, small_model
 from torch import Tensor, nn
 
-from flowdopr.optim import reference
 from flowdopr.optim.conv import channel_rows, patch_rows
 from flowdopr.optim.dopr import DoPr
 from flowdopr.optim.layers import kept_rows, number_of_blocks, vector_rows

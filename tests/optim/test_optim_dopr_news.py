@@ -3,11 +3,11 @@
 import logging
 
 import pytest
+import reference
 import torch
 from layer_cases import adamw
 from torch import Tensor, nn
 
-from flowdopr.optim import reference
 from flowdopr.optim.dopr import DoPr
 
 

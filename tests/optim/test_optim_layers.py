@@ -1,11 +1,11 @@
 """Every layer case against the dense reference: z, the gradient's view, M, and one whole step."""
 
 import pytest
+import reference
 import torch
 from layer_cases import CASES, IDS, LayerCase
 from torch import Tensor, nn
 
-from flowdopr.optim import reference
 from flowdopr.optim.dopr import DoPr
 
 

@@ -8,8 +8,9 @@ import torch
 from tiny import again, tiny, weights
 
 from flowdopr.config import ConfigError
-from flowdopr.train import EMA, Average, RunFolder, ema, train
-from flowdopr.train.ema import combine, gamma_of, posthoc_coefficients
+from flowdopr.runs.averages import Average, combine, gamma_of, posthoc_coefficients
+from flowdopr.runs.folder import RunFolder
+from flowdopr.train import EMA, ema, train
 
 
 def test_the_examples_run():

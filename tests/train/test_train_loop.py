@@ -15,7 +15,8 @@ from flowdopr.cli import run_command
 from flowdopr.config import ConfigError, to_yaml
 from flowdopr.config.optimizer import OptimizerName
 from flowdopr.optim import OPTIMIZER_NAMES
-from flowdopr.train import RunFolder, TrainingFailed, train
+from flowdopr.runs.folder import RunFolder
+from flowdopr.train import TrainingFailed, train
 from flowdopr.train.schedule import lr_factor
 
 

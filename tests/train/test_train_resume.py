@@ -12,7 +12,8 @@ import pytest
 from tiny import again, assert_same_checkpoint, tiny, tiny_file
 
 from flowdopr.config import ConfigError
-from flowdopr.train import RunFolder, train
+from flowdopr.runs.folder import RunFolder
+from flowdopr.train import train
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "dopr-adamw", "muon", "dopr-muon", "dopr-sgd"])

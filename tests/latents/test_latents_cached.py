@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowdopr.data import build_datasets, build_loader, build_pixel_datasets, plain_batches
-from flowdopr.data.encode import Encoding, write_notes, write_shards
+from flowdopr.data import build_loader, plain_batches
 from flowdopr.data.loader import epoch_picks
+from flowdopr.latents import build_datasets, build_pixel_datasets
+from flowdopr.latents.shards import Encoding, write_notes, write_shards
 
 RECORD = {"name": "arithmetic", "weights_sha256": "0" * 64, "scale": 1.0, "shift": 0.0}
 SHAPE = (4, 4, 4)

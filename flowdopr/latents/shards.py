@@ -3,7 +3,6 @@
 Shapes: images float32 `(B, C, H, W)` in [-1, 1]; means and deviations `(B, L, h, w)`.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowdopr.data.info import Datasets
-from flowdopr.data.latents import NOTES, SPLITS
 from flowdopr.data.loader import span_batches
-from flowdopr.disk import replacing, write_text
+from flowdopr.disk import file_sha256, replacing, write_text
+from flowdopr.latents.cached import NOTES, SPLITS
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 KEPT = ("posterior", "mean")
@@ -113,7 +112,7 @@ def write_notes(
     for span in encoding.spans(datasets):
         path = out / span.file
         entry = {"file": span.file, "images": len(span.images), "bytes": path.stat().st_size}
-        shards[span.split].append(entry | {"sha256": _sha256(path)})
+        shards[span.split].append(entry | {"sha256": file_sha256(path)})
     notes = {
         "format": 1,
         "source": {"data": encoding.source, "info": datasets.info.to_dict()},
@@ -181,11 +180,3 @@ def _stored(x: Tensor, encoder: Encoder, encoding: Encoding) -> Iterator[tuple[s
 def _save(path: Path, tensors: dict[str, Tensor], identity: str) -> None:
     with replacing(path) as part:
         save_file(tensors, part, metadata={"flowdopr": identity})
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

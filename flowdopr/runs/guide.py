@@ -13,7 +13,7 @@ from torch import nn
 
 from flowdopr.config import Config, ConfigError
 from flowdopr.data import DatasetInfo
-from flowdopr.train.run_folder import RunFolder
+from flowdopr.runs.folder import RunFolder
 
 SAME_FLOW = ("path", "path_options", "prediction")
 

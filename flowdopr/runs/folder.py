@@ -26,7 +26,7 @@ from flowdopr.config import Config, ConfigError, load_config, to_dict, to_yaml
 from flowdopr.data import DatasetInfo
 from flowdopr.disk import LOCK, to_disk, write_text
 from flowdopr.models import build_model
-from flowdopr.train.averages import (
+from flowdopr.runs.averages import (
     CHECKPOINTS,
     LEFT,
     averages_of,
@@ -35,7 +35,7 @@ from flowdopr.train.averages import (
     posthoc_weights,
     steps_in,
 )
-from flowdopr.train.provenance import with_earlier
+from flowdopr.runs.provenance import with_earlier
 
 # Settings that may change when a run goes on: they do not change what the weights become.
 FREE_ON_RESUME = (

@@ -25,12 +25,46 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flowdopr.config import DataConfig
+from flowdopr.config import Config, DataConfig
+from flowdopr.data import build_image_datasets
 from flowdopr.data.info import DatasetInfo, Datasets
 from flowdopr.data.memory import ImageDataset, Picks
 
 NOTES = "latents.json"
 SPLITS = ("train", "held_out")
+
+
+def build_datasets(config: Config) -> Datasets:
+    """The data set that `config.data` names: latents, or images.
+
+    Raises:
+        ValueError: as `open_latents` and `data.build_image_datasets`.
+    """
+    data = config.data
+    return open_latents(data) if data.name == "latents" else build_image_datasets(data)
+
+
+def build_pixel_datasets(config: Config) -> Datasets:
+    """The images themselves: for latents those that were encoded, else the data set of the config.
+
+    Raises:
+        ValueError: as `data.build_image_datasets`; other images than were encoded.
+    """
+    data = config.data
+    if data.name != "latents":
+        return build_image_datasets(data)
+    notes = read_notes(data.root)
+    moved = {"root": data.source_root, "held_out_root": data.held_out_root}
+    moved = {key: place for key, place in moved.items() if place}
+    here = {"download": data.download, "num_workers": data.num_workers}
+    source = DataConfig(**notes["source"]["data"] | moved | here)
+    datasets = build_image_datasets(source)
+    if datasets.info.fingerprint != notes["source"]["info"]["fingerprint"]:
+        raise ValueError(
+            f"data.source_root: the images in '{source.root}' are not those that were encoded into "
+            f"'{data.root}'; give the folder of those"
+        )
+    return datasets
 
 
 def read_notes(root: str | Path) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from pathlib import Path
 from accelerate import PartialState
 
 from flowdopr.config import Config, ConfigError
-from flowdopr.data import Datasets, build_datasets
-from flowdopr.data.encode import Encoding, write_notes, write_shards
-from flowdopr.evaluate.fidelity import float32_is_float32
-from flowdopr.evaluate.generate import device_of, this_process
-from flowdopr.evaluate.progress import counting
-from flowdopr.models import Autoencoder
-from flowdopr.train.provenance import versions
+from flowdopr.data import Datasets, build_image_datasets
+from flowdopr.latents.autoencoder import Autoencoder
+from flowdopr.latents.shards import Encoding, write_notes, write_shards
+from flowdopr.linalg import full_float32
+from flowdopr.processes import device_of, this_process
+from flowdopr.runs.provenance import versions
+from flowdopr.terminal import counting
 
 
 def encode(
@@ -47,7 +47,7 @@ def encode(
         raise ConfigError(f"encode: shard_size {shard_size}, batch_size {batch_size}: 1 or more")
     model = Autoencoder.from_pretrained(autoencoder)
     with state.main_process_first():
-        datasets = build_datasets(config)
+        datasets = build_image_datasets(data)
     settings = data.model_dump(exclude={"num_workers", "download", "autoencoder", "source_root"})
     places = {key: settings[key] for key in ("root", "held_out_root") if settings[key]}
     encoding = Encoding(
@@ -76,7 +76,7 @@ def _write_share(
     device, rank, world = device_of(state), state.process_index, state.num_processes
     model.to(device)
     share = sum(len(span.images) for span in encoding.spans(datasets)[rank::world])
-    with counting("encoding", share, shown=rank == 0) as progress, float32_is_float32():
+    with counting("encoding", share, shown=rank == 0) as progress, full_float32():
         write_shards(
             out,
             datasets,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from flowdopr.models.autoencoder import Autoencoder
+from flowdopr.latents.autoencoder import Autoencoder
 
 
 @pytest.fixture

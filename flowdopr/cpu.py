@@ -1,0 +1,68 @@
+"""Faster ways on the CPU to the results of plain torch calls. Nothing outside knows which is used.
+
+`linear` and `upsampled_conv2d` differ from what they replace by rounding alone, `dropout` by which
+elements it drops.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# With AVX-512, oneDNN's 1x1 convolution runs float32 at full width on every x86 CPU. MKL, which is
+# behind F.linear, uses half of it on other makers' CPUs than its own: half the speed of a DiT.
+ONEDNN_IS_FAST = (
+    torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+)
+# torch gives 1x1 convolutions of fewer images to a slower kernel; fewer rows are faster in MKL.
+ONEDNN_IMAGES, ONEDNN_MIN_ROWS = 16, 512
+# Folding the kernel costs more than the products it saves when the image is smaller than this.
+FOLD_MIN_PIXELS = 64
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, input (..., d_in) and weight (d_out, d_in) -> (..., d_out), computed by oneDNN
+    where that is faster."""
+    rows = input.shape[:-1].numel()
+    suits = ONEDNN_IS_FAST and input.is_cpu and input.dtype == torch.float32
+    if not suits or rows < ONEDNN_MIN_ROWS or rows % ONEDNN_IMAGES:
+        return F.linear(input, weight, bias)
+    # Rows become the pixels of channels-last images one pixel high: views, no copies.
+    pixels = input.reshape(ONEDNN_IMAGES, -1, input.shape[-1]).mT.unsqueeze(2)
+    out = F.conv2d(pixels, weight[:, :, None, None], bias)
+    return out.squeeze(2).mT.reshape(*input.shape[:-1], weight.shape[0])
+
+
+def dropout(input: Tensor, p: float, training: bool) -> Tensor:
+    """`F.dropout`, on the CPU from 16 random bits an element.
+
+    torch draws 32 bits for one element after the other there, which took a twentieth of a U-Net's
+    training step. On the CPU p is rounded to a multiple of 2^-16, and kept elements are scaled by
+    the rounded value.
+    """
+    dropped = round(p * 2**16)
+    compiled = torch.compiler.is_compiling()  # the compiler draws and multiplies in one pass
+    if not training or not input.is_cpu or compiled or dropped in (0, 2**16):
+        return F.dropout(input, p, training)
+    words = torch.empty((input.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    bits = words.view(torch.int16)[: input.numel()]
+    mask = torch.empty_like(input)
+    in_memory_order = mask.as_strided(bits.shape, (1,))
+    in_memory_order.copy_(bits >= dropped - 2**15).mul_(2**16 / (2**16 - dropped))
+    return input * mask
+
+
+def upsampled_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 3x3 convolution with padding 1 of `input` enlarged twice by nearest neighbour:
+    (B, C, H, W) -> (B, C', 2 H, 2 W).
+
+    Each output pixel sees only 2x2 different input pixels, so the rows and columns of the kernel
+    that fall on one pixel are added first. This gives a transposed convolution of stride 2 with a
+    4x4 kernel: four products an output pixel instead of nine, and no enlarged image in memory.
+    """
+    if input.shape[-2] * input.shape[-1] < FOLD_MIN_PIXELS:
+        enlarged = F.interpolate(input, scale_factor=2, mode="nearest")
+        return F.conv2d(enlarged, weight, bias, padding=1)
+    # Sums of 2x2 neighbours with a border of zeros: 3x3 -> 4x4.
+    folded = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)
+    kernel = folded.flip(2, 3).transpose(0, 1)  # a transposed convolution mirrors its kernel
+    return F.conv_transpose2d(input, kernel, bias, stride=2, padding=1)

@@ -1,0 +1,10 @@
+"""Latents: the autoencoder, encoding a data set once, and training on what was encoded.
+
+`build_datasets` is what the rooms above call for any data set, of latents or of pixels.
+"""
+
+from flowdopr.latents.autoencoder import Autoencoder, load_decoder
+from flowdopr.latents.cached import build_datasets, build_pixel_datasets
+from flowdopr.latents.encode import encode
+
+__all__ = ["Autoencoder", "build_datasets", "build_pixel_datasets", "encode", "load_decoder"]
