@@ -1,4 +1,4 @@
-"""Batched matrix functions, and the precision in which matrix products are taken."""
+"""Batched matrix functions, the precision of matrix products, and the shards of tensors."""
 
 import contextlib
 from collections.abc import Iterator
@@ -103,3 +103,33 @@ def unstack_blocks(stacked: Tensor, like: list[Tensor]) -> list[Tensor]:
         else tensor
         for tensor, p in zip(tensors, like, strict=True)
     ]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether `tensor` is a DTensor."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows of a sharded tensor (DTensor) that this process holds; other tensors unchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like_shard(rows: Tensor, tensor: Tensor) -> Tensor:
+    """The inverse of `local`: `rows` as the shard of a DTensor placed as `tensor` is."""
+    if not isinstance(tensor, DTensor):
+        return rows
+    return DTensor.from_local(
+        rows,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
+def signs(tensors: list[Tensor]) -> list[Tensor]:
+    """The sign of each tensor, also of DTensors, for which torch 2.11 has no foreach form."""
+    found = torch._foreach_sign([local(tensor) for tensor in tensors])
+    return [like_shard(sign, tensor) for sign, tensor in zip(found, tensors, strict=True)]

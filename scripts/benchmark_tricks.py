@@ -37,13 +37,13 @@ TRICKS: dict[str, tuple[dict[str, Any], dict[str, object]]] = {
     "all": ({}, {}),
     "no refresh interval": ({"refresh_every": 1}, {}),
     "no row subsampling": ({"max_rows": "all"}, {}),
-    "no triangular Grams": ({}, {"flowdopr.optim.layers.add_gram": whole_gram}),
-    "no batched inverses": ({}, {"flowdopr.optim.preconditioner.MAX_TOGETHER": 0}),
-    "no batched application": ({}, {"flowdopr.optim.apply.MAX_TOGETHER": 0}),
-    "no oneDNN products": ({}, {"flowdopr.optim.layers.linear": torch.nn.functional.linear}),
+    "no triangular Grams": ({}, {"flowdopr.optim.dopr.views.add_second_moment": whole_gram}),
+    "no batched inverses": ({}, {"flowdopr.optim.dopr.transforms.MAX_INVERTED": 0}),
+    "no batched application": ({}, {"flowdopr.optim.dopr.transforms.MAX_MULTIPLIED": 0}),
+    "no oneDNN products": ({}, {"flowdopr.optim.dopr.views.linear": torch.nn.functional.linear}),
     "no shared statistics": (
         {},
-        {"flowdopr.optim.statistics.Statistics._compare_input": lambda *_: None},
+        {"flowdopr.optim.dopr.statistics.Statistics._compare_input": lambda *_: None},
     ),
     "no shared kernel offsets": ({"conv_mode": "full"}, {}),
 }

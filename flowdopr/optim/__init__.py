@@ -3,10 +3,9 @@
 from flowdopr.linalg import newton_schulz
 from flowdopr.optim.adamuon import AdaMuon
 from flowdopr.optim.build import OPTIMIZER_NAMES, build_optimizer
-from flowdopr.optim.dopr import DoPr
+from flowdopr.optim.dopr import DoPr, LayerRule
 from flowdopr.optim.kfac import KFAC
 from flowdopr.optim.muon import Muon
-from flowdopr.optim.plan import LayerRule
 from flowdopr.optim.roles import (
     Role,
     check_claimed,

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdopr.linalg import NS_COEFFICIENTS, same_shape, stack_blocks, unstack_blocks
+from flowdopr.linalg import NS_COEFFICIENTS, same_shape, signs, stack_blocks, unstack_blocks
 from flowdopr.optim.matrix import MatrixOptimizer, decay_weights
 from flowdopr.optim.muon import orthogonalised
-from flowdopr.optim.world import signs
 
 UPDATE_RMS = 0.2
 
@@ -30,13 +29,13 @@ class AdaMuon(MatrixOptimizer):
 
     Args:
         params, weight_decay, nesterov, ns_steps, ns_coefficients, ns_dtype, betas, adamw_lr,
-            adamw_for, split_heads: as in `Muon`.
+            adamw_for: as in `Muon`.
         lr: learning rate of all groups, in AdamW's units.
         momentum: b above, of the momentum and of the second moment.
         eps: in both denominators, and in the AdamW inside.
 
     Raises:
-        ValueError: a value out of range, a pattern that matches nothing, or no heads to split.
+        ValueError: a value out of range, or a pattern that matches nothing.
     """
 
     gp = "adamuon"
@@ -56,7 +55,6 @@ class AdaMuon(MatrixOptimizer):
         eps: float = 1e-8,
         adamw_lr: float | None = None,
         adamw_for: Sequence[str] = (),
-        split_heads: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -69,7 +67,7 @@ class AdaMuon(MatrixOptimizer):
             "betas": betas,
             "eps": eps,
         }
-        super().__init__(params, defaults, adamw_lr, adamw_for, split_heads)
+        super().__init__(params, defaults, adamw_lr, adamw_for)
 
     def _matrix_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
         squares = self.buffers(params, "second_moment")

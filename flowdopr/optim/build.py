@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flowdopr.linalg import is_sharded
 from flowdopr.optim.adamuon import AdaMuon
 from flowdopr.optim.dopr import DoPr
 from flowdopr.optim.kfac import KFAC
@@ -20,7 +21,6 @@ from flowdopr.optim.muon import Muon
 from flowdopr.optim.roles import parameter_groups
 from flowdopr.optim.rownorm import RowNorm
 from flowdopr.optim.signum import Signum
-from flowdopr.optim.world import is_sharded
 
 
 def sgd(

@@ -31,7 +31,6 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         defaults: dict[str, Any],
         adamw_lr: float | None = None,
         adamw_for: Sequence[str] = (),
-        split_heads: bool = False,
     ) -> None:
         for name in ("lr", "eps", "weight_decay"):
             if not defaults[name] >= 0:
@@ -46,12 +45,9 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
                 raise ValueError(f"{self.gp}: momentum and betas must lie in [0, 1), got {value}")
         if isinstance(params, nn.Module):
             decay = defaults["weight_decay"]
-            groups = parameter_groups(
-                params, self.gp, weight_decay=decay, adamw_for=adamw_for, split_heads=split_heads
-            )
-        elif adamw_for or split_heads:
-            name = "adamw_for" if adamw_for else "split_heads"
-            raise ValueError(f"{self.gp}: {name} needs a model, not a list of parameters")
+            groups = parameter_groups(params, self.gp, weight_decay=decay, adamw_for=adamw_for)
+        elif adamw_for:
+            raise ValueError(f"{self.gp}: adamw_for needs a model, not a list of parameters")
         else:
             groups = split_by_dimension(params, self.gp)
         if adamw_lr is not None:

@@ -60,11 +60,9 @@ class Muon(MatrixOptimizer):
         adamw_lr: learning rate of the AdamW inside, if not `lr`.
         adamw_for: regular expressions on names of matrices that AdamW shall update instead, such
             as first and last layers; needs a model.
-        split_heads: treat each attention head of a q, k, v projection as a matrix of its own, where
-            its Linear has an integer attribute `heads` (see `roles.py`); needs a model.
 
     Raises:
-        ValueError: a value out of range, a pattern that matches nothing, or no heads to split.
+        ValueError: a value out of range, or a pattern that matches nothing.
     """
 
     gp = "muon"
@@ -85,7 +83,6 @@ class Muon(MatrixOptimizer):
         eps: float = 1e-8,
         adamw_lr: float | None = None,
         adamw_for: Sequence[str] = (),
-        split_heads: bool = False,
     ) -> None:
         if adjust_lr not in SCALES:
             raise ValueError(f"muon: adjust_lr='{adjust_lr}' is not one of {', '.join(SCALES)}")
@@ -101,7 +98,7 @@ class Muon(MatrixOptimizer):
             "betas": betas,
             "eps": eps,
         }
-        super().__init__(params, defaults, adamw_lr, adamw_for, split_heads)
+        super().__init__(params, defaults, adamw_lr, adamw_for)
 
     def _matrix_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
         updates = self.momentum(params, group)

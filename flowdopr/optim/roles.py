@@ -1,29 +1,30 @@
 """Which parameter is what: the one place that decides who updates a parameter and who decays it.
 
-A parameter's role follows from the module that owns it:
+The role of a parameter follows from the module that owns it:
 
     matrix     weight of a Linear, projections of nn.MultiheadAttention
     conv       weight of a convolution, transposed or not, in any number of dimensions
     embedding  weight of an Embedding
     norm       weight and bias of a normalisation layer
     bias       any other parameter whose name ends in "bias"
-    table      a lone tensor of two or more dimensions, such as learned positions
-    vector     a lone tensor of fewer dimensions
+    table      another tensor of two or more dimensions, such as learned positions
+    vector     another tensor of fewer dimensions
 
-Weight decay belongs to matrices and convolutions alone. A module may say that its weight holds
-several matrices stacked along the rows (q, k and v; the chunks of an adaLN modulation) with an
-integer attribute `fused_blocks`; the groups of a convolution count as such blocks as well. A Linear
-whose output is attention's, (fused_blocks, heads, head width) along its rows, may say how many
-heads with an integer attribute `heads`; nn.MultiheadAttention has its own `num_heads`.
+A weight under `torch.nn.utils.parametrize` has the role of the layer's weight if it has its shape:
+the parameter inside is what the optimizer moves. Weight decay is for matrices and convolutions
+alone. A module may say that its weight holds several matrices stacked along the rows (q, k and v;
+the chunks of an adaLN modulation) with an integer attribute `fused_blocks`; the groups of a
+convolution count as such blocks as well.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 DECAYED = ("matrix", "conv")
@@ -38,14 +39,12 @@ class Role:
         parameter: the tensor itself.
         kind: one of the roles listed at the top of this file.
         blocks: how many matrices are stacked along its first axis.
-        heads: how many attention heads the rows of each of these are.
     """
 
     name: str
     parameter: nn.Parameter
     kind: str
     blocks: int = 1
-    heads: int = 1
 
 
 def parameter_roles(model: nn.Module) -> list[Role]:
@@ -58,16 +57,21 @@ def parameter_roles(model: nn.Module) -> list[Role]:
         ValueError: a `fused_blocks` that does not divide the rows of its weight.
     """
     roles: dict[nn.Parameter, Role] = {}
+    inside: dict[nn.Parameter, tuple[str, int]] = {}  # kind and blocks of parametrized weights
     for prefix, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            inside |= _parametrized(module)
         for leaf, parameter in module.named_parameters(recurse=False):
-            kind = _kind(module, leaf, parameter)
+            kind, blocks = inside.get(parameter) or (
+                _kind(module, leaf, parameter),
+                _blocks(module, leaf, parameter),
+            )
             known = roles.get(parameter)
             if known is None:
                 name = f"{prefix}.{leaf}" if prefix else leaf
-                blocks, heads = _blocks(module, leaf, parameter), _heads(module, leaf)
-                roles[parameter] = Role(name, parameter, kind, blocks, heads)
+                roles[parameter] = Role(name, parameter, kind, blocks)
             elif kind == "embedding":
-                roles[parameter] = Role(known.name, parameter, kind)
+                roles[parameter] = replace(known, kind=kind, blocks=1)
     for role in roles.values():
         rows = role.parameter.shape[0] if role.parameter.ndim else 1
         if role.blocks < 1 or rows % role.blocks:
@@ -78,7 +82,19 @@ def parameter_roles(model: nn.Module) -> list[Role]:
     return list(roles.values())
 
 
-def _kind(module: nn.Module, leaf: str, parameter: nn.Parameter) -> str:
+def _parametrized(module: nn.Module) -> dict[nn.Parameter, tuple[str, int]]:
+    """Kind and blocks of the parameters inside the parametrized tensors of `module` that have the
+    shape of the tensor they make."""
+    found = {}
+    for leaf, inner in module.parametrizations.items():  # pyright: ignore
+        whole = getattr(module, leaf)
+        for parameter in inner.parameters(recurse=False):
+            if parameter.shape == whole.shape:
+                found[parameter] = (_kind(module, leaf, whole), _blocks(module, leaf, whole))
+    return found
+
+
+def _kind(module: nn.Module, leaf: str, parameter: torch.Tensor) -> str:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding"
     if isinstance(module, NORMS):
@@ -94,7 +110,7 @@ def _kind(module: nn.Module, leaf: str, parameter: nn.Parameter) -> str:
     return "table" if parameter.ndim >= 2 else "vector"
 
 
-def _blocks(module: nn.Module, leaf: str, parameter: nn.Parameter) -> int:
+def _blocks(module: nn.Module, leaf: str, parameter: torch.Tensor) -> int:
     if parameter.ndim < 2:
         return 1
     blocks = int(getattr(module, "fused_blocks", 1))
@@ -105,21 +121,12 @@ def _blocks(module: nn.Module, leaf: str, parameter: nn.Parameter) -> int:
     return blocks
 
 
-def _heads(module: nn.Module, leaf: str) -> int:
-    if isinstance(module, nn.MultiheadAttention) and leaf.endswith("proj_weight"):
-        return module.num_heads
-    if isinstance(module, nn.Linear) and leaf == "weight":
-        return int(getattr(module, "heads", 1))
-    return 1
-
-
 def parameter_groups(
     model: nn.Module,
     gp: str,
     *,
     weight_decay: float,
     adamw_for: Sequence[str] | None = None,
-    split_heads: bool = False,
 ) -> list[dict]:
     """Parameter groups for every trainable parameter of `model`.
 
@@ -130,11 +137,9 @@ def parameter_groups(
             and convolutions only, everything else goes to groups with gp "adamw", and so do the
             matrices whose names match one of these regular expressions (first and last layers,
             say). The method's groups then carry `fused_blocks`.
-        split_heads: count each attention head of the method's matrices as a block of its own.
 
     Raises:
-        ValueError: a pattern that matches no parameter, a model without trainable parameters, or
-            `split_heads` where no matrix of the method has several heads, or its rows do not fit.
+        ValueError: a pattern that matches no parameter, or a model without trainable parameters.
     """
     roles = [role for role in parameter_roles(model) if role.parameter.requires_grad]
     if not roles:
@@ -143,34 +148,17 @@ def parameter_groups(
         if not any(re.search(pattern, role.name) for role in roles):
             raise ValueError(f"adamw_for: pattern '{pattern}' matches no parameter of the model")
     groups: dict[tuple, dict] = {}
-    found_heads = False
     for role in roles:
         decay = weight_decay if role.kind in DECAYED else 0.0
         name, blocks = gp, 1
         if adamw_for is not None:
             if role.kind in DECAYED and not any(re.search(p, role.name) for p in adamw_for):
-                blocks = _blocks_of_heads(role) if split_heads else role.blocks
-                found_heads |= role.heads > 1
+                blocks = role.blocks
             else:
                 name = "adamw"
         group = {"params": [], "gp": name, "fused_blocks": blocks, "weight_decay": decay}
         groups.setdefault((name, blocks, decay), group)["params"].append(role.parameter)
-    if split_heads and not found_heads:
-        raise ValueError(
-            f"split_heads: no matrix of {type(model).__name__} that {gp} updates has several "
-            "heads: leave it out, or set the integer attribute 'heads' of its q, k, v Linear"
-        )
     return list(groups.values())
-
-
-def _blocks_of_heads(role: Role) -> int:
-    blocks, rows = role.blocks * role.heads, role.parameter.shape[0]
-    if blocks < 1 or rows % blocks:
-        raise ValueError(
-            f"parameter '{role.name}' has {rows} rows, which fused_blocks={role.blocks} times "
-            f"heads={role.heads} does not divide: correct its layer's heads"
-        )
-    return blocks
 
 
 def split_by_dimension(params: Iterable, gp: str) -> list[dict]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from flowdopr.linalg import signs
 from flowdopr.optim.matrix import call_closure, decay_weights
-from flowdopr.optim.world import signs
 
 
 class Signum(torch.optim.Optimizer):

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowdopr.optim.dopr import DoPr
-from flowdopr.optim.plan import LayerRule
+from flowdopr.optim.dopr import DoPr, LayerRule
 
 
 @dataclass(frozen=True)

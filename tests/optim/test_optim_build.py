@@ -33,7 +33,7 @@ def test_all_rows_can_be_asked_for_by_name(options):
     model = network()
     optimizer = build_optimizer(model, "dopr-sgd", 0.1, **options)
     model(torch.zeros(5000, 3)).sum().backward()
-    assert [s.fresh.count for s in optimizer.statistics.all] == [5000, 5000]
+    assert [s.unused.rows for s in optimizer.statistics.moments] == [5000, 5000]
 
 
 def test_rules_may_be_dicts():

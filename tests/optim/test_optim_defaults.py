@@ -8,9 +8,8 @@ import torch
 from layer_cases import one_step
 from torch import Tensor, nn
 
-from flowdopr.optim.dopr import DoPr
-from flowdopr.optim.layers import kept_rows
-from flowdopr.optim.plan import LayerRule
+from flowdopr.optim.dopr import DoPr, LayerRule
+from flowdopr.optim.dopr.views import kept_rows
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 linear, conv, transposed = (  # without numbers: only their shapes are asked for
@@ -190,7 +189,9 @@ def test_layers_that_keep_different_rows_share_no_statistic() -> None:
     model(z).sin().sum().backward()
     grads = [p.grad for p in model.parameters()]
     optimizer.step()
-    twins = {s.name: s.twin.name if s.twin else None for s in optimizer.statistics.all}
+    twins = {
+        s.name: s.shared_with.name if s.shared_with else None for s in optimizer.statistics.moments
+    }
     assert twins == {"a": None, "b": None, "c": "a"}
     few = z[kept_rows(50, 9, z.device)]
     for weight, old, grad, rows in zip(model.parameters(), before, grads, (z, few, z), strict=True):

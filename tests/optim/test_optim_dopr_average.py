@@ -48,10 +48,10 @@ def test_the_warm_up_goes_on_after_a_resume_and_skips_what_was_not_finite() -> N
     straight = train(layer, optimizer, inputs), layer.weight.grad
     first, before = make(0.95)
     train(first, before, [*inputs[:4], torch.full((9, 4), torch.nan).double(), inputs[5]])
-    assert before.preconditioner.records()[""].refreshes == 2
+    assert before.diagnostics()[""].refreshes == 2
     second, after = make(0.95)
     after.load_state_dict(copy.deepcopy(before.state_dict()))
-    assert after.preconditioner.records()[""].refreshes == 2
+    assert after.diagnostics()[""].refreshes == 2
     resumed = train(second, after, inputs[4:]), second.weight.grad
     for ours, expected in zip(resumed, straight, strict=True):
         assert torch.equal(ours, expected)

@@ -19,7 +19,7 @@ def test_a_compiled_model_gathers_without_recompiling() -> None:
         for step in range(7):
             optimizer.zero_grad()
             forward(batch(step)).square().mean().backward()
-            counts = [s.fresh.count for s in optimizer.statistics.all]
+            counts = [s.unused.rows for s in optimizer.statistics.moments]
             assert counts == ([96, 6, 6] if step % 3 == 0 else [0, 0, 0])
             optimizer.step()
         assert counters["stats"].get("unique_graphs", 0) == int(compiled)
@@ -36,7 +36,7 @@ def test_half_precision_weights_have_float32_statistics(dtype: torch.dtype) -> N
         optimizer.zero_grad()
         model(batch(step).to(dtype)).square().mean().backward()
         optimizer.step()
-    assert {s.sigma.dtype for s in optimizer.statistics.all if s.sigma is not None} == {
+    assert {s.sigma.dtype for s in optimizer.statistics.moments if s.sigma is not None} == {
         torch.float32
     }
     assert all(p.dtype == dtype and torch.isfinite(p).all() for p in model.parameters())
@@ -51,5 +51,5 @@ def test_autocast_does_not_reach_the_statistics() -> None:
             loss = model(batch(0)).square().mean()
         loss.backward()
         optimizer.step()
-        sigmas.append(optimizer.statistics.all[0].sigma)
+        sigmas.append(optimizer.statistics.moments[0].sigma)
     assert torch.equal(*sigmas)

@@ -53,7 +53,7 @@ def test_resume_is_bitwise(stop: int, cov_decay: float, form: str) -> None:
     resumed.load_state_dict(saved[1])
     train(second, resumed, range(stop, 10))
     assert same(weights(straight), weights(second))
-    numbers = resumed.preconditioner.records()["0"]
+    numbers = resumed.diagnostics()["0"]
     assert (numbers.refreshes, numbers.skipped) == (5, 0)
 
 
@@ -66,9 +66,9 @@ def test_state_goes_through_a_file(tmp_path) -> None:
     other = adamw(small_model())
     other.load_state_dict(state)
     assert other.steps == 2
-    sigma = other.statistics.all[0].sigma
+    sigma = other.statistics.moments[0].sigma
     assert sigma is not None
-    assert torch.equal(sigma.tril(), optimizer.statistics.all[0].sigma.tril())
+    assert torch.equal(sigma.tril(), optimizer.statistics.moments[0].sigma.tril())
 
 
 def test_state_of_a_bare_optimizer_or_another_model_is_refused() -> None:
@@ -133,7 +133,7 @@ def test_activation_checkpointing_counts_once(reentrant: bool, form: str) -> Non
             optimizer.zero_grad()
             for half in torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(step)):
                 model(half).square().mean().backward()
-            counts = [s.fresh.count + s.used.count for s in optimizer.statistics.all]
+            counts = [s.unused.rows + s.used.rows for s in optimizer.statistics.moments]
             assert counts == ([12] * 4 if step % 2 == 0 else [0] * 4)
             optimizer.step()
         runs.append(weights(model))
@@ -208,7 +208,7 @@ def test_statistics_are_gathered_on_refresh_steps_only() -> None:
     weight_of = []
     for step in range(7):
         train(model, optimizer, range(step, step + 1))
-        weight_of.append(optimizer.preconditioner.records()["0"].weight)
+        weight_of.append(optimizer.diagnostics()["0"].ema_weight)
     assert weight_of[0] == weight_of[2] < weight_of[3] == weight_of[5] < weight_of[6]
 
 
@@ -256,7 +256,7 @@ def test_copies_of_the_optimizer_are_refused_and_of_the_model_are_inert() -> Non
         pickle.dumps(optimizer)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         twin(batch(0)).sum().backward()
-    assert all(s.fresh.count == 0 for s in optimizer.statistics.all)
+    assert all(s.unused.rows == 0 for s in optimizer.statistics.moments)
 
 
 @pytest.mark.parametrize("how", ["close", "forget"])
@@ -274,4 +274,4 @@ def test_keyword_inputs_count() -> None:
     layer = nn.Linear(3, 2)
     optimizer = adamw(layer)
     layer(input=torch.ones(4, 3)).sum().backward()
-    assert optimizer.statistics.all[0].fresh.count == 4
+    assert optimizer.statistics.moments[0].unused.rows == 4

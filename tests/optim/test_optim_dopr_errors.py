@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.optim import LBFGS
 
 from flowdopr.optim import build_optimizer
-from flowdopr.optim.dopr import DoPr
+from flowdopr.optim.dopr import DoPr, LayerRule
 from flowdopr.optim.kfac import KFAC
-from flowdopr.optim.plan import LayerRule
 
 BAD: list[tuple[str, Callable[[nn.Module], DoPr]]] = [
     ("damping is -1", lambda m: adamw(m, damping=-1)),
@@ -122,7 +121,7 @@ def test_sigma_is_factored_in_full_precision_and_t_applied_in_the_programs(
 
     layer = nn.Linear(3, 2)
     optimizer = adamw(layer, form=form)
-    case = optimizer.statistics.all[0].case
+    case = optimizer.statistics.moments[0].view
     monkeypatch.setattr(case, "multiply", noting("apply", case.multiply))
     factor = noting("factor", torch.linalg.cholesky_ex)
     monkeypatch.setattr(torch.linalg, "cholesky_ex", factor)
@@ -142,10 +141,10 @@ def test_transforms_of_torch_func_pass_by() -> None:
     optimizer = adamw(model, refresh_every=1)
     x = torch.randn(5, 6, 2, 4, 4)
     torch.testing.assert_close(torch.vmap(model)(x), torch.stack([model(part) for part in x]))
-    assert [s.fresh.count for s in optimizer.statistics.all[1:]] == [30, 30]
+    assert [s.unused.rows for s in optimizer.statistics.moments[1:]] == [30, 30]
     weights = dict(model.named_parameters())
     torch.func.grad(lambda w: torch.func.functional_call(model, w, (x[0],)).sum())(weights)
-    assert [s.fresh.count for s in optimizer.statistics.all[1:]] == [30, 30]
+    assert [s.unused.rows for s in optimizer.statistics.moments[1:]] == [30, 30]
 
 
 def test_a_closed_dopr_steps_no_more() -> None:

@@ -5,14 +5,13 @@ import copy
 import pytest
 import reference
 import torch
-from layer_cases import adamw
-from torch import Tensor, nn
-
-from flowdopr.optim.dopr import DoPr
 from flowdopr.optim.dual import DualCase, dual_transform
 from flowdopr.optim.inverse import Form
 from flowdopr.optim.layers import LinearCase
-from flowdopr.optim.plan import LayerRule
+from layer_cases import adamw
+from torch import Tensor, nn
+
+from flowdopr.optim.dopr import DoPr, LayerRule
 
 
 def singular(step: int) -> Tensor:
@@ -44,8 +43,8 @@ def test_a_resume_is_bitwise_whatever_failed_before(saved_at: int, settings: dic
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     after.load_state_dict(copy.deepcopy(before.state_dict()))
     train(second, after, range(saved_at, 8))
-    assert expected.preconditioner.records()[""].least_damping > 0
-    assert after.preconditioner.records() == expected.preconditioner.records()
+    assert expected.diagnostics()[""].least_damping > 0
+    assert after.diagnostics() == expected.diagnostics()
     assert torch.equal(second.weight, straight.weight)
 
 
@@ -69,7 +68,7 @@ def test_damping_that_failed_stays_raised_and_a_higher_schedule_wins() -> None:
     seen = []
     for step in range(11):
         train(layer, optimizer, range(step, step + 1))
-        seen.append(optimizer.preconditioner.records()[""].damping)
+        seen.append(optimizer.diagnostics()[""].damping)
     assert seen[0] == seen[1] == pytest.approx(1e-8)
     assert seen[2] == pytest.approx(10 * torch.finfo(torch.float32).eps)
     assert seen[-1] == pytest.approx(0.5)
@@ -113,7 +112,7 @@ def test_a_dual_layer_forgets_one_large_window() -> None:
         optimizer.zero_grad()
         layer(torch.randn(rows, 40)).sum().backward()
         optimizer.step()
-        shapes.append(optimizer.statistics.all[0].sigma.shape[2])
+        shapes.append(optimizer.statistics.moments[0].sigma.shape[2])
     assert shapes == [4, 200, 4, 4]
 
 
@@ -126,7 +125,7 @@ def test_a_dual_layer_without_finite_rows_takes_the_bare_step_if_their_number_ch
     layer(torch.full((5, 40), torch.nan)).sum().backward()
     layer.weight.grad, layer.bias.grad = torch.ones(2, 40), torch.ones(2)
     optimizer.step()
-    assert optimizer.preconditioner.records()[""].weight == 0
+    assert optimizer.diagnostics()[""].ema_weight == 0
     torch.testing.assert_close(layer.weight.grad, torch.ones(2, 40))
 
 
@@ -139,5 +138,5 @@ def test_an_overflowing_sigma_gives_no_nan() -> None:
     for parameter in layer.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    assert torch.isfinite(optimizer.statistics.all[0].transform).all()
+    assert torch.isfinite(optimizer.transforms[0]).all()
     assert torch.isfinite(layer.weight).all()

@@ -162,7 +162,7 @@ def test_the_damping_schedule_is_geometric_and_survives_a_resume() -> None:
         optimizer.step()
     other = adamw(small_model(), damping=(0.01, 1.0, 10), refresh_every=4)
     other.load_state_dict(optimizer.state_dict())
-    for mine, theirs in zip(optimizer.statistics.all, other.statistics.all, strict=True):
+    for mine, theirs in zip(optimizer.statistics.moments, other.statistics.moments, strict=True):
         assert torch.equal(mine.transform, theirs.transform)
 
 

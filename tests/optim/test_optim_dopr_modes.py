@@ -6,10 +6,10 @@ import torch
 from layer_cases import conv, one_step, small_model
 from torch import Tensor, nn
 
-from flowdopr.optim.conv import channel_rows, patch_rows
-from flowdopr.optim.dopr import DoPr
-from flowdopr.optim.layers import kept_rows, number_of_blocks, vector_rows
-from flowdopr.optim.plan import LayerRule
+from flowdopr.optim.dopr import DoPr, LayerRule
+from flowdopr.optim.dopr.conv_views import channel_rows, patch_rows
+from flowdopr.optim.dopr.layers import fewest_blocks
+from flowdopr.optim.dopr.views import kept_rows, vector_rows
 
 
 def tokens(width: int, scale: float = 1.0) -> Tensor:
@@ -184,7 +184,7 @@ def test_forwards_of_unequal_size_count_by_their_size(mode: str) -> None:
     ],
 )
 def test_blocks_are_few(dim: int, side: int, blocks: int) -> None:
-    assert number_of_blocks(dim, side) == blocks
+    assert fewest_blocks(dim, side) == blocks
 
 
 def test_convolutions_of_one_and_three_axes() -> None:

@@ -11,8 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from two_ranks import on_two_ranks
 
-from flowdopr.optim.dopr import DoPr
-from flowdopr.optim.plan import LayerRule
+from flowdopr.optim.dopr import DoPr, LayerRule
 
 SETTINGS = {
     "ddp": {},
@@ -186,12 +185,12 @@ def test_a_layer_that_runs_on_one_rank_only_neither_hangs_nor_drifts(ranks: list
     first, second = (rank["ddp-routed"][0] for rank in ranks)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
-    assert ranks[0]["ddp-routed"][1]["twins"] == {"right": "left"}
+    assert ranks[0]["ddp-routed"][1]["shared"] == {"right": "left"}
 
 
 def test_one_rank_that_notices_is_enough_to_part_twins_on_all(ranks: list[dict]) -> None:
     (first, state), (second, other) = (rank["ddp-parted"] for rank in ranks)
-    assert state["twins"] == other["twins"] == {}
+    assert state["shared"] == other["shared"] == {}
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 

@@ -25,7 +25,7 @@ def test_accelerate_does_not_end_the_sharing_of_statistics():
     wrapped_model, wrapped = Accelerator(cpu=True).prepare(model, optimizer)
     wrapped_model(torch.randn(8, 4)).square().mean().backward()
     wrapped.step()
-    twins = [s.twin.name if s.twin else None for s in optimizer.statistics.all]
+    twins = [s.shared_with.name if s.shared_with else None for s in optimizer.statistics.moments]
     assert twins == [None, "q"]
 
 

@@ -42,9 +42,11 @@ def test_modules_fed_the_same_tensor_share_one_statistic_and_change_nothing() ->
         model.apart = apart
         optimizer = adamw(model, refresh_every=2)
         runs.append(train(model, optimizer, range(6)))
-        twins = [s.twin.name if s.twin else None for s in optimizer.statistics.all]
+        twins = [
+            s.shared_with.name if s.shared_with else None for s in optimizer.statistics.moments
+        ]
         assert twins == [None, "q", None if apart else "q", None]
-        kept = [s.sigma is not None for s in optimizer.statistics.all]
+        kept = [s.sigma is not None for s in optimizer.statistics.moments]
         assert kept == [twin is None for twin in twins]
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
@@ -87,9 +89,9 @@ def test_parted_twins_have_statistics_of_their_own_from_the_next_refresh_on() ->
         model.apart = True
         train(model, optimizer, range(1, 2))  # notices
         train(model, optimizer, range(2, 3))  # gathers for itself
-        v = optimizer.statistics.all[2]
-        assert (v.name, v.twin) == ("v", None)
-        ends.append((v.transform, optimizer.statistics.all[0].transform))
+        v = optimizer.statistics.moments[2]
+        assert (v.name, v.shared_with) == ("v", None)
+        ends.append((v.transform, optimizer.transforms[0]))
     for shared, alone in zip(*ends, strict=True):
         torch.testing.assert_close(shared, alone)
 
@@ -103,10 +105,10 @@ def test_a_twin_outlives_a_leader_that_no_longer_runs() -> None:
         x = (step + 1) * torch.randn(5, 3)
         (first(x) + second(x) if step == 0 else second(x)).square().mean().backward()
         optimizer.step()
-    own = optimizer.statistics.all[1]
-    assert own.twin is None
+    own = optimizer.statistics.moments[1]
+    assert own.shared_with is None
     torch.testing.assert_close(
-        (own.sigma / optimizer.preconditioner.records()["1"].weight)[0, 0].tril(),
+        (own.sigma / optimizer.diagnostics()["1"].ema_weight)[0, 0].tril(),
         (x.mT @ x / 5).tril(),
     )
 
@@ -120,7 +122,12 @@ def test_recomputed_forwards_pair_once() -> None:
             x = data(step).requires_grad_()
             checkpoint(model, x, use_reentrant=reentrant).square().mean().backward()
             optimizer.step()
-        assert [s.twin is not None for s in optimizer.statistics.all] == [False, True, True, False]
+        assert [s.shared_with is not None for s in optimizer.statistics.moments] == [
+            False,
+            True,
+            True,
+            False,
+        ]
 
 
 def test_a_module_called_twice_on_one_tensor_counts_twice() -> None:
@@ -128,6 +135,6 @@ def test_a_module_called_twice_on_one_tensor_counts_twice() -> None:
     optimizer = adamw(layer)
     x = torch.ones(4, 3)
     (layer(x) + layer(x)).sum().backward()
-    assert optimizer.statistics.all[0].fresh.count == 8
+    assert optimizer.statistics.moments[0].unused.rows == 8
     optimizer.step()
-    assert optimizer.statistics.all[0].twin is None
+    assert optimizer.statistics.moments[0].shared_with is None

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowdopr.optim import DoPr
+from flowdopr.optim.dopr import LayerRule
 from flowdopr.optim.kfac import KFAC
-from flowdopr.optim.plan import LayerRule
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
@@ -42,8 +42,8 @@ def rows_counted(run) -> int:
     layer = nn.Linear(3, 3)
     optimizer = adamw(layer)
     run(layer, torch.randn(4, 3, requires_grad=True)).square().mean().backward()
-    optimizer.statistics._settle()
-    return optimizer.statistics.all[0].used.count
+    optimizer.statistics._note_backward()
+    return optimizer.statistics.moments[0].used.rows
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

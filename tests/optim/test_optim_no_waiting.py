@@ -21,9 +21,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowdopr.optim import build_optimizer
-from flowdopr.optim.distributed import shares, sum_piles
-from flowdopr.optim.dopr import DoPr
-from flowdopr.optim.plan import LayerRule
+from flowdopr.optim.dopr import DoPr, LayerRule
+from flowdopr.optim.dopr.processes import own_share
 
 # Before 2.11 even fake CUDA tensors ask for a driver.
 pytestmark = pytest.mark.skipif(
@@ -144,7 +143,7 @@ def test_no_layer_makes_the_host_wait(case: LayerCase, rows: int | str) -> None:
             rules = [LayerRule("", mode)]
             optimizer = DoPr(gp, module, rules=rules, refresh_every=2, max_rows=rows)
             train(module, optimizer, x, 3)
-            assert optimizer.statistics.all[0].transform is not None
+            assert optimizer.transforms[0] is not None
 
 
 SETTINGS = {
@@ -181,7 +180,7 @@ def test_twins_that_part_do_not_make_the_host_wait() -> None:
         optimizer = build_optimizer(model, "dopr-adamw", 1e-3, refresh_every=2)
         for model.apart in (False, True, False):
             train(model, optimizer, torch.randn(6, 4), 2)
-        assert optimizer.statistics.all[1].twin is None
+        assert optimizer.statistics.moments[1].shared_with is None
 
 
 @pytest.fixture
@@ -199,11 +198,11 @@ def test_of_several_processes_only_the_first_refresh_waits(gp: str) -> None:
     with cuda_without_waiting():
         model = Pair()
         optimizer = build_optimizer(model, f"dopr-{gp}", 1e-3, refresh_every=2)
-        left, right = optimizer.statistics.all
-        optimizer.statistics.pairing, right.twin = False, left  # what the first one comes to
+        left, right = optimizer.statistics.moments
+        optimizer.statistics.pairing, right.shared_with = False, left  # what the first one comes to
         for model.apart in (False, True):
             train(model, optimizer, torch.randn(6, 4), 4)
-        assert right.twin is None
+        assert right.shared_with is None
 
 
 def test_powers_wait_for_eigenvalues() -> None:
@@ -218,9 +217,9 @@ def test_powers_wait_for_eigenvalues() -> None:
 @pytest.mark.usefixtures("two_ranks")
 def test_each_rank_factors_its_share_of_each_size() -> None:
     sides = [4, 8, 4, 8, 4, 2]
-    first = shares(sides)
+    first = own_share(sides)
     with mock.patch("torch.distributed.get_rank", return_value=1):
-        second = shares(sides)
+        second = own_share(sides)
     assert sorted([*first, *second]) == list(range(6))
     assert len(first) == len(second) == 3
     assert {sides[i] for i in first} >= {4, 8} <= {sides[i] for i in second}

@@ -19,10 +19,10 @@ def test_nonfinite_activations_are_skipped_counted_and_end_in_a_stop(caplog) -> 
             layer(torch.randn(4, 3) + poison).square().sum().backward()
             layer.zero_grad()
             optimizer.step()
-        numbers = optimizer.preconditioner.records()[""]
-        assert (numbers.skipped, numbers.in_a_row, numbers.refreshes) == (3, 3, 1)
+        numbers = optimizer.diagnostics()[""]
+        assert (numbers.skipped, numbers.skipped_in_a_row, numbers.refreshes) == (3, 3, 1)
         assert caplog.text.count("not finite, refresh skipped") == 2  # the third is told next
-        assert torch.isfinite(optimizer.statistics.all[0].transform).all()
+        assert torch.isfinite(optimizer.transforms[0]).all()
         layer(torch.ones(4, 3)).sum().backward()
         with pytest.raises(FloatingPointError, match="3 refreshes in a row"):
             optimizer.step()
@@ -92,7 +92,7 @@ def test_a_parted_twin_inherits_no_report(caplog) -> None:
             x = torch.randn(4, 3) + (torch.nan if step == 1 else 0)
             (first(x) + second(x.clone() if step > 2 else x)).sum().backward()
             optimizer.step()
-    assert optimizer.statistics.all[1].twin is None
+    assert optimizer.statistics.moments[1].shared_with is None
     assert caplog.text.count("refresh skipped") == caplog.text.count("layer first:") == 1
 
 
@@ -104,7 +104,7 @@ def test_a_layer_that_saw_no_finite_inputs_takes_the_bare_step(poison: str) -> N
     if poison == "later":
         layer(torch.randn(4, 3)).sum().backward()
         optimizer.step()
-    kept = optimizer.statistics.all[0].transform
+    kept = optimizer.transforms[0]
     optimizer.zero_grad()
     layer(torch.full((4, 3), torch.inf)).sum().backward()
     grad = torch.randn(2, 3)
@@ -128,7 +128,7 @@ def test_a_failing_factorisation_takes_the_diagonal_then_a_raised_damping(form, 
             optimizer.zero_grad()
             layer(z).square().sum().backward()
             optimizer.step()
-            seen.append((optimizer.preconditioner.records()[""].damping, transform_of(optimizer)))
+            seen.append((optimizer.diagnostics()[""].damping, transform_of(optimizer)))
     (first, diagonal), (last, full) = seen[0], seen[-1]
     root = 0.5 if form == "sandwich" else 1.0
     torch.testing.assert_close(diagonal, (sigma.diagonal() / mean).pow(-root).diag().float())
@@ -142,4 +142,4 @@ def test_a_failing_factorisation_takes_the_diagonal_then_a_raised_damping(form, 
 
 def transform_of(optimizer: DoPr) -> Tensor:
     """T of the first layer, (s, s)."""
-    return optimizer.statistics.all[0].transform[0, 0].clone()
+    return optimizer.transforms[0][0, 0].clone()

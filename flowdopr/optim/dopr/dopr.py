@@ -1,0 +1,367 @@
+"""DoPr: activation preconditioning (AP) around any torch optimizer (arXiv 2606.06418).
+
+    optimizer = DoPr(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
+
+For every layer y = W z the gradient G is replaced by M = G (Sigma / m + gamma I)^-1, with Sigma the
+second moment of z and m = tr(Sigma) / d, and the wrapped optimizer, the gradient preconditioner
+(GP), steps on M. In this room:
+
+    dopr         when what happens: the wrapper
+    layers       which layer is preconditioned how
+    views        a layer's input as rows of z, its gradient as a matrix (`conv_views`: convolutions)
+    hooks        show layer inputs to the statistics
+    statistics   gathers second moments and averages them
+    inverse      the damped inverse of many matrices
+    transforms   makes T of every layer and applies it
+    processes    sums over processes
+    reports      what is logged
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowdopr.linalg import full_float32
+from flowdopr.optim.dopr.inverse import Form
+from flowdopr.optim.dopr.layers import (
+    CONV_MODES,
+    Defaults,
+    Layer,
+    LayerRule,
+    find_layers,
+    is_count,
+    row_limit,
+)
+from flowdopr.optim.dopr.reports import Diagnostics, Reporter
+from flowdopr.optim.dopr.statistics import SecondMoment, Statistics
+from flowdopr.optim.dopr.transforms import (
+    apply,
+    identity_transform,
+    make_transforms,
+    step_sandwich,
+)
+
+FORMS = ("inverse", "sandwich")
+# Optimizers, of torch and of other packages, whose steps depend on the weights themselves: on their
+# norm, on a distance from where they started, on an average of them.
+READS_WEIGHTS = re.compile(
+    r"(?i)adafactor|asgd|lamb$|lars|larc|prodigy|dadapt|dowg|schedulefree|lookahead|a2grad|accsgd"
+    r"|adasmooth|adalite|adamp$|amos|focus|ftrl|fromage|lorarite|madgrad|mars$|magma|nero|ranger"
+    r"|sgdp|srmm"
+)
+# Optimizers that evaluate the loss themselves, several times a step or for second derivatives.
+EVALUATES_LOSS = re.compile(r"(?i)lbfgs|sam$|alig|adahessian|sophiah")
+
+
+class DoPr(torch.optim.Optimizer):
+    """Wraps a constructed optimizer over `model`'s parameters with activation preconditioning.
+
+    Args:
+        optimizer: the GP. Its param_groups and state are shared: schedulers, GradScaler and
+            accelerate see one optimizer.
+        model: its Linear, Conv, ConvTranspose and Embedding layers are preconditioned, all other
+            parameters get the GP alone. Give the bare model, before torch.compile and DDP, and
+            after FSDP2's fully_shard.
+        damping: gamma, relative to the mean eigenvalue of Sigma; or (first, last, steps), which
+            goes geometrically from first to last.
+        cov_decay: decay of the average of Sigma per refresh; 0 keeps the newest refresh alone. At
+            a layer's refresh k, from 0, it is at most (1 + k) / (10 + k), a warm-up.
+        refresh_every: steps between refreshes of Sigma and its inverse. Statistics are gathered
+            on refresh steps only, the first step always.
+        form: "inverse", GP(G S^-power), or "sandwich", GP(G L^-T) L^-1 with S = L L^T, whose
+            steps do not depend on the coordinates of z where the GP is Muon or row
+            normalisation. Under the sandwich weight decay is decoupled, whatever the GP's own.
+        power: alpha of S^-alpha in the form "inverse"; 1 is the paper's.
+        anneal: (first, last) steps between which AP fades linearly into the bare GP; None: never.
+        max_rows: rows of z that one forward contributes to a layer, evenly spread; "all" or None
+            takes every one.
+        max_side: side of the widest Sigma. Wider layers fall into equal diagonal blocks, and so do
+            layers that narrow to half or less (an MLP's second), as wide as their output.
+        conv_mode: mode of convolutions that no rule decides, see `LayerRule`; "auto" takes "full"
+            for patches of up to 128 coordinates and "sua-mean" for wider ones.
+        bias: give Linear layers their bias as one more coordinate of z, which centres Sigma.
+        rules: `LayerRule`s, or mappings of their fields, by name; the first match wins.
+
+    Raises:
+        ValueError: a setting out of range, a trainable layer weight that the optimizer lacks, a
+            rule that decides nothing, or a model without a layer to precondition.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        *,
+        damping: float | tuple[float, float, int] = 0.1,
+        cov_decay: float = 0.95,
+        refresh_every: int = 16,
+        form: str = "inverse",
+        power: float = 1.0,
+        anneal: tuple[int, int] | None = None,
+        max_rows: int | str | None = 2048,
+        max_side: int = 1280,
+        conv_mode: str = "auto",
+        bias: bool = False,
+        rules: Sequence[LayerRule | Mapping[str, Any]] = (),
+    ) -> None:
+        _check_optimizer(optimizer, form)
+        _check("cov_decay", cov_decay, _is_number(cov_decay) and 0 <= cov_decay < 1, "in [0, 1)")
+        _check("form", form, form in FORMS, f"one of {', '.join(FORMS)}")
+        _check("power", power, _is_number(power) and power > 0, "above 0 and finite")
+        _check("power", power, power == 1 or form == "inverse", "1 with form 'sandwich'")
+        _check("conv_mode", conv_mode, conv_mode in CONV_MODES, f"one of {', '.join(CONV_MODES)}")
+        _check("rules", rules, isinstance(rules, list | tuple), "a list of layer rules")
+        for name, value in (("refresh_every", refresh_every), ("max_side", max_side)):
+            _check(name, value, is_count(value), "a whole number of 1 or more")
+        self._damping, self._anneal = _damping_schedule(damping), _checked_anneal(anneal)
+        super().__init__([dict(group) for group in optimizer.param_groups], {})
+        self.optimizer, self.refresh_every = optimizer, refresh_every
+        self.form = Form(power, form == "sandwich")
+        self._share_groups()
+        self.steps = self._refreshed_at = 0
+        self._closed = False
+        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        defaults = Defaults(conv_mode, bias, max_side, row_limit(max_rows))
+        self.found = find_layers(model, optimized, [LayerRule.of(rule) for rule in rules], defaults)
+        self.statistics = Statistics(cov_decay)
+        self._moments = [self._watch(layer, defaults) for layer in self.found.layers]
+        self.transforms: list[Tensor | None] = []
+        self._reporter = Reporter({layer.name: layer.parameters[0] for layer in self.found.layers})
+
+    def roles(self) -> list[tuple[str, tuple[int, ...], str, str]]:
+        """(name, shape, AP mode or "none", reason) of every parameter of the model."""
+        return list(self.found.roles)
+
+    def diagnostics(self) -> dict[str, Diagnostics]:
+        """Layer name -> refreshes, skipped refreshes and damping; the host waits for them."""
+        return self.statistics.diagnostics()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Refresh Sigma if this is a refresh step, precondition, and let the GP step.
+
+        Afterwards `.grad` holds what the GP saw, M.
+
+        Raises:
+            FloatingPointError: at the refresh after the last of `reports.MAX_NONFINITE` refreshes
+                in a row in which a layer's inputs were not finite.
+        """
+        if self._closed:
+            raise ValueError(
+                "this DoPr was closed: step the optimizer inside it, or build a new one"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        strength = self._schedule(self.steps)[1]
+        if self.statistics.gathering:
+            self._refresh()
+        elif strength == 0:  # AP has faded, and no refresh will come to report the last one
+            self._reporter.log_sent_and_stop()
+        # T is applied in the program's own precision of matrix products, as G was made.
+        self._step_preconditioned(self._ready_layers() if strength > 0 else [])
+        self.steps += 1
+        self._set_gathering()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and the statistics of a backward whose step never came."""
+        if self.statistics.gathering:
+            self.statistics.discard()
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused after construction: the roles of all parameters are decided at the start."""
+        if hasattr(self, "optimizer"):
+            raise ValueError(
+                "DoPr decides every parameter's role when it is built: add the parameter group to "
+                "the wrapped optimizer first, then build DoPr"
+            )
+        super().add_param_group(param_group)
+
+    def close(self) -> None:
+        """Remove every hook from the model; the optimizer steps no more."""
+        self._reporter.log_sent()
+        self.statistics.remove_hooks()
+        self._closed = True
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """The GP's state dict with one more entry, "dopr": `statistics_state_dict`."""
+        return {**self.optimizer.state_dict(), "dopr": self.statistics_state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave. ValueError if it is not of a DoPr of these layers."""
+        inner = dict(state_dict)
+        own = inner.pop("dopr", None)
+        if own is None:
+            raise ValueError(
+                "the optimizer state has no entry 'dopr': a bare optimizer saved it, or torch's "
+                "distributed checkpoint, which keeps the GP's part alone; load it into that one "
+                "(`.optimizer`), or start the run anew"
+            )
+        self.optimizer.load_state_dict(inner)
+        self.load_statistics_state_dict(own)
+
+    def statistics_state_dict(self) -> dict[str, Any]:
+        """What DoPr adds to the GP's state: the averages of Sigma, by layer name.
+
+        It is the same on every rank and for any number of ranks. What was gathered since the last
+        step is not part of it: save between steps.
+        """
+        self._reporter.log_sent()
+        counters = {"steps": self.steps, "refreshed_at": self._refreshed_at}
+        return {**counters, **self.statistics.state_dict()}
+
+    def load_statistics_state_dict(self, own: dict[str, Any]) -> None:
+        """Restore what `statistics_state_dict` gave, after the GP's own state."""
+        self.statistics.load_state_dict(own)
+        self._share_groups()
+        self.steps, self._refreshed_at = own["steps"], own["refreshed_at"]
+        # accelerate loads the state of an optimizer that has not stepped, and so decided nothing.
+        self.statistics.sharing_decided = own["steps"] > 0
+        self._reporter.start_from(self.diagnostics())
+        self._set_gathering()
+        with full_float32(), torch.no_grad():
+            strength = self._schedule(self._refreshed_at)[1]
+            self.transforms = make_transforms(
+                self.statistics, self.form, strength, share_work=False
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        name = type(self).__name__
+        raise TypeError(
+            f"{name} holds hooks on its model and cannot be copied or pickled: save state_dict(), "
+            f"build a new {name} on the other model and load it there"
+        )
+
+    def _share_groups(self) -> None:
+        self.defaults = self.optimizer.defaults
+        self.state, self.param_groups = self.optimizer.state, self.optimizer.param_groups
+
+    # A step
+
+    def _watch(self, layer: Layer, defaults: Defaults) -> SecondMoment:
+        """The second moment of a layer's inputs, fed by every module that uses its weight."""
+        given = layer.rule.max_rows
+        rows = defaults.max_rows if given is None else row_limit(given)
+        weight = layer.parameters[0]
+        moment = SecondMoment(layer.name, layer.view, weight, rows, layer.rule.pattern)
+        for module, view in layer.modules:
+            self.statistics.watch_inputs(moment, module, view)
+        return moment
+
+    def _schedule(self, step: int) -> tuple[float, float]:
+        """(damping, strength of AP) at a step."""
+        first, last, steps = self._damping
+        damping = first * (last / first) ** min(1.0, step / steps) if first else first
+        if self._anneal is None:
+            return damping, 1.0
+        begin, end = self._anneal
+        return damping, min(1.0, max(0.0, (end - step) / (end - begin)))
+
+    def _set_gathering(self) -> None:
+        _, strength = self._schedule(self.steps)
+        self.statistics.gathering = strength > 0 and self.steps % self.refresh_every == 0
+
+    def _refresh(self) -> None:
+        """Fold what was gathered into the averages and make T anew.
+
+        The host does not wait: what the last refresh had to report is logged now.
+        """
+        self._refreshed_at = self.steps
+        damping, strength = self._schedule(self.steps)
+        self._reporter.log_sent_and_stop()
+        with full_float32():
+            self.statistics.refresh()
+            self.statistics.set_damping(damping)
+            self.transforms = make_transforms(self.statistics, self.form, strength, share_work=True)
+        known = [self.statistics.moments[i].name for i in self.statistics.known()]
+        if known:
+            self._reporter.send(known, self.statistics.table())
+        for layer in self.found.frozen:
+            if layer.parameters[0].grad is not None:
+                self._reporter.log_thawed(layer.name)
+
+    def _ready_layers(self) -> list[tuple[Layer, Tensor]]:
+        """The layers that have gradients, and their T."""
+        ready = []
+        for layer, moment in zip(self.found.layers, self._moments, strict=True):
+            if any(p.grad is None for p in layer.parameters):
+                continue
+            transform = self.transform_of(moment)
+            if transform is None:
+                self._reporter.log_unseen(layer.name)
+                if not self.form.sandwich:
+                    continue
+                transform = identity_transform(moment)  # weight decay is decoupled here, too
+            ready.append((layer, transform))
+        return ready
+
+    def transform_of(self, moment: SecondMoment) -> Tensor | None:
+        """T of a layer, None before it has statistics."""
+        owner = moment if moment.shared_with is None else moment.shared_with
+        return self.transforms[owner.number] if self.transforms else None
+
+    def _step_preconditioned(self, ready: list[tuple[Layer, Tensor]]) -> None:
+        """Put M in place of G, and let the GP step."""
+        apply(ready)
+        if self.form.sandwich:
+            step_sandwich(self.optimizer, ready)
+        else:
+            self.optimizer.step()
+
+
+def _check(name: str, value: object, good: bool, allowed: str) -> None:
+    if not good:
+        raise ValueError(f"DoPr: {name} is {value}, it must be {allowed}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _checked_anneal(anneal: tuple[int, int] | None) -> tuple[int, int] | None:
+    pair = anneal if isinstance(anneal, tuple | list) and len(anneal) == 2 else (0, 0)
+    good = all(_is_number(step) for step in pair) and 0 <= pair[0] < pair[1]
+    _check("anneal", anneal, anneal is None or good, "(first, last) steps, first below last")
+    return anneal
+
+
+def _damping_schedule(damping: float | tuple[float, float, int]) -> tuple[float, float, int]:
+    """(first, last, steps) of a number or such a triple."""
+    triple = damping if isinstance(damping, tuple | list) else (damping, damping, 1)
+    known = len(triple) == 3 and all(_is_number(value) for value in triple)
+    _check("damping", damping, known, "a number or (first, last, steps)")
+    first, last, steps = triple
+    _check("damping", damping, min(first, last) >= 0 and steps >= 1, "0 or more")
+    _check("damping", damping, first == last or min(first, last) > 0, "above 0 to be scheduled")
+    return first, last, steps
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, form: str) -> None:
+    """ValueError for an optimizer that cannot be wrapped, or not under this form."""
+    kind = type(optimizer).__name__
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"DoPr: wraps a torch optimizer, got {kind}: DoPr(optimizer, model)")
+    if isinstance(optimizer, DoPr):
+        raise ValueError(
+            f"DoPr: the optimizer is a {kind}, which preconditions by layer inputs already: wrap "
+            "the one inside it (`.optimizer`)"
+        )
+    if EVALUATES_LOSS.search(kind):
+        raise ValueError(
+            f"DoPr: {kind} evaluates the loss itself within a step, and those gradients would not "
+            "be preconditioned: wrap another optimizer"
+        )
+    if form == "sandwich" and READS_WEIGHTS.search(kind):
+        raise ValueError(
+            f"DoPr: form 'sandwich' runs the optimizer from weights of zero, and {kind} reads "
+            "them: use form 'inverse', or an optimizer such as SGD, AdamW or Muon"
+        )

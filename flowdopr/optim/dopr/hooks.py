@@ -1,0 +1,125 @@
+"""The hooks that show layer inputs, and for K-FAC output gradients, to the statistics.
+
+Hooks hold a number and not the statistics themselves, so that a copy of the model feeds nothing,
+the optimizer is freed though its model lives, and torch.compile sees constants.
+"""
+
+import itertools
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+
+
+class Gatherer(Protocol):
+    """What takes in the tensors that hooks see."""
+
+    gathering: bool
+
+    def trains(self, index: int) -> bool: ...
+    def gather_input(self, index: int, x: Tensor, traced: bool) -> None: ...
+    def gather_output_gradient(self, index: int, grad: Tensor) -> None: ...
+
+
+_GATHERERS: "weakref.WeakValueDictionary[int, Gatherer]" = weakref.WeakValueDictionary()
+_HANDLES = itertools.count()
+
+
+def register(gatherer: Gatherer) -> int:
+    """The handle by which hooks find `gatherer` while it lives."""
+    handle = next(_HANDLES)
+    _GATHERERS[handle] = gatherer
+    return handle
+
+
+def unregister(handle: int) -> None:
+    """Let the hooks with this handle do nothing from now on."""
+    _GATHERERS.pop(handle, None)
+
+
+def is_recomputation() -> bool:
+    """Whether a forward that runs now repeats, for checkpointing, one that was counted.
+
+    Inside a backward, reentrant checkpointing runs a forward with gradients for the first time,
+    from a node of its own; the other kind repeats one, because a layer's own node wants its tensors
+    back.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    node = torch._C._current_autograd_node()
+    return node is None or node.name() != "CheckpointFunctionBackward"
+
+
+class InputHook:
+    """The forward pre-hook of one module; it does nothing once copied or unpickled."""
+
+    def __init__(self, handle: int, index: int, token: Tensor | None) -> None:
+        self.handle, self.index, self.token = handle, index, token
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.token is None or not module.training or not torch.is_grad_enabled():
+            return
+        x = args[0] if args else kwargs.get("input")
+        if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided:
+            return  # it has no rows of z, and the layer is reported as one without statistics
+        if torch.compiler.is_compiling():
+            torch.ops.flowdopr.gather(x.detach(), self.token, self.handle, self.index)
+        elif peek_interpreter_stack() is None:  # not inside torch.func
+            _gather_input(x, self.handle, self.index, traced=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "InputHook":
+        return InputHook(-1, self.index, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return InputHook, (-1, self.index, None)
+
+
+class OutputGradientHook:
+    """The forward hook of one module that gathers the gradient of its output, for K-FAC; it does
+    nothing once copied or unpickled.
+
+    A checkpointed layer counts once, for only one of its two forwards has an output that receives a
+    gradient.
+    """
+
+    def __init__(self, handle: int = -1, index: int = 0) -> None:
+        self.handle, self.index = handle, index
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if not module.training or not output.requires_grad or peek_interpreter_stack() is not None:
+            return
+        gatherer = _GATHERERS.get(self.handle)
+        if gatherer is not None and gatherer.gathering and gatherer.trains(self.index):
+            handle, index = self.handle, self.index
+            output.register_hook(lambda grad: _gather_output_gradient(grad, handle, index))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OutputGradientHook":
+        return OutputGradientHook()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OutputGradientHook, ()
+
+
+def _gather_input(x: Tensor, handle: int, index: int, *, traced: bool) -> None:
+    gatherer = _GATHERERS.get(handle)
+    if gatherer is not None:
+        gatherer.gather_input(index, x, traced)
+
+
+def _gather_output_gradient(grad: Tensor, handle: int, index: int) -> None:
+    gatherer = _GATHERERS.get(handle)
+    if gatherer is not None:
+        gatherer.gather_output_gradient(index, grad)
+
+
+@torch.library.custom_op("flowdopr::gather", mutates_args=("token",))
+def _gather_op(x: Tensor, token: Tensor, handle: int, index: int) -> None:
+    """`_gather_input`, opaque to torch.compile: whether a step gathers is no guard of its graph."""
+    _gather_input(x, handle, index, traced=True)
+
+
+@_gather_op.register_fake
+def _gather_fake(x: Tensor, token: Tensor, handle: int, index: int) -> None:
+    return None

@@ -1,0 +1,356 @@
+"""Which layer is preconditioned how: rules by name, defaults by size, and a reason for every
+parameter that is left to the gradient preconditioner (GP) alone."""
+
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from flowdopr.linalg import is_sharded
+from flowdopr.optim.dopr.conv_views import ChannelView, MeanChannelView, PatchView, TransposedView
+from flowdopr.optim.dopr.processes import has_whole_rows
+from flowdopr.optim.dopr.views import BiasedLinearView, EmbeddingView, LayerView, LinearView
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Linear, nn.Embedding, *CONVS, *TRANSPOSED)
+CUT_MODES = ("full", "blocks", "diagonal")
+CONV_MODES = ("auto", *CUT_MODES, "sua", "sua-mean")
+MODES = {
+    "a Linear": ("auto", *CUT_MODES),
+    "an Embedding": ("auto", "diagonal"),
+    "a transposed convolution": ("auto", *CUT_MODES),
+    "a convolution": CONV_MODES,
+}
+WIDEST_PATCH = 128  # a convolution with a wider patch takes "sua-mean" under "auto"
+NARROWEST_BLOCK = 64  # "auto" cuts no layer into narrower blocks
+logger = logging.getLogger("flowdopr.optim")
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """How to precondition the layers whose module names a regular expression finds.
+
+    Args:
+        pattern: searched in the name of the module; the empty one matches every layer.
+        mode: "auto" (by the layer's kind and size), "none" (GP alone), "full", "blocks" (equal, at
+            most `max_side` wide), "diagonal"; for convolutions also "sua" (one channel Sigma for
+            all offsets of the kernel) and "sua-mean" (the same with the mean's cross terms).
+        bias: give a Linear its bias as one more coordinate. None: as DoPr's `bias`.
+        max_side: side of the widest Sigma that "auto" and "blocks" may use. None: as DoPr's.
+        max_rows: rows of z that a forward contributes, or "all". None: as DoPr's.
+
+    Raises:
+        ValueError: a pattern that is no regular expression, or a value out of range.
+    """
+
+    pattern: str
+    mode: str = "auto"
+    bias: bool | None = None
+    max_side: int | None = None
+    max_rows: int | str | None = None
+
+    def __post_init__(self) -> None:
+        known = ("none", *CONV_MODES)
+        if self.mode not in known:
+            self._refuse(f"mode is {self.mode!r}, it must be one of {', '.join(known)}")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            self._refuse(f"not a regular expression ({error}); correct it")
+        if self.max_side is not None:
+            if not is_count(self.max_side):
+                self._refuse(f"max_side is {self.max_side}, it must be a whole number of 1 or more")
+            if self.mode in ("none", "full", "diagonal"):
+                self._refuse(f"max_side has no effect with mode {self.mode!r}; leave it out")
+        if self.max_rows is not None:
+            row_limit(self.max_rows)
+
+    def _refuse(self, reason: str) -> None:
+        raise ValueError(f"layer rule {self.pattern!r}: {reason}")
+
+    @classmethod
+    def of(cls, rule: "LayerRule | Mapping[str, Any]") -> "LayerRule":
+        """`rule` itself, or the rule whose fields a mapping gives."""
+        if isinstance(rule, LayerRule):
+            return rule
+        known = [item.name for item in fields(cls)]
+        wrong = [key for key in rule if key not in known]
+        if wrong or "pattern" not in rule:
+            what = f"has no field {wrong[0]!r}" if wrong else "needs a pattern"
+            raise ValueError(f"a layer rule {what}: its fields are {', '.join(known)}")
+        return cls(**rule)
+
+
+def is_count(value: object) -> bool:
+    """Whether `value` is a whole number of 1 or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def row_limit(max_rows: int | str | None) -> int | None:
+    """None for "all". ValueError for what is no number of rows."""
+    if max_rows is None or max_rows == "all":
+        return None
+    if not is_count(max_rows):
+        raise ValueError(f"DoPr: max_rows is {max_rows}, it must be 1 or more, or 'all'")
+    return int(max_rows)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What DoPr was given for layers and fields that no rule decides."""
+
+    conv_mode: str
+    bias: bool
+    max_side: int
+    max_rows: int | None
+
+    def rule(self, module: nn.Module) -> LayerRule:
+        """The rule of a layer that no rule matches."""
+        return LayerRule("", self.conv_mode if isinstance(module, CONVS) else "auto")
+
+
+@dataclass
+class Layer:
+    """One preconditioned weight, with its bias where that is a coordinate of z.
+
+    modules: the modules that use the weight, each with its view: several where it is tied.
+    """
+
+    name: str
+    parameters: list[nn.Parameter]
+    rule: LayerRule
+    view: LayerView
+    modules: list[tuple[nn.Module, LayerView]] = field(default_factory=list)
+
+
+@dataclass
+class FoundLayers:
+    """layers: those to precondition. roles: (name, shape, AP mode or "none", reason) of every
+    parameter. frozen: layers that would be preconditioned if their weight were trained."""
+
+    layers: list[Layer]
+    roles: list[tuple[str, tuple[int, ...], str, str]]
+    frozen: list[Layer]
+
+
+def find_layers(
+    model: nn.Module, optimized: set[int], rules: Sequence[LayerRule], defaults: Defaults
+) -> FoundLayers:
+    """The layers of `model` whose optimizer holds the parameters with the ids `optimized`.
+
+    Raises:
+        ValueError: a rule that decides nothing, a trainable layer weight that the optimizer lacks,
+            a mode that a layer does not have, or a model without a layer to precondition. Other
+            parameters that the optimizer lacks, which another optimizer may have, are logged.
+    """
+    found, reasons = _walk(model, rules, defaults)
+    modes: dict[int, str] = {}
+    layers, frozen = [], []
+    for layer in found.values():
+        if not layer.parameters[0].requires_grad:
+            reasons[id(layer.parameters[0])] = "frozen"
+            frozen.append(layer)
+            continue
+        for parameter in layer.parameters:
+            if id(parameter) not in optimized:
+                raise ValueError(
+                    f"the {'weight' if parameter is layer.parameters[0] else 'bias'} of layer "
+                    f"{layer.name!r} is trainable but not in the optimizer: add it to a parameter "
+                    "group or set requires_grad_(False)"
+                )
+            modes[id(parameter)] = layer.view.describe()
+        layers.append(layer)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable layer to precondition (Linear, Conv, "
+            "ConvTranspose, Embedding, not ruled out): use the optimizer without DoPr"
+        )
+    return FoundLayers(layers, _roles(model, modes, reasons, optimized), frozen)
+
+
+def _roles(
+    model: nn.Module, modes: dict[int, str], reasons: dict[int, str], optimized: set[int]
+) -> list[tuple[str, tuple[int, ...], str, str]]:
+    roles, missing = [], []
+    for name, parameter in model.named_parameters():
+        mode = modes.get(id(parameter), "none")
+        other = "not the weight of a layer" if parameter.requires_grad else "frozen"
+        reason = "layer input" if mode != "none" else reasons.get(id(parameter), other)
+        roles.append((name, tuple(parameter.shape), mode, reason))
+        if parameter.requires_grad and id(parameter) not in optimized:
+            missing.append(name)
+    if missing:
+        logger.warning(
+            "%d trainable parameters, %s first, are not in the optimizer: it does not move them",
+            len(missing),
+            missing[0],
+        )
+    return roles
+
+
+def _walk(
+    model: nn.Module, rules: Sequence[LayerRule], defaults: Defaults
+) -> tuple[dict[int, Layer], dict[int, str]]:
+    """All layers with a view, and the reasons why other weights have none, by the weight's id."""
+    layers: dict[int, Layer] = {}
+    reasons: dict[int, str] = {}
+    owners = Counter(id(module._parameters.get("weight")) for module in model.modules())
+    used: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            bypassed = "nn.MultiheadAttention bypasses module hooks; use separate nn.Linear layers"
+            reasons |= {id(p): bypassed for p in module.parameters() if p.dim() > 1}
+        if isinstance(module, LAYERS) and parametrize.is_parametrized(module, "weight"):
+            inside = "parametrized, so that its gradient is not that of the weight in use"
+            originals = module.parametrizations["weight"].parameters()  # pyright: ignore
+            reasons |= dict.fromkeys(map(id, originals), inside)
+        weight = module._parameters.get("weight")
+        if not isinstance(module, LAYERS) or weight is None or id(weight) in reasons:
+            continue
+        known = layers.get(id(weight))
+        if known is not None:
+            rule = known.rule
+        else:
+            number = next((i for i, r in enumerate(rules) if re.search(r.pattern, name)), None)
+            rule = defaults.rule(module) if number is None else rules[number]
+            used.add(-1 if number is None else number)
+        if owners[id(weight)] > 1 or not _trains_bias(module):
+            rule = replace(rule, bias=False)  # a bias is a coordinate of one layer only
+        view = _why_not(name, weight) or make_view(module, rule, defaults)
+        if isinstance(view, LayerView) and not _can_be_sharded_as_it_is(view, weight):
+            view = "sharded along the coordinates of z, where AP would need a gather"
+        if isinstance(view, str):
+            reasons[id(weight)] = view
+            layers.pop(id(weight), None)
+        elif known is None:
+            biases = [module.bias] if view.takes_bias and isinstance(module, nn.Linear) else []
+            layers[id(weight)] = Layer(name, [weight, *biases], rule, view, [(module, view)])
+        elif (type(view), view.mode, view.shape) == (
+            type(known.view),
+            known.view.mode,
+            known.view.shape,
+        ):
+            known.modules.append((module, view))
+        else:
+            reasons[id(weight)] = "tied between layers that read it in different orientations"
+            del layers[id(weight)]
+    for number, rule in enumerate(rules):
+        if number not in used:
+            raise ValueError(
+                f"layer rule {rule.pattern!r} decides no layer: it matches no name of a layer with "
+                "a weight, or an earlier rule takes them all; correct or remove it"
+            )
+    return layers, reasons
+
+
+def _why_not(name: str, weight: nn.Parameter) -> str | None:
+    """Why no view can be made of this weight, whatever its layer; None if one can."""
+    if isinstance(weight, nn.UninitializedParameter):
+        raise ValueError(f"layer {name!r} has no weight yet: run a forward, then build DoPr")
+    if weight.is_complex():
+        return "complex"
+    if weight.dim() < 2:
+        return "flattened, as FSDP1 does; use FSDP2's fully_shard"
+    return None
+
+
+def _can_be_sharded_as_it_is(view: LayerView, weight: nn.Parameter) -> bool:
+    """Whether each process can precondition its rows of the weight alone; True if it has all."""
+    return not is_sharded(weight) or (view.rows_are_weight_rows and has_whole_rows(weight))
+
+
+def _trains_bias(module: nn.Module) -> bool:
+    bias = module._parameters.get("bias")
+    return bias is not None and bias.requires_grad
+
+
+def make_view(module: nn.Module, rule: LayerRule, defaults: Defaults) -> LayerView | str:
+    """The view of a layer under a rule, or the reason why it is left to the GP alone.
+
+    Raises:
+        ValueError: a mode that this kind of layer does not have.
+    """
+    if rule.mode == "none":
+        return f"rule {rule.pattern!r}"
+    if isinstance(module, nn.Linear):
+        _check_mode(rule, "a Linear")
+        side = _widest_side(rule, defaults, module.in_features, module.out_features)
+        blocks = _number_of_blocks(rule, module.in_features, side)
+        bias = defaults.bias if rule.bias is None else rule.bias
+        if bias and blocks == 1:
+            return BiasedLinearView("full", 1, module.in_features + 1)
+        return LinearView(_cut_mode(rule, blocks), 1, module.in_features, blocks)
+    if isinstance(module, nn.Embedding):
+        _check_mode(rule, "an Embedding")
+        return "sparse gradients" if module.sparse else EmbeddingView(module.num_embeddings)
+    if isinstance(module, TRANSPOSED):
+        _check_mode(rule, "a transposed convolution")
+        side = _widest_side(rule, defaults, module.in_channels, module.out_channels)
+        blocks = _number_of_blocks(rule, module.in_channels // module.groups, side)
+        return TransposedView(module, _cut_mode(rule, blocks), blocks)
+    assert isinstance(module, CONVS)
+    return _conv_view(module, rule, defaults)
+
+
+def _conv_view(conv: _ConvNd, rule: LayerRule, defaults: Defaults) -> LayerView:
+    _check_mode(rule, "a convolution")
+    channels = conv.in_channels // conv.groups
+    patch = channels * math.prod(conv.kernel_size)
+    side = _widest_side(rule, defaults, conv.in_channels, conv.out_channels)
+    if rule.mode == "sua":
+        return ChannelView(conv, "sua", fewest_blocks(channels, side))
+    if rule.mode == "sua-mean" or (rule.mode == "auto" and patch > WIDEST_PATCH):
+        return MeanChannelView(conv, fewest_blocks(channels, side))
+    blocks = _number_of_blocks(rule, patch, rule.max_side or defaults.max_side)
+    return PatchView(conv, _cut_mode(rule, blocks), blocks)
+
+
+def _widest_side(rule: LayerRule, defaults: Defaults, d_in: int, d_out: int) -> int:
+    """The side of the widest block. "auto" cuts a layer that narrows to half or less, such as an
+    MLP's second one, into blocks as wide as its output; an output head with few channels stays
+    whole, since it costs little."""
+    side = rule.max_side or defaults.max_side
+    narrows = rule.mode == "auto" and rule.max_side is None
+    narrows = narrows and NARROWEST_BLOCK <= d_out <= d_in // 2
+    return min(side, d_out) if narrows else side
+
+
+def _number_of_blocks(rule: LayerRule, dim: int, side: int) -> int:
+    if rule.mode == "full":
+        return 1
+    return dim if rule.mode == "diagonal" else fewest_blocks(dim, side)
+
+
+def fewest_blocks(dim: int, max_side: int) -> int:
+    """The smallest number of equal blocks of `dim` coordinates whose sides are at most `max_side`.
+
+    Where that gives sides below a quarter of `max_side`, as for a prime `dim`, sides may be up to
+    four times `max_side`.
+    """
+    divisors = [n for n in range(1, dim + 1) if dim % n == 0]
+    fewest = next(n for n in divisors if dim // n <= max_side)
+    if dim // fewest < max_side / 4:
+        return next(n for n in divisors if dim // n <= 4 * max_side)
+    return fewest
+
+
+def _cut_mode(rule: LayerRule, blocks: int) -> str:
+    if rule.mode == "diagonal":
+        return "diagonal"
+    return "blocks" if blocks > 1 else "full"
+
+
+def _check_mode(rule: LayerRule, kind: str) -> None:
+    if rule.mode not in MODES[kind]:
+        raise ValueError(
+            f"layer rule {rule.pattern!r}: mode {rule.mode!r} is not one {kind} has, which are "
+            f"none, {', '.join(MODES[kind])}"
+        )

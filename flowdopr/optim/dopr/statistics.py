@@ -1,0 +1,413 @@
+"""Second moments of layer inputs: gathered by hooks, averaged over refreshes.
+
+A window is everything between two optimizer steps, all micro-batches of one step. Sums and numbers
+of rows are kept apart until the step, so micro-batches and processes pool exactly. A window keeps
+two sums of each layer: of inputs that no backward has used yet, and of inputs that one has.
+`zero_grad` without a step discards the used ones alone. So a step that a GradScaler skips leaves no
+trace, whether `zero_grad` comes before the forward or between forward and backward.
+
+The average of Sigma is an exponential moving average divided by the sum of its weights, which makes
+it a weighted mean from the first refresh on (a "debiased EMA").
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flowdopr.optim.dopr.hooks import (
+    InputHook,
+    OutputGradientHook,
+    is_recomputation,
+    register,
+    unregister,
+)
+from flowdopr.optim.dopr.inverse import smallest_pivot
+from flowdopr.optim.dopr.processes import agreed, summed, world_size
+from flowdopr.optim.dopr.reports import Diagnostics
+from flowdopr.optim.dopr.views import LayerView
+
+
+class WindowSum:
+    """A sum of z z^T, (g, b, s, s), with its number of rows; None and 0 before the first row."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.rows = 0
+
+    def move_into(self, other: "WindowSum") -> None:
+        """Add everything to `other` and leave nothing here."""
+        if self.total is not None:
+            other.total = self.total if other.total is None else other.total.add_(self.total)
+            other.rows += self.rows
+        self.total, self.rows = None, 0
+
+
+class SecondMoment:
+    """Sigma of one layer.
+
+    unused, used: what this window has gathered, before and after a backward.
+    sigma: the exponential moving average of the windows' second moments, not yet divided by the sum
+        of its weights, which `Statistics.numbers` has.
+    shared_with: another layer that reads the same tensors, whose Sigma this layer uses; then
+        nothing is kept here.
+    """
+
+    def __init__(
+        self, name: str, view: LayerView, weight: Tensor, max_rows: int | None, rule: str
+    ) -> None:
+        self.name, self.view, self.weight, self.max_rows = name, view, weight, max_rows
+        self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.key = (*view.key, self.dtype, max_rows, rule)
+        self.unused, self.used = WindowSum(), WindowSum()
+        self.sigma: Tensor | None = None
+        self.shared_with: SecondMoment | None = None
+        self.sources: list[SecondMoment | None] = []  # who read each input before, until decided
+        self.number = -1  # its place in `Statistics.moments`
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is now."""
+        return self.weight.device
+
+    def empty(self, shape: Sequence[int]) -> Tensor:
+        """A tensor of zeros of this layer's precision, on its device."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def gather(self, x: Tensor, view: LayerView) -> None:
+        """Add one forward's input, seen through the `view` of the module that was called."""
+        window = self.unused
+        if window.total is None:
+            window.total = torch.zeros(self.view.shape, dtype=self.dtype, device=x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            window.rows += view.accumulate(window.total, x, self.max_rows)
+
+    def close_window(self) -> WindowSum:
+        """End the window; returns all that it gathered."""
+        self.unused.move_into(self.used)
+        whole, self.used = self.used, WindowSum()
+        return whole if whole.rows else WindowSum()  # empty batches count as no forward
+
+
+class Numbers(NamedTuple):
+    """The fields of `Diagnostics` of all layers as tensors (n,) on the device, where a refresh
+    decides what follows from them, so that the host does not wait."""
+
+    ema_weight: Tensor
+    refreshes: Tensor
+    skipped: Tensor
+    skipped_in_a_row: Tensor
+    damping: Tensor
+    least_damping: Tensor
+
+
+def on_device(numbers: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(n,) of numbers that the host knows. A copy of them from the host would wait for the device,
+    which filling does not."""
+    return torch.stack([torch.full((), float(n), device=device, dtype=dtype) for n in numbers])
+
+
+class Statistics:
+    """The second moments of all layers, their hooks, and the switch `gathering`.
+
+    This is the only place that writes them. `cov_decay`: of the moving average, per refresh.
+    """
+
+    def __init__(self, cov_decay: float) -> None:
+        self.cov_decay = cov_decay
+        self.moments: list[SecondMoment] = []
+        self.gathering = True
+        self.sharing_decided = False
+        self._numbers: Numbers | None = None
+        self._watched: list[tuple[SecondMoment, LayerView]] = []
+        self._backward_ran = False
+        self._last_inputs: dict[tuple[object, ...], tuple[weakref.ref[Tensor], SecondMoment]] = {}
+        self._handle = register(self)
+        self._removable: list[Any] = []
+        weakref.finalize(self, _remove_all, self._removable)
+
+    # Gathering
+
+    def watch_inputs(self, moment: SecondMoment, module: nn.Module, view: LayerView) -> None:
+        """Feed `moment` with the inputs of `module`."""
+        token = torch.zeros(1, device=moment.device)
+        hook = InputHook(self._handle, self._number(moment, view), token)
+        self._removable.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def watch_output_gradients(
+        self, moment: SecondMoment, module: nn.Module, view: LayerView
+    ) -> None:
+        """Feed `moment` with the gradients of the outputs of `module`."""
+        hook = OutputGradientHook(self._handle, self._number(moment, view))
+        self._removable.append(module.register_forward_hook(hook))
+
+    def _number(self, moment: SecondMoment, view: LayerView) -> int:
+        if moment.number < 0:
+            moment.number = len(self.moments)
+            self.moments.append(moment)
+            self._removable.append(_on_gradient(moment.weight, weakref.ref(self)))
+        self._watched.append((moment, view))
+        return len(self._watched) - 1
+
+    def trains(self, index: int) -> bool:
+        """Whether the weight of the layer watched as number `index` is trained now."""
+        return self._watched[index][0].weight.requires_grad
+
+    @torch.no_grad()
+    def gather_input(self, index: int, x: Tensor, traced: bool) -> None:
+        """Take in an input of the module watched as number `index`.
+
+        Args:
+            traced: torch.compile runs the module, and `x` is not the tensor that other modules see.
+
+        Raises:
+            ValueError: a layer that shares statistics reads another tensor now.
+        """
+        if not self.gathering or is_recomputation():
+            return
+        moment = self._take(index, x)
+        if moment is not None and not traced:
+            self._compare_input(moment, x)
+
+    @torch.no_grad()
+    def gather_output_gradient(self, index: int, grad: Tensor) -> None:
+        """Take in a gradient of the output of the module watched as number `index`."""
+        if self.gathering:
+            self._take(index, grad)
+
+    def _take(self, index: int, x: Tensor) -> SecondMoment | None:
+        """Gather `x`, unless the layer is frozen for a while, as a discriminator is."""
+        self._note_backward()
+        moment, view = self._watched[index]
+        if not moment.weight.requires_grad:
+            return None
+        if moment.shared_with is None:
+            moment.gather(x.detach(), view)
+        return moment
+
+    def _compare_input(self, moment: SecondMoment, x: Tensor) -> None:
+        """Note which layer read the tensor `x` before `moment`'s; refuse a change of it."""
+        last = self._last_inputs.get(moment.key)
+        source = last[1] if last is not None and last[0]() is x else None
+        if source is None or source is moment:
+            self._last_inputs[moment.key] = (weakref.ref(x), moment)
+            source = None
+        if not self.sharing_decided:
+            moment.sources.append(source)
+        elif moment.shared_with is not None and source is not moment.shared_with:
+            raise ValueError(
+                f"layer {moment.name!r} read the same tensor as layer {moment.shared_with.name!r} "
+                "so far and shares its statistics, but reads another one now: give it a layer rule "
+                f"of its own, LayerRule('^{moment.name}$'), for statistics of its own"
+            )
+
+    def decide_sharing(self) -> None:
+        """After the first window: let layers that read the same tensors share one Sigma.
+
+        All ranks must have seen the same. Under torch.compile tensors have no identity, and every
+        layer keeps its own.
+        """
+        if self.sharing_decided:
+            return
+        self.sharing_decided = True
+        leaders = []
+        for moment in self.moments:
+            leader = moment.sources[0] if moment.sources else None
+            same = leader is not None and set(moment.sources) == {leader}
+            leaders.append(leader.number if leader is not None and same else -1)
+            moment.sources.clear()
+        found = agreed(leaders, self.moments[0].device)
+        for moment, number in zip(self.moments, found, strict=True):
+            moment.shared_with = self.moments[number] if number >= 0 else None
+
+    def discard(self) -> None:
+        """Forget what a backward has already used: its step was skipped."""
+        self._note_backward()
+        for moment in self.moments:
+            moment.used = WindowSum()
+
+    def _note_backward(self) -> None:
+        """Mark what was gathered as used if a backward has run since."""
+        if self._backward_ran:
+            self._backward_ran = False
+            for moment in self.moments:
+                moment.unused.move_into(moment.used)
+
+    def remove_hooks(self) -> None:
+        """Take every hook off the model."""
+        _remove_all(self._removable)
+        unregister(self._handle)
+
+    # Averaging
+
+    def refresh(self) -> None:
+        """End the window, sum it over all ranks, and fold the sums that are finite into the
+        averages.
+
+        At a layer's refresh k, from 0, the decay is min(cov_decay, (1 + k) / (10 + k)): inputs
+        change fastest at the start of training, and a long memory of them would mislead.
+        """
+        windows = self._closed_windows()
+        present = [i for i, window in enumerate(windows) if window.total is not None]
+        if not present:
+            return
+        old = self.numbers
+        weight = old.ema_weight
+        counts = on_device([window.rows for window in windows], weight.device, weight.dtype)
+        sums = [total for window in windows if (total := window.total) is not None]
+        counts, *sums = summed([counts, *sums])
+        traces = list(torch.zeros_like(weight))
+        for i, total in zip(present, sums, strict=True):
+            traces[i] = total.diagonal(dim1=-2, dim2=-1).sum().to(weight)
+        ran = counts > 0
+        good = ran & torch.stack(traces).isfinite()
+        decay = ((1 + old.refreshes) / (10 + old.refreshes)).clamp_max(self.cov_decay)
+        keep, share = torch.where(good, decay, 1.0), torch.where(good, 1 - decay, 0.0)
+        scales = share / counts.clamp_min(1)
+        for i, total in zip(present, sums, strict=True):
+            moment = self.moments[i]
+            # A sum that is not finite has a scale of 0, which does not make NaN zero.
+            new = total.nan_to_num_(0, 0, 0).mul_(scales[i].to(total))
+            old_sigma = moment.sigma
+            moment.sigma = (
+                new if old_sigma is None else old_sigma.mul_(keep[i].to(old_sigma)).add_(new)
+            )
+        self._numbers = old._replace(
+            ema_weight=keep * weight + share,
+            refreshes=old.refreshes + good,
+            skipped=old.skipped + (ran & ~good),
+            skipped_in_a_row=torch.where(good, 0.0, old.skipped_in_a_row + ran),
+        )
+
+    def _closed_windows(self) -> list[WindowSum]:
+        """What every layer gathered; nothing for those that share, and on several ranks zeros for
+        layers that did not run here, since no rank knows whether they ran on another one."""
+        self._backward_ran = False
+        windows = [moment.close_window() for moment in self.moments]
+        self.decide_sharing()
+        for i, moment in enumerate(self.moments):
+            if moment.shared_with is not None:
+                windows[i] = WindowSum()
+            elif windows[i].total is None and world_size() > 1:
+                windows[i].total = moment.empty(moment.view.shape)
+        return windows
+
+    @property
+    def numbers(self) -> Numbers:
+        """The numbers of all layers, zeros before the first refresh, where the first layer is."""
+        device = self.moments[0].device
+        if self._numbers is None:
+            double = any(moment.dtype == torch.float64 for moment in self.moments)
+            dtype = torch.float64 if double else torch.float32
+            zeros = torch.zeros(len(self.moments), dtype=dtype, device=device)
+            self._numbers = Numbers(*(zeros.clone() for _ in Numbers._fields))
+        elif self._numbers.damping.device != device:  # the model was moved
+            self._numbers = Numbers(*(values.to(device) for values in self._numbers))
+        return self._numbers
+
+    def set_damping(self, damping: float) -> None:
+        """Take `damping` for the T to be made now, or what a failed factorisation has raised it
+        to."""
+        numbers = self.numbers
+        self._numbers = numbers._replace(damping=numbers.least_damping.clamp_min(damping))
+
+    def raise_damping(self, failed: Tensor) -> None:
+        """Take ten times the damping from the next refresh on where `failed` (n,)."""
+        numbers = self.numbers
+        more = (10 * numbers.damping).clamp_min(smallest_pivot(numbers.damping.dtype))
+        raised = torch.where(failed, more, numbers.least_damping)
+        self._numbers = numbers._replace(least_damping=raised)
+
+    def known(self) -> list[int]:
+        """Numbers of the layers that have an average, be it one of skipped refreshes alone."""
+        return [i for i, moment in enumerate(self.moments) if moment.sigma is not None]
+
+    def table(self) -> Tensor:
+        """The numbers of the layers in `known`, one row for each, (len(known), 6)."""
+        rows = torch.stack(list(self.numbers), 1).unbind()
+        return torch.stack([rows[i] for i in self.known()])
+
+    # State
+
+    def diagnostics(self) -> dict[str, Diagnostics]:
+        """Layer name -> its numbers now; the host waits for them."""
+        table = torch.stack(list(self.numbers), 1).tolist()
+        pairs = zip(self.moments, table, strict=True)
+        return {m.name: Diagnostics(*row) for m, row in pairs if m.shared_with is None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """ "averages": layer name -> the lower triangles of the average of Sigma and the fields of
+        its `Diagnostics`; "shared": layer name -> the layer whose average it uses."""
+        averages, numbers = {}, self.diagnostics()
+        for moment in self.moments:
+            of_layer = numbers.get(moment.name)
+            if moment.sigma is None or of_layer is None:
+                continue
+            if of_layer.ema_weight or of_layer.skipped:  # else it ran on no rank
+                averages[moment.name] = {"sigma": _packed(moment.sigma), **of_layer._asdict()}
+        shared = {m.name: m.shared_with.name for m in self.moments if m.shared_with is not None}
+        return {"averages": averages, "shared": shared}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Restore the averages. Raises ValueError for a layer or a shape that is not here."""
+        known = {moment.name: moment for moment in self.moments}
+        averages, shared = saved["averages"], saved["shared"]
+        for name in (*averages, *shared, *shared.values()):
+            if name not in known or not _fits(averages.get(name), known[name]):
+                raise ValueError(
+                    f"the optimizer state has statistics of layer {name!r}, which this model lacks "
+                    "or treats in another mode: load it into the model, the rules and the version "
+                    "of flowdopr that it was saved with"
+                )
+        rows = []
+        for moment in self.moments:
+            entry, leader = averages.get(moment.name), shared.get(moment.name)
+            moment.shared_with = None if leader is None else known[leader]
+            moment.close_window()
+            moment.sources.clear()
+            moment.sigma = None if entry is None else _unpacked(entry["sigma"], moment)
+            rows.append([0.0 if entry is None else entry[key] for key in Numbers._fields])
+        self._numbers = None
+        zeros = self.numbers.damping
+        self._numbers = Numbers(*torch.tensor(rows, dtype=zeros.dtype, device=zeros.device).mT)
+
+
+def _remove_all(removable: list[Any]) -> None:
+    for handle in removable:
+        handle.remove()
+    removable.clear()
+
+
+def _on_gradient(weight: Tensor, statistics: "weakref.ref[Statistics]") -> Any:
+    """A hook that notes that a backward has run; it does not keep the statistics alive."""
+
+    def arrived(_: Tensor) -> None:
+        alive = statistics()
+        if alive is not None:
+            alive._backward_ran = True
+
+    register: Callable[[Any], Any] = weight.register_post_accumulate_grad_hook
+    return register(arrived)
+
+
+def _fits(entry: dict[str, Any] | None, moment: SecondMoment) -> bool:
+    if entry is None:
+        return True
+    groups, blocks, side, _ = moment.view.shape
+    shape = (groups, blocks, side * (side + 1) // 2)
+    return entry.keys() >= {"sigma", *Numbers._fields} and entry["sigma"].shape == shape
+
+
+def _packed(sigma: Tensor) -> Tensor:
+    """The lower triangles of (g, b, s, s), all that the inversion reads, as (g, b, s(s+1)/2)."""
+    rows, columns = torch.tril_indices(*sigma.shape[-2:], device=sigma.device)
+    return sigma[:, :, rows, columns]
+
+
+def _unpacked(packed: Tensor, moment: SecondMoment) -> Tensor:
+    sigma = moment.empty(moment.view.shape)
+    rows, columns = torch.tril_indices(*sigma.shape[-2:], device=sigma.device)
+    sigma[:, :, rows, columns] = packed.to(sigma)
+    return sigma

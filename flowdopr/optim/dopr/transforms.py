@@ -1,0 +1,148 @@
+"""T of every layer: made from the averages at a refresh, applied to the gradients at every step."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from flowdopr.linalg import like_shard, local
+from flowdopr.optim.dopr.inverse import Form, invert
+from flowdopr.optim.dopr.layers import Layer
+from flowdopr.optim.dopr.processes import exchanged, own_share, world_size
+from flowdopr.optim.dopr.statistics import SecondMoment, Statistics
+
+MAX_INVERTED = 2**22  # elements inverted in one call, which takes some four times their memory
+MAX_MULTIPLIED = 2**18  # weights in one product: as many as a core's cache may hold
+
+
+def make_transforms(
+    statistics: Statistics, form: Form, strength: float, *, share_work: bool
+) -> list[Tensor | None]:
+    """T of every layer of `statistics`, in its order; None where there is no average yet.
+
+    T of a layer whose refreshes were all skipped is the identity. Layers whose factorisation fails
+    get a higher damping from the next refresh on.
+
+    Args:
+        strength: blends T with the identity, see `invert`.
+        share_work: whether each rank makes its share and gets the others' from them; else each
+            makes all.
+    """
+    known, numbers = statistics.known(), statistics.numbers
+    if not known:
+        return [None] * len(statistics.moments)
+    some = numbers.ema_weight > 0
+    weights = torch.where(some, numbers.ema_weight, 1.0).unbind()
+    gammas = torch.where(some, numbers.damping, 1.0).unbind()
+    moments = [statistics.moments[i] for i in known]
+    shares_work = share_work and world_size() > 1
+    sides = [moment.view.shape[-1] for moment in moments]
+    mine = own_share(sides) if shares_work else range(len(moments))
+    made: list[Tensor | None] = [None] * len(moments)
+    failed: list[Tensor | None] = [None] * len(moments)
+    for chunk in _chunks(list(mine), [math.prod(moment.view.shape) for moment in moments]):
+        averages = [_average(moments[i], weights[known[i]]) for i in chunk]
+        stacks = [moments[i].view.stack(a) for i, a in zip(chunk, averages, strict=True)]
+        scales = [moments[i].view.mean_eigenvalue(s) for i, s in zip(chunk, stacks, strict=True)]
+        found = invert(stacks, scales, [gammas[known[i]] for i in chunk], form, strength)
+        for i, transform, bad in zip(chunk, *found, strict=True):
+            made[i], failed[i] = transform, bad
+    if shares_work:
+        like = [moment.empty(moment.view.transform_shape) for moment in moments]
+        made, failed = exchanged(made, failed, like)  # pyright: ignore[reportAssignmentType]
+    every: list[Tensor | None] = [None] * len(statistics.moments)
+    flags = list(torch.zeros_like(some))
+    for i, transform, bad in zip(known, made, failed, strict=True):
+        assert bad is not None
+        every[i], flags[i] = transform, bad.to(some.device)
+    statistics.raise_damping(torch.stack(flags))
+    return every
+
+
+def _average(moment: SecondMoment, weight: Tensor) -> Tensor:
+    assert moment.sigma is not None
+    return moment.sigma / weight.to(moment.sigma)
+
+
+def _chunks(numbers: list[int], sizes: list[int]) -> Iterator[list[int]]:
+    """`numbers` in order of their sizes, cut so that each chunk stays near MAX_INVERTED."""
+    chunk: list[int] = []
+    for number in sorted(numbers, key=lambda i: (sizes[i], i)):
+        if chunk and sum(sizes[i] for i in chunk) + sizes[number] > MAX_INVERTED:
+            yield chunk
+            chunk = []
+        chunk.append(number)
+    if chunk:
+        yield chunk
+
+
+def identity_transform(moment: SecondMoment) -> Tensor:
+    """A T that changes nothing."""
+    *stack, side, _ = moment.view.transform_shape
+    eye = torch.eye(side, dtype=moment.dtype, device=moment.device)
+    return eye.expand(*stack, side, side)
+
+
+def apply(ready: Sequence[tuple[Layer, Tensor]]) -> None:
+    """Replace the gradients of each layer by their product with its T."""
+    for chunk in _batches([layer for layer, _ in ready]):
+        layers = [ready[i][0] for i in chunk]
+        grads = [_gradients(layer) for layer in layers]
+        products = layers[0].view.multiply_many(grads, [ready[i][1] for i in chunk])
+        for layer, of_layer in zip(layers, products, strict=True):
+            for parameter, product in zip(layer.parameters, of_layer, strict=True):
+                assert parameter.grad is not None
+                product = _laid_out(product, local(parameter))
+                parameter.grad = like_shard(product, parameter.grad)  # frees G
+
+
+def _gradients(layer: Layer) -> list[Tensor]:
+    return [local(p.grad) for p in layer.parameters if p.grad is not None]
+
+
+def _batches(layers: Sequence[Layer]) -> Iterator[list[int]]:
+    """Numbers of the layers to multiply together, with few weights in each batch."""
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for number, layer in enumerate(layers):
+        alike.setdefault(layer.view.batch_key(_gradients(layer)) or (number,), []).append(number)
+    for numbers in alike.values():
+        size = max(1, MAX_MULTIPLIED // layers[numbers[0]].parameters[0].numel())
+        yield from (numbers[i : i + size] for i in range(0, len(numbers), size))
+
+
+def _laid_out(product: Tensor, parameter: Tensor) -> Tensor:
+    """`product` with the strides of the parameter, as autograd would leave it: torch's fused
+    optimizers read a gradient on the CPU as if it had them."""
+    if product.stride() == parameter.stride():
+        return product
+    return torch.empty_like(parameter).copy_(product)
+
+
+def step_sandwich(optimizer: torch.optim.Optimizer, ready: Sequence[tuple[Layer, Tensor]]) -> None:
+    """W <- (1 - lr wd) W - lr GP(G L^-T) L^-1, after `apply` has made G L^-T.
+
+    The GP steps from W = 0, where its weight decay does nothing, so that what it leaves in W is its
+    direction times -lr, exactly.
+    """
+    held = [[p.clone() for p in layer.parameters] for layer, _ in ready]
+    for layer, _ in ready:
+        for parameter in layer.parameters:
+            parameter.zero_()
+    try:
+        optimizer.step()
+    except BaseException:
+        for (layer, _), before in zip(ready, held, strict=True):
+            for parameter, old in zip(layer.parameters, before, strict=True):
+                parameter.copy_(old)
+        raise
+    kept = {
+        id(p): 1 - group["lr"] * group.get("weight_decay", 0.0)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    for (layer, transform), before in zip(ready, held, strict=True):
+        moved = layer.view.multiply([local(p) for p in layer.parameters], transform.mT)
+        for parameter, old, move in zip(layer.parameters, before, moved, strict=True):
+            parameter.copy_(old.mul_(kept[id(parameter)]))
+            local(parameter).add_(move)

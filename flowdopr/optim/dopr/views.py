@@ -1,0 +1,236 @@
+"""How DoPr sees a layer: its input as rows of z, its weight gradient as a matrix over the same
+coordinates.
+
+For a layer y = W z with output gradients delta the weight gradient is G = sum_i delta_i z_i^T.
+DoPr (arXiv 2606.06418) multiplies G from the right by a function of Sigma = (1/n) sum_i z_i z_i^T.
+A view gives both in one layout:
+
+    rows(x)        the input of a forward       -> z, (n, g, b, s)
+    matrix(grads)  the layer's gradients        -> G, (g, b, r, s)
+
+    >>> linear, x = nn.Linear(6, 2), torch.randn(4, 5, 6)     # a batch of 4 with 5 tokens each
+    >>> view = LinearView("blocks", 1, dim=6, blocks=3)       # Sigma in 3 blocks of 2 coordinates
+    >>> z, n = view.rows(x, max_rows=None)
+    >>> tuple(z.shape), n
+    ((20, 1, 3, 2), 20)
+    >>> view.shape                                            # of Sigma
+    (1, 3, 2, 2)
+    >>> linear(x).sum().backward()
+    >>> tuple(view.matrix([linear.weight.grad]).shape)
+    (1, 3, 2, 2)
+
+Letters: n rows of z; g independent groups, each with a Sigma of its own (a convolution's); b
+diagonal blocks that a Sigma is cut into; s coordinates in a block; r rows of the gradient matrix.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from flowdopr.cpu import linear
+
+
+def kept_rows(total: int, max_rows: int | None, device: torch.device) -> Tensor | None:
+    """Indices of `max_rows` of `total` evenly spread rows, ascending; None where all are kept.
+
+    One row is taken from each of `max_rows` equal stretches, at a place that moves by the golden
+    ratio from one stretch to the next, so that no image column or token position is favoured when
+    the width of the grid divides a stretch. The choice depends on the two numbers alone.
+    """
+    if max_rows is None or total <= max_rows:
+        return None
+    number = torch.arange(max_rows, device=device)
+    place = number * 633 % 1024  # 633 / 1024 is the golden ratio; in integers, alike everywhere
+    # Stretches of fewer than two rows leave out their last place, so that no row repeats.
+    reach = total if total >= 2 * max_rows else total - max_rows
+    return (number * total * 1024 + place * reach) // (max_rows * 1024)
+
+
+def unravelled(numbers: Tensor, grid: Sequence[int]) -> tuple[Tensor, ...]:
+    """`torch.unravel_index`, which would copy `grid` from the host and wait for it."""
+    axes = []
+    for size in reversed(grid):
+        axes.append(numbers % size)
+        numbers = numbers // size
+    return tuple(reversed(axes))
+
+
+def add_second_moment(sums: Tensor, rows: Tensor, weight: float) -> None:
+    """Add weight * sum_i z_i z_i^T of `rows` (n, g, b, s) to `sums` (g, b, s, s), in place.
+
+    One wide matrix gets its lower triangle only, in strips, which saves a third of the work;
+    nothing reads the upper triangle.
+    """
+    groups, blocks, side, _ = sums.shape
+    rows = rows.to(sums.dtype)
+    if side == 1:
+        sums.add_(rows.square().sum(0)[..., None], alpha=weight)
+    elif groups * blocks == 1:
+        flat = rows.reshape(-1, side)
+        strips = 4 if side >= 128 else 1
+        for i in range(strips):
+            first, last = side * i // strips, side * (i + 1) // strips
+            strip = sums[0, 0, first:last, :last]
+            strip.addmm_(flat[:, first:last].mT, flat[:, :last], alpha=weight)
+    else:
+        stacked = rows.reshape(-1, groups * blocks, side).transpose(0, 1)
+        sums.view(-1, side, side).baddbmm_(stacked.mT, stacked, alpha=weight)
+
+
+class LayerView:
+    """The base of all views: a weight (d_out, ...) with the coordinates of z in its trailing axes.
+
+    mode: as the table of roles names it. groups, blocks, side: g, b, s above.
+    """
+
+    takes_bias = False
+
+    def __init__(self, mode: str, groups: int, dim: int, blocks: int = 1) -> None:
+        self.mode, self.groups, self.blocks, self.side = mode, groups, blocks, dim // blocks
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of the sums of z z^T."""
+        return (self.groups, self.blocks, self.side, self.side)
+
+    @property
+    def transform_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the matrices that are inverted, and of T."""
+        return self.shape
+
+    @property
+    def rows_are_weight_rows(self) -> bool:
+        """Whether each row of G is a row of the weight along its first axis. A process that holds
+        some of these rows can then precondition them alone."""
+        return self.groups == 1
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Two layers with equal keys make the same Sigma of one input."""
+        return (type(self).__name__, self.mode, *self.shape)
+
+    def describe(self) -> str:
+        """The mode as the table of roles prints it."""
+        cut = self.blocks > 1 and self.mode != "diagonal"
+        return f"{self.mode} {self.blocks}x{self.side}" if cut else self.mode
+
+    def rows(self, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
+        """The kept rows of z of the input `x`, (n, g, b, s), and how many rows `x` has in all."""
+        raise TypeError(f"{type(self).__name__} adds to sums without rows")
+
+    def accumulate(self, sums: Tensor, x: Tensor, max_rows: int | None) -> int:
+        """Add sum_i z_i z_i^T of the input `x` to `sums`; returns the number of its rows.
+
+        Kept rows are weighted to stand for all rows, so that forwards of unequal size count by
+        their size.
+        """
+        rows, total = self.rows(x, max_rows)
+        add_second_moment(sums, rows, total / max(1, rows.shape[0]))
+        return total
+
+    def stack(self, sigma: Tensor) -> Tensor:
+        """The symmetric matrices to invert, from Sigma."""
+        return sigma
+
+    def mean_eigenvalue(self, stack: Tensor) -> Tensor:
+        """tr(Sigma) / d of each group, (g, 1, 1, 1)."""
+        return stack.diagonal(dim1=-2, dim2=-1).mean((-2, -1))[:, None, None, None]
+
+    def matrix(self, grads: Sequence[Tensor]) -> Tensor:
+        """The gradients of the layer's parameters as one matrix for each block, (g, b, r, s)."""
+        return grads[0].reshape(self.groups, -1, self.blocks, self.side).transpose(1, 2)
+
+    def gradients(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse of `matrix`: (g, b, r, s) as tensors of the shapes and dtypes of `like`."""
+        return [matrix.transpose(1, 2).reshape(like[0].shape).to(like[0].dtype)]
+
+    def multiply(self, grads: Sequence[Tensor], transform: Tensor) -> list[Tensor]:
+        """The gradient matrix times T from the right, as gradients again."""
+        matrix = self.matrix(grads).to(transform.dtype)
+        if self.side == 1:
+            product = matrix * transform
+        elif self.groups * self.blocks == 1:
+            product = linear(matrix[0, 0], transform[0, 0].mT)[None, None]
+        else:
+            product = matrix @ transform
+        return self.gradients(product, grads)
+
+    def batch_key(self, grads: Sequence[Tensor]) -> tuple[object, ...] | None:
+        """Layers with equal keys may share one `multiply_many`; None where that gains nothing."""
+        return None
+
+    def multiply_many(
+        self, many: Sequence[Sequence[Tensor]], transforms: Sequence[Tensor]
+    ) -> list[list[Tensor]]:
+        """`multiply` for the gradients of several layers with equal `batch_key`s."""
+        pairs = zip(many, transforms, strict=True)
+        return [self.multiply(grads, transform) for grads, transform in pairs]
+
+
+def vector_rows(x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
+    """The kept vectors of (..., d), (n, d), and how many there are in all."""
+    flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    kept = kept_rows(flat.shape[0], max_rows, x.device)
+    return flat if kept is None else flat.index_select(0, kept), flat.shape[0]
+
+
+class LinearView(LayerView):
+    """`nn.Linear`: z is the input vector, all leading axes pooled."""
+
+    def rows(self, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
+        flat, total = vector_rows(x, max_rows)
+        return flat.reshape(-1, self.groups, self.blocks, self.side), total
+
+
+class BiasedLinearView(LinearView):
+    """`nn.Linear` with its bias as one more coordinate: z is (z, 1), and G is (G_W, g_b).
+
+    Without damping this is the same as centring: M_W = (G_W - g_b mu^T) C^-1 and M_b = g_b -
+    M_W mu, with mu the mean of z and C its covariance.
+    """
+
+    takes_bias = True
+
+    def describe(self) -> str:
+        return f"{super().describe()}+bias"
+
+    def rows(self, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
+        flat, total = vector_rows(x, max_rows)
+        return nn.functional.pad(flat, (0, 1), value=1.0).reshape(-1, 1, 1, self.side), total
+
+    def matrix(self, grads: Sequence[Tensor]) -> Tensor:
+        weight, bias = grads
+        return torch.cat([weight, bias[:, None]], 1)[None, None]
+
+    def gradients(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        weight, bias = like
+        flat = matrix[0, 0]
+        return [flat[:, :-1].to(weight.dtype).contiguous(), flat[:, -1].to(bias.dtype)]
+
+
+class EmbeddingView(LayerView):
+    """`nn.Embedding`: z is one-hot and Sigma = diag(p), so that M_v = G_v / (V p_v + gamma).
+
+    A row of the table that was never looked up has no gradient and does not move. Every index
+    counts, whatever `max_rows`; so does `padding_idx`, whose gradient is zero.
+    """
+
+    def __init__(self, num_embeddings: int) -> None:
+        super().__init__("diagonal", 1, num_embeddings, num_embeddings)
+
+    @property
+    def rows_are_weight_rows(self) -> bool:
+        return False
+
+    def accumulate(self, sums: Tensor, x: Tensor, max_rows: int | None) -> int:
+        index = x.reshape(-1)
+        ones = torch.ones_like(index, dtype=sums.dtype)
+        sums.view(-1).index_add_(0, index, ones)
+        return index.numel()
+
+    def matrix(self, grads: Sequence[Tensor]) -> Tensor:
+        return grads[0][None, :, :, None]
+
+    def gradients(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        return [matrix[0, :, :, 0].to(like[0].dtype)]
