@@ -70,10 +70,11 @@ class KFAC(DoPr):
         adamw_for: Sequence[str] = (),
     ) -> None:
         if isinstance(damping, Sequence) or not damping > 0:
-            raise ValueError(f"kfac: damping is {damping}, it must be one number above 0")
+            raise ValueError(f"KFAC: damping is {damping}, it must be one number above 0")
         if any(is_sharded(p) for p in model.parameters()):
             raise ValueError("kfac: takes whole weights, not FSDP's shards: use DDP, or 'dopr-sgd'")
-        supported = _supported_weights(model)
+        bypassed = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+        supported = _supported_weights(model, bypassed)
         left_out = [
             role.name
             for role in parameter_roles(model)
@@ -93,12 +94,10 @@ class KFAC(DoPr):
         }
         if not taken:
             raise ValueError("kfac: the model has no Linear or convolution for it: use adamw")
-        rules = [
-            LayerRule(f"^{re.escape(name)}$", "none" if module.weight not in taken else "full")
-            for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, nn.Embedding, _ConvNd))
-            and isinstance(module._parameters.get("weight"), nn.Parameter)
-        ]
+        rules = []
+        for name, weight in _layer_weights(model, bypassed).items():
+            mode = "full" if weight in taken else "none"
+            rules.append(LayerRule(f"^{re.escape(name)}$", mode))
         super().__init__(
             optimizer,
             model,
@@ -159,12 +158,22 @@ def _axes(module: nn.Module) -> int:
     return len(module.kernel_size) if isinstance(module, _ConvNd) else 0
 
 
-def _supported_weights(model: nn.Module) -> set[Tensor]:
+def _layer_weights(model: nn.Module, bypassed: set[nn.Module]) -> dict[str, Tensor]:
+    """Name of a layer -> its weight, each weight once, without the `bypassed` modules."""
+    found: dict[Tensor, str] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, (nn.Linear, nn.Embedding, _ConvNd)) and module not in bypassed:
+            if weight is not None:
+                found.setdefault(weight, name)
+    return {name: weight for weight, name in found.items()}
+
+
+def _supported_weights(model: nn.Module, bypassed: set[nn.Module]) -> set[Tensor]:
     """Weights that exactly one Linear or ungrouped convolution of `model` owns, without those of
-    nn.MultiheadAttention, which never calls its output projection."""
+    the `bypassed` modules, which are never called."""
     modules = list(model.modules())
     weights = [module._parameters.get("weight") for module in modules]
-    bypassed = {m.out_proj for m in modules if isinstance(m, nn.MultiheadAttention)}
     return {
         weight
         for module, weight in zip(modules, weights, strict=True)

@@ -73,6 +73,13 @@ def adamw(model: nn.Module, **settings: object) -> DoPr:
     return DoPr(gp, model, **{"refresh_every": 3, **settings})
 
 
+def mean_eigenvalues(optimizer: DoPr) -> Tensor:
+    """tr(Sigma) / d of each group of the first layer, (g,): DoPr divides Sigma by it."""
+    moment = optimizer.statistics.moments[0]
+    average = moment.sigma / optimizer.statistics.numbers.ema_weight[0]
+    return moment.view.mean_eigenvalue(moment.view.stack(average)).flatten()
+
+
 def one_step(
     module: nn.Module, x: Tensor, *, rule: LayerRule | None = None, **settings: object
 ) -> list[Tensor]:

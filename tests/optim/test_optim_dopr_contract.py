@@ -1,7 +1,9 @@
 """How DoPr behaves in training: windows, accumulation, checkpointing, scaling, resume, errors."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -254,8 +256,8 @@ def test_copies_of_the_optimizer_are_refused_and_of_the_model_are_inert() -> Non
         copy.deepcopy(optimizer)
     with pytest.raises(TypeError, match="cannot be copied or pickled"):
         pickle.dumps(optimizer)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        twin(batch(0)).sum().backward()
+    for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        duplicate(batch(0)).sum().backward()
     assert all(s.unused.rows == 0 for s in optimizer.statistics.moments)
 
 
@@ -263,10 +265,17 @@ def test_copies_of_the_optimizer_are_refused_and_of_the_model_are_inert() -> Non
 def test_hooks_do_not_leak(how: str) -> None:
     model = small_model()
     optimizer = adamw(model)
+    train(model, optimizer, range(1))
+    assert all(layer._forward_pre_hooks for layer in (model[0], model[3], model[4]))
+    alive = weakref.ref(optimizer)
     if how == "close":
         optimizer.close()
-        assert not any(module._forward_pre_hooks for module in model.modules())
-    del optimizer
+    else:
+        del optimizer
+        gc.collect()
+        assert alive() is None
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     model(batch(0)).sum().backward()
 
 

@@ -8,12 +8,13 @@ import torch
 from layer_cases import adamw
 from torch import Tensor, nn
 
-from flowdopr.optim.dopr import DoPr
+from flowdopr.optim.dopr import DoPr, reports
 
 
-def test_nonfinite_activations_are_skipped_counted_and_end_in_a_stop(caplog) -> None:
+def test_nonfinite_activations_are_skipped_counted_and_end_in_a_stop(caplog, monkeypatch) -> None:
     layer = nn.Linear(3, 2)
-    optimizer = adamw(layer, refresh_every=1, max_nonfinite=3)
+    monkeypatch.setattr(reports, "MAX_NONFINITE", 3)
+    optimizer = adamw(layer, refresh_every=1)
     with caplog.at_level(logging.WARNING, "flowdopr.optim"):
         for poison in (0.0, float("nan"), float("inf"), float("nan")):
             layer(torch.randn(4, 3) + poison).square().sum().backward()
@@ -32,7 +33,7 @@ def test_nonfinite_activations_are_skipped_counted_and_end_in_a_stop(caplog) -> 
 @pytest.mark.parametrize("last_words", [DoPr.close, DoPr.state_dict])
 def test_what_the_last_refresh_has_to_report_is_not_lost(last_words, caplog) -> None:
     layer = nn.Linear(3, 2)
-    optimizer = adamw(layer, max_nonfinite=1)
+    optimizer = adamw(layer)
     layer(torch.full((4, 3), torch.nan)).sum().backward()
     optimizer.step()
     with caplog.at_level(logging.WARNING, "flowdopr.optim"):
@@ -54,21 +55,24 @@ def poisoned_steps(optimizer: DoPr, layer: nn.Module, steps: int, after_step=Non
     return steps
 
 
-def test_saving_does_not_lose_the_stop() -> None:
+def test_saving_does_not_lose_the_stop(monkeypatch) -> None:
+    monkeypatch.setattr(reports, "MAX_NONFINITE", 2)
     layer = nn.Linear(3, 2)
-    optimizer = adamw(layer, max_nonfinite=2, refresh_every=1)
+    optimizer = adamw(layer, refresh_every=1)
     assert poisoned_steps(optimizer, layer, 9, optimizer.state_dict) == 2
 
 
-def test_the_stop_comes_though_ap_has_faded_meanwhile() -> None:
+def test_the_stop_comes_though_ap_has_faded_meanwhile(monkeypatch) -> None:
+    monkeypatch.setattr(reports, "MAX_NONFINITE", 2)
     layer = nn.Linear(3, 2)
-    optimizer = adamw(layer, max_nonfinite=2, refresh_every=2, anneal=(1, 3))
+    optimizer = adamw(layer, refresh_every=2, anneal=(1, 3))
     assert poisoned_steps(optimizer, layer, 9) == 3
 
 
-def test_the_stop_comes_once_for_a_layer_that_runs_no_more() -> None:
+def test_the_stop_comes_once_for_a_layer_that_runs_no_more(monkeypatch) -> None:
+    monkeypatch.setattr(reports, "MAX_NONFINITE", 1)
     first, second = nn.Linear(3, 2), nn.Linear(3, 2)
-    optimizer = adamw(nn.ModuleList([first, second]), max_nonfinite=1, refresh_every=1)
+    optimizer = adamw(nn.ModuleList([first, second]), refresh_every=1)
     stops = []
     for step in range(5):
         optimizer.zero_grad()
@@ -83,19 +87,6 @@ def test_the_stop_comes_once_for_a_layer_that_runs_no_more() -> None:
     assert stops == [1]
 
 
-def test_a_parted_twin_inherits_no_report(caplog) -> None:
-    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
-    optimizer = adamw(nn.ModuleDict({"first": first, "second": second}), refresh_every=1)
-    with caplog.at_level(logging.WARNING, "flowdopr.optim"):
-        for step in range(6):
-            optimizer.zero_grad()
-            x = torch.randn(4, 3) + (torch.nan if step == 1 else 0)
-            (first(x) + second(x.clone() if step > 2 else x)).sum().backward()
-            optimizer.step()
-    assert optimizer.statistics.moments[1].shared_with is None
-    assert caplog.text.count("refresh skipped") == caplog.text.count("layer first:") == 1
-
-
 @pytest.mark.parametrize("poison", ["first", "later"])
 def test_a_layer_that_saw_no_finite_inputs_takes_the_bare_step(poison: str) -> None:
     """Before the first good refresh AP is the identity; after it T stays what it was."""
@@ -104,7 +95,7 @@ def test_a_layer_that_saw_no_finite_inputs_takes_the_bare_step(poison: str) -> N
     if poison == "later":
         layer(torch.randn(4, 3)).sum().backward()
         optimizer.step()
-    kept = optimizer.transforms[0]
+    kept = optimizer.transforms[0] if optimizer.transforms else None
     optimizer.zero_grad()
     layer(torch.full((4, 3), torch.inf)).sum().backward()
     grad = torch.randn(2, 3)

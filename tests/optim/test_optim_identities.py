@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import reference
 import torch
-from layer_cases import CASES, IDS, LayerCase
+from layer_cases import CASES, IDS, LayerCase, mean_eigenvalues
 from torch import Tensor, nn
 
 from flowdopr.optim.dopr import DoPr
@@ -13,7 +13,7 @@ from flowdopr.optim.dopr import DoPr
 MAPPED = [case for case in CASES if case.name != "embedding"]  # its input has no coordinates
 # Overlapping outputs of a transposed convolution are not one least-squares problem a row.
 REGRESSIONS = [case for case in CASES if not case.name.startswith("transposed")]
-CONV_MODES = ("full", "offsets", "sua", "sua-mean")
+CONV_MODES = ("full", "sua", "sua-mean")
 EXACT = {"rtol": 1e-8, "atol": 1e-9}
 
 
@@ -34,7 +34,12 @@ def map_of(kind: str, size: int) -> Tensor:
 
 
 class Direction(torch.optim.Optimizer):
-    """W <- (1 - lr wd) W - lr f(G) with momentum of f's input, f exact on each group's matrix."""
+    """W <- (1 - lr wd) W - lr f(G) with momentum of f's input, f exact on each group's matrix.
+
+    DoPr divides Sigma by its mean eigenvalue, which depends on the coordinates of the input. What
+    that changes is a number for each group, `scale`, by which this optimizer divides again: under
+    the inverse the gradients, under the sandwich, whose f ignores their size, the steps.
+    """
 
     def __init__(
         self, module: nn.Module, function: Callable[[Tensor], Tensor], lr: float, momentum: float
@@ -42,13 +47,20 @@ class Direction(torch.optim.Optimizer):
         defaults = {"lr": lr, "weight_decay": 0.1}
         super().__init__([module.weight], defaults)
         self.module, self.function, self.momentum = module, function, momentum
+        self.scale: Callable[[], Tensor] = lambda: torch.ones(groups_of(module))
+        self.sandwich = False
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         weight, group = self.module.weight, self.param_groups[0]
         average = self.state[weight].setdefault("average", torch.zeros_like(weight))
-        average.mul_(self.momentum).add_(weight.grad)
+        of_group = weight.grad.unflatten(0, (len(self.scale()), -1))
+        scales = self.scale().view(-1, *[1] * weight.dim())
+        gradient = of_group if self.sandwich else of_group / scales
+        average.mul_(self.momentum).add_(gradient.flatten(0, 1))
         parts = [self.function(g) for g in reference.layer_matrices(self.module, average)]
+        if self.sandwich:
+            parts = [part / scale**0.5 for part, scale in zip(parts, self.scale(), strict=True)]
         transposed = isinstance(self.module, nn.ConvTranspose2d | nn.Embedding)
         moved = torch.cat([part.T if transposed else part for part in parts])
         weight.mul_(1 - group["lr"] * group["weight_decay"])
@@ -77,7 +89,8 @@ def trajectory(
     gp = Direction(module, function, 0.05, 0.5)
     if module.bias is not None:
         module.bias.requires_grad_(False)
-    optimizer = DoPr(gp, module, max_rows=None, refresh_every=2, unit_scale=False, **settings)
+    optimizer = DoPr(gp, module, max_rows=None, refresh_every=2, **settings)
+    gp.scale, gp.sandwich = lambda: mean_eigenvalues(optimizer), optimizer.form.sandwich
     for step in range(4):
         optimizer.zero_grad()
         y = module(inputs[step % 2])
@@ -128,7 +141,7 @@ def test_a_step_of_regression_leaves_the_damped_share_of_the_error(
     gp = torch.optim.SGD([module.weight], lr=1.0)
     if bias is not None:
         bias.requires_grad_(False)
-    optimizer = DoPr(gp, module, damping=damping, unit_scale=False, max_rows=None)
+    optimizer = DoPr(gp, module, damping=damping, max_rows=None)
     axis = 1 if isinstance(module, nn.Conv2d) else -1
     wanted = target.movedim(axis, -1) - (0 if bias is None else bias.detach())
     (0.5 * (module(x) - target).square().sum() / wanted[..., 0].numel()).backward()
@@ -137,8 +150,9 @@ def test_a_step_of_regression_leaves_the_damped_share_of_the_error(
     rows = reference.layer_rows(module, x)
     parts = wanted.flatten(0, -2).chunk(len(rows), 1)
     after = reference.layer_matrices(module, module.weight.detach())
-    for z, part, old, new in zip(rows, parts, before, after, strict=True):
+    for z, part, old, moved in zip(rows, parts, before, after, strict=True):
         sigma = reference.second_moment(z)
+        new = old + (moved - old) * len(sigma) / sigma.trace()  # of learning rate d / tr(Sigma)
         solution = (torch.linalg.pinv(z) @ part).T
         ridge = damping * sigma.trace() / len(sigma)
         share = ridge * torch.linalg.pinv(reference.damped(sigma, damping))

@@ -7,8 +7,8 @@ import pytorch_optimizer
 import torch
 from torch import Tensor, nn
 
-from flowdopr.optim.arguments import READS_WEIGHTS
 from flowdopr.optim.dopr import DoPr
+from flowdopr.optim.dopr.dopr import READS_WEIGHTS
 
 OF_TORCH = [
     "Adadelta",

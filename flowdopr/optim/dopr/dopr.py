@@ -108,16 +108,17 @@ class DoPr(torch.optim.Optimizer):
         bias: bool = False,
         rules: Sequence[LayerRule | Mapping[str, Any]] = (),
     ) -> None:
-        _check_optimizer(optimizer, form)
-        _check("cov_decay", cov_decay, _is_number(cov_decay) and 0 <= cov_decay < 1, "in [0, 1)")
-        _check("form", form, form in FORMS, f"one of {', '.join(FORMS)}")
-        _check("power", power, _is_number(power) and power > 0, "above 0 and finite")
-        _check("power", power, power == 1 or form == "inverse", "1 with form 'sandwich'")
-        _check("conv_mode", conv_mode, conv_mode in CONV_MODES, f"one of {', '.join(CONV_MODES)}")
-        _check("rules", rules, isinstance(rules, list | tuple), "a list of layer rules")
+        self._check_optimizer(optimizer, form)
+        check = self._check
+        check("cov_decay", cov_decay, _is_number(cov_decay) and 0 <= cov_decay < 1, "in [0, 1)")
+        check("form", form, form in FORMS, f"one of {', '.join(FORMS)}")
+        check("power", power, _is_number(power) and power > 0, "above 0 and finite")
+        check("power", power, power == 1 or form == "inverse", "1 with form 'sandwich'")
+        check("conv_mode", conv_mode, conv_mode in CONV_MODES, f"one of {', '.join(CONV_MODES)}")
+        check("rules", rules, isinstance(rules, list | tuple), "a list of layer rules")
         for name, value in (("refresh_every", refresh_every), ("max_side", max_side)):
-            _check(name, value, is_count(value), "a whole number of 1 or more")
-        self._damping, self._anneal = _damping_schedule(damping), _checked_anneal(anneal)
+            check(name, value, is_count(value), "a whole number of 1 or more")
+        self._damping, self._anneal = self._damping_schedule(damping), self._checked_anneal(anneal)
         super().__init__([dict(group) for group in optimizer.param_groups], {})
         self.optimizer, self.refresh_every = optimizer, refresh_every
         self.form = Form(power, form == "sandwich")
@@ -317,51 +318,56 @@ class DoPr(torch.optim.Optimizer):
         else:
             self.optimizer.step()
 
+    # Arguments
 
-def _check(name: str, value: object, good: bool, allowed: str) -> None:
-    if not good:
-        raise ValueError(f"DoPr: {name} is {value}, it must be {allowed}")
+    @classmethod
+    def _check(cls, name: str, value: object, good: bool, allowed: str) -> None:
+        if not good:
+            raise ValueError(f"{cls.__name__}: {name} is {value}, it must be {allowed}")
+
+    @classmethod
+    def _checked_anneal(cls, anneal: tuple[int, int] | None) -> tuple[int, int] | None:
+        pair = anneal if isinstance(anneal, tuple | list) and len(anneal) == 2 else (0, 0)
+        good = all(_is_number(step) for step in pair) and 0 <= pair[0] < pair[1]
+        cls._check("anneal", anneal, anneal is None or good, "(first, last) steps, first < last")
+        return anneal
+
+    @classmethod
+    def _damping_schedule(
+        cls, damping: float | tuple[float, float, int]
+    ) -> tuple[float, float, int]:
+        """(first, last, steps) of a number or such a triple."""
+        triple = damping if isinstance(damping, tuple | list) else (damping, damping, 1)
+        known = len(triple) == 3 and all(_is_number(value) for value in triple)
+        cls._check("damping", damping, known, "a number or (first, last, steps)")
+        first, last, steps = triple
+        cls._check("damping", damping, min(first, last) >= 0 and steps >= 1, "0 or more")
+        scheduled = first == last or min(first, last) > 0
+        cls._check("damping", damping, scheduled, "above 0 to be scheduled")
+        return first, last, steps
+
+    @classmethod
+    def _check_optimizer(cls, optimizer: torch.optim.Optimizer, form: str) -> None:
+        """ValueError for an optimizer that cannot be wrapped, or not under this form."""
+        kind = type(optimizer).__name__
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"DoPr: wraps a torch optimizer, got {kind}: DoPr(optimizer, model)")
+        if isinstance(optimizer, DoPr):
+            raise ValueError(
+                f"DoPr: the optimizer is a {kind}, which preconditions by layer inputs already: "
+                "wrap the one inside it (`.optimizer`)"
+            )
+        if EVALUATES_LOSS.search(kind):
+            raise ValueError(
+                f"DoPr: {kind} evaluates the loss itself within a step, and those gradients would "
+                "not be preconditioned: wrap another optimizer"
+            )
+        if form == "sandwich" and READS_WEIGHTS.search(kind):
+            raise ValueError(
+                f"DoPr: form 'sandwich' runs the optimizer from weights of zero, and {kind} reads "
+                "them: use form 'inverse', or an optimizer such as SGD, AdamW or Muon"
+            )
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _checked_anneal(anneal: tuple[int, int] | None) -> tuple[int, int] | None:
-    pair = anneal if isinstance(anneal, tuple | list) and len(anneal) == 2 else (0, 0)
-    good = all(_is_number(step) for step in pair) and 0 <= pair[0] < pair[1]
-    _check("anneal", anneal, anneal is None or good, "(first, last) steps, first below last")
-    return anneal
-
-
-def _damping_schedule(damping: float | tuple[float, float, int]) -> tuple[float, float, int]:
-    """(first, last, steps) of a number or such a triple."""
-    triple = damping if isinstance(damping, tuple | list) else (damping, damping, 1)
-    known = len(triple) == 3 and all(_is_number(value) for value in triple)
-    _check("damping", damping, known, "a number or (first, last, steps)")
-    first, last, steps = triple
-    _check("damping", damping, min(first, last) >= 0 and steps >= 1, "0 or more")
-    _check("damping", damping, first == last or min(first, last) > 0, "above 0 to be scheduled")
-    return first, last, steps
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer, form: str) -> None:
-    """ValueError for an optimizer that cannot be wrapped, or not under this form."""
-    kind = type(optimizer).__name__
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(f"DoPr: wraps a torch optimizer, got {kind}: DoPr(optimizer, model)")
-    if isinstance(optimizer, DoPr):
-        raise ValueError(
-            f"DoPr: the optimizer is a {kind}, which preconditions by layer inputs already: wrap "
-            "the one inside it (`.optimizer`)"
-        )
-    if EVALUATES_LOSS.search(kind):
-        raise ValueError(
-            f"DoPr: {kind} evaluates the loss itself within a step, and those gradients would not "
-            "be preconditioned: wrap another optimizer"
-        )
-    if form == "sandwich" and READS_WEIGHTS.search(kind):
-        raise ValueError(
-            f"DoPr: form 'sandwich' runs the optimizer from weights of zero, and {kind} reads "
-            "them: use form 'inverse', or an optimizer such as SGD, AdamW or Muon"
-        )
