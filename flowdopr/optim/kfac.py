@@ -15,7 +15,7 @@ the learning rate is one of SGD with momentum.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from flowdopr.linalg import is_sharded
 from flowdopr.optim.dopr.dopr import DoPr
 from flowdopr.optim.dopr.layers import Layer, LayerRule
+from flowdopr.optim.dopr.processes import world_size
 from flowdopr.optim.dopr.statistics import SecondMoment
 from flowdopr.optim.dopr.views import LinearView
 from flowdopr.optim.matrix import MatrixOptimizer, decay_weights
@@ -137,7 +138,9 @@ class OutputGradientView(LinearView):
         self.axes = axes
 
     def rows(self, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
-        return super().rows(x.movedim(-1 - self.axes, -1), max_rows)
+        # DDP averages gradients, so those of one of n ranks are n times the whole batch's.
+        of_batch = x if world_size() == 1 else x / world_size()
+        return super().rows(of_batch.movedim(-1 - self.axes, -1), max_rows)
 
 
 class _MomentumSGD(MatrixOptimizer):
@@ -158,18 +161,18 @@ def _axes(module: nn.Module) -> int:
     return len(module.kernel_size) if isinstance(module, _ConvNd) else 0
 
 
-def _layer_weights(model: nn.Module, bypassed: set[nn.Module]) -> dict[str, Tensor]:
+def _layer_weights(model: nn.Module, bypassed: Container[nn.Module]) -> dict[str, Tensor]:
     """Name of a layer -> its weight, each weight once, without the `bypassed` modules."""
     found: dict[Tensor, str] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if isinstance(module, (nn.Linear, nn.Embedding, _ConvNd)) and module not in bypassed:
-            if weight is not None:
-                found.setdefault(weight, name)
+        is_layer = isinstance(module, (nn.Linear, nn.Embedding, _ConvNd))
+        if is_layer and weight is not None and module not in bypassed:
+            found.setdefault(weight, name)
     return {name: weight for weight, name in found.items()}
 
 
-def _supported_weights(model: nn.Module, bypassed: set[nn.Module]) -> set[Tensor]:
+def _supported_weights(model: nn.Module, bypassed: Container[nn.Module]) -> set[Tensor]:
     """Weights that exactly one Linear or ungrouped convolution of `model` owns, without those of
     the `bypassed` modules, which are never called."""
     modules = list(model.modules())
