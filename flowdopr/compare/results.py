@@ -1,10 +1,15 @@
-"""What is known of one run, read from its folder: the plain data behind tables and plots."""
+"""What is known of one run: the numbers behind tables and plots, read from its folder."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from statistics import median
+from typing import Any, Literal
+
+from flowdopr.compare.cards import Card, RunSnapshot
+from flowdopr.compare.plan import RunPlan
+from flowdopr.runs.folder import RunFolder
 
 Status = Literal["done", "failed", "unfinished", "not started"]
 
@@ -24,19 +29,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run of a study, finished or not."""
+    """One run of a study. The fields after `metric` are filled once it is trained and evaluated."""
 
-    arm: str
-    lr: float
-    seed: int
-    name: str = ""
-    path: Path = Path()
-    optimizer: str = ""
-    setting: str = ""
-    """All settings outside `optimizer` and the seed, as JSON: arms that share it form pairs."""
+    plan: RunPlan
     status: Status = "done"
     reason: str = ""
-    """Why the run failed, in its own last words."""
+    """Why the run failed: the error it explained, or the last lines it printed."""
     metric: str = "FD"
     """`FID` in the Inception feature space, `FD` in any other."""
     final: Evaluation | None = None
@@ -70,3 +68,84 @@ class RunResult:
     @property
     def label_accuracy(self) -> float | None:
         return self.final.label_accuracy if self.final else None
+
+
+def read_result(run: RunSnapshot) -> RunResult:
+    """The status of a planned run, and its numbers once it is done."""
+    plan = run.plan
+    if run.folder is not None and run.finished:
+        result = RunResult(plan, **_training(plan, run.folder), **_evaluations(run))
+        if result.fd is None:
+            reason = f"the {result.metric} of its samples is not finite"
+            return replace(result, status="failed", reason=reason)
+        return result
+    if plan.failure.exists():
+        return RunResult(plan, "failed", plan.failure.read_text(encoding="utf-8").strip())
+    return RunResult(plan, "unfinished" if plan.path.exists() else "not started")
+
+
+def _training(plan: RunPlan, folder: RunFolder) -> dict[str, Any]:
+    """Numbers from metrics.jsonl, versions.json and samples/."""
+    made_by = folder.made_by()
+    launches = [*made_by.get("earlier", []), made_by]
+    windows = [line for line in folder.metrics() if "seconds_per_step" in line]
+    speeds = [line["seconds_per_step"] for line in windows[1:] or windows]  # the first warms up
+    memory = [line["peak_memory_mib"] * 2**20 for line in windows]
+    grids = sorted((folder.path / "samples").glob("step-*.png"))
+    batch = plan.config.train.global_batch_size
+    return {
+        "global_batch_size": batch,
+        "images_seen": batch * plan.config.train.steps,
+        "seconds_per_step": median(speeds) if speeds else None,
+        "peak_memory_bytes": max(memory, default=None),
+        "hardware": " | ".join(dict.fromkeys(launch["hardware"] for launch in launches)),
+        "commit": " | ".join(dict.fromkeys(launch["commit"] for launch in launches)),
+        "versions": made_by["versions"],
+        "sample_grid": grids[-1] if grids else None,
+    }
+
+
+def _evaluations(run: RunSnapshot) -> dict[str, Any]:
+    """Numbers from the cards."""
+    cards, wanted = run.cards, run.wanted
+    card = cards[wanted.final]
+    extractor = card["extractor"]
+    held_out = extractor.get("held_out_accuracy")
+    accuracy = "" if held_out is None else f", {100 * held_out:.1f} % accurate on held-out images"
+    curve = (*wanted.curve, wanted.final)
+    return {
+        "metric": "FID" if "fid" in card["metrics"] else "FD",
+        "final": _evaluation(card),
+        "curve": tuple(_evaluation(cards[request]) for request in curve if request in cards),
+        "by_nfe": tuple(
+            _evaluation(cards[request]) for request in wanted.by_nfe if request in cards
+        ),
+        "extractor": f"{extractor['space']}{accuracy}",
+        "sampling": _sampling(card),
+    }
+
+
+def _evaluation(card: Card) -> Evaluation:
+    metrics, sampling = card["metrics"], card["sampling"]
+    return Evaluation(
+        step=card["step"],
+        one_step_loss=metrics.get("one_step_loss"),
+        fd=metrics.get("fid", metrics.get("fd")),
+        label_accuracy=metrics.get("label_accuracy"),
+        nfe=sampling["nfe"],
+        num_images=sampling["num_images"],
+    )
+
+
+def _sampling(card: Card) -> str:
+    sampling = card["sampling"]
+    if "steps" in sampling:
+        accuracy = f"{sampling['steps']} steps"
+    elif isinstance(sampling["time_grid"], list):
+        accuracy = f"{len(sampling['time_grid']) - 1} steps"
+    else:
+        accuracy = f"tolerances {sampling['atol']}, {sampling['rtol']}"
+    return (
+        f"{sampling['solver']}, {accuracy}, guidance scale {sampling['guidance_scale']:g}, "
+        f"{card['weights']} weights, {sampling['labels']} labels, seed {sampling['seed']}"
+    )
