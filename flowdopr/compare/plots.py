@@ -12,7 +12,6 @@ from matplotlib.ticker import LogFormatter, NullLocator, ScalarFormatter
 
 from flowdopr.compare.formats import learning_rate
 from flowdopr.compare.results import Evaluation, RunResult
-from flowdopr.compare.statistics import RateSummary
 from flowdopr.compare.study import Study
 
 WIDTH, HEIGHT, DPI = 5.4, 3.8, 180
@@ -39,22 +38,12 @@ def scatter(study: Study) -> Figure | None:
         style = study.styles[arm.name]
         for rate in arm.rates:
             face = style.colour if rate is arm.tuned else "none"
-            points = [
-                (run.one_step_loss, run.fd)
-                for run in rate.runs
-                if run.one_step_loss is not None and run.fd is not None
-            ]
-            axes.plot(
-                *_columns(points),
-                style.marker,
-                color=style.colour,
-                markerfacecolor=face,
-                markersize=8,
-            )
+            points = _series(rate.runs, "one_step_loss", "fd")
+            look = {"color": style.colour, "markerfacecolor": face, "markersize": 8}
+            axes.plot(*_columns(points), style.marker, **look)
             drawn = drawn or bool(points)
-    axes.set_xlabel("held-out one-step loss (lower is better)")
-    axes.set_ylabel(f"{study.metric} of the rollouts (lower is better)")
-    _log_when_wide(axes)
+    rollouts = f"{study.metric} of the rollouts (lower is better)"
+    _label(axes, "held-out one-step loss (lower is better)", rollouts)
     _legend(axes, study, lines=False)
     return figure if drawn else None
 
@@ -64,13 +53,8 @@ def training(study: Study) -> Figure | None:
     figure, (left, right) = _figure(2)
     losses = _draw_arms(left, study, lambda run: _series(run.curve, "step", "one_step_loss"))
     distances = _draw_arms(right, study, lambda run: _series(run.curve, "step", "fd"))
-    for axes, name in (
-        (left, "held-out one-step loss"),
-        (right, f"{study.metric} of the rollouts"),
-    ):
-        axes.set_xlabel("optimizer steps")
-        axes.set_ylabel(name)
-        _log_when_wide(axes)
+    _label(left, "optimizer steps", "held-out one-step loss")
+    _label(right, "optimizer steps", f"{study.metric} of the rollouts")
     _legend(left, study)
     return figure if max(losses, distances) > 1 else None
 
@@ -80,11 +64,10 @@ def by_nfe(study: Study) -> Figure | None:
     figure, (axes,) = _figure(1)
     most = _draw_arms(axes, study, lambda run: _series(run.by_nfe, "nfe", "fd"))
     axes.set_xscale("log")
-    axes.set_xlabel("NFE: model calls per image")
-    axes.set_ylabel(f"{study.metric} of the rollouts")
-    calls = {nfe for arm in study.arms for run in _runs(arm.tuned) for nfe in _calls(run)}
-    _ticks_at(axes, sorted(calls), [f"{nfe:g}" for nfe in sorted(calls)])
-    _log_when_wide(axes)
+    evaluated = [one for arm in study.arms for run in arm.reported.runs for one in run.by_nfe]
+    calls = sorted({one.nfe for one in evaluated if one.nfe is not None})
+    _ticks_at(axes, calls, [f"{nfe:g}" for nfe in calls])
+    _label(axes, "NFE: model calls per image", f"{study.metric} of the rollouts")
     _legend(axes, study)
     return figure if most > 1 else None
 
@@ -105,9 +88,7 @@ def by_learning_rate(study: Study) -> Figure | None:
     axes.set_xscale("log")
     rates = sorted({rate.lr for arm in study.arms for rate in arm.rates})
     _ticks_at(axes, rates, [learning_rate(rate) for rate in rates])
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel(f"{study.metric} of the rollouts")
-    _log_when_wide(axes)
+    _label(axes, "learning rate", f"{study.metric} of the rollouts")
     _legend(axes, study)
     return figure
 
@@ -130,7 +111,7 @@ def _draw_arms(axes: Axes, study: Study, series_of: Callable[[RunResult], Series
     longest = 0
     for arm in study.arms:
         style = study.styles[arm.name]
-        seeds = [series for run in _runs(arm.tuned) if (series := series_of(run))]
+        seeds = [series for run in arm.reported.runs if (series := series_of(run))]
         for series in seeds:
             axes.plot(*_columns(series), color=style.colour, linewidth=0.8, alpha=0.45)
         mean = _mean(seeds)
@@ -155,26 +136,20 @@ def _mean(seeds: Sequence[Series]) -> Series:
     return [(x, float(np.mean([series[x] for series in by_place]))) for x in sorted(shared)]
 
 
-def _series(evaluations: Iterable[Evaluation], x: str, y: str) -> Series:
-    """The fields `x` and `y` of the evaluations that have both."""
-    pairs = [(getattr(evaluation, x), getattr(evaluation, y)) for evaluation in evaluations]
+def _series(of: Iterable[Evaluation | RunResult], x: str, y: str) -> Series:
+    """The fields `x` and `y` of the evaluations or runs that have both."""
+    pairs = [(getattr(one, x), getattr(one, y)) for one in of]
     return [pair for pair in pairs if None not in pair]
-
-
-def _calls(run: RunResult) -> list[float]:
-    return [evaluation.nfe for evaluation in run.by_nfe if evaluation.nfe is not None]
-
-
-def _runs(rate: RateSummary | None) -> tuple[RunResult, ...]:
-    return rate.runs if rate else ()
 
 
 def _columns(points: Series) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _log_when_wide(axes: Axes) -> None:
-    """A logarithmic y axis, with plain numbers, when the values span a factor of five."""
+def _label(axes: Axes, x: str, y: str) -> None:
+    """Name the axes; y becomes logarithmic, with plain numbers, if it spans a factor of five."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [[]])
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > 5 * values.min():

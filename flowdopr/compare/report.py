@@ -70,8 +70,8 @@ def render(study: Study, table: Sequence[Row], pictures: dict[str, bytes]) -> st
         subtitle=_subtitle(study),
         winner=ranking[0][1].arm if len(ranking) > 1 else None,
         metric_words=METRIC_WORDS[study.metric],
-        table=shown_rows(study.metric, table),
-        shared=shared_values(study.metric, table),
+        table=shown_rows(study, table),
+        shared=shared_values(study, table),
         runs_at_a_time=min(study_settings(study.config).workers, len(study.runs)),
         failed=[run for run in study.runs if run.status == "failed"],
         plots=[
@@ -105,18 +105,15 @@ def _subtitle(study: Study) -> str:
 def _samples(study: Study) -> list[dict[str, str]]:
     found = []
     for arm in study.arms:
-        grid = arm.tuned.runs[0].sample_grid if arm.tuned else None
-        if grid is not None:
-            found.append({"title": arm.name, "image": to_uri(grid.read_bytes())})
+        grids = [run.sample_grid for run in arm.reported.runs[:1] if run.sample_grid]
+        found += [{"title": arm.name, "image": to_uri(grid.read_bytes())} for grid in grids]
     return found
 
 
 def _settings(study: Study) -> dict[str, str]:
-    config = study.config
-    train = config.train
+    config, train = study.config, study.config.train
     chosen = {"name": config.model.name} | config.model.model_dump(exclude_defaults=True)
     evaluated = next((run for run in study.runs if run.final), None)
-    seeds = sorted({run.plan.seed for run in study.runs})
     shown = {
         "data": config.data.name,
         "model": ", ".join(f"{key} {value}" for key, value in chosen.items()),
@@ -127,7 +124,7 @@ def _settings(study: Study) -> dict[str, str]:
             [f"EMA {decay:g}" for decay in train.ema_decays]
             + [f"power-function {length:g}" for length in train.ema_lengths]
         ),
-        "seeds": ", ".join(map(str, seeds)),
+        "seeds": ", ".join(map(str, sorted({run.plan.seed for run in study.runs}))),
     }
     if evaluated is not None:
         shown |= {"sampling": evaluated.sampling, "feature space": evaluated.extractor}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
-from flowdopr.compare.cards import Card, RunSnapshot
+from flowdopr.compare.cards import Card, CardRequest, RunSnapshot
 from flowdopr.compare.plan import RunPlan
 from flowdopr.runs.folder import RunFolder
 
@@ -74,55 +75,43 @@ def read_result(run: RunSnapshot) -> RunResult:
     """The status of a planned run, and its numbers once it is done."""
     plan = run.plan
     if run.folder is not None and run.finished:
-        result = RunResult(plan, **_training(plan, run.folder), **_evaluations(run))
-        if result.fd is None:
-            reason = f"the {result.metric} of its samples is not finite"
-            return replace(result, status="failed", reason=reason)
-        return result
+        return _finished(run, run.folder)
     if plan.failure.exists():
         return RunResult(plan, "failed", plan.failure.read_text(encoding="utf-8").strip())
     return RunResult(plan, "unfinished" if plan.path.exists() else "not started")
 
 
-def _training(plan: RunPlan, folder: RunFolder) -> dict[str, Any]:
-    """Numbers from metrics.jsonl, versions.json and samples/."""
-    made_by = folder.made_by()
+def _finished(run: RunSnapshot, folder: RunFolder) -> RunResult:
+    made_by, train = folder.made_by(), run.plan.config.train
     launches = [*made_by.get("earlier", []), made_by]
     windows = [line for line in folder.metrics() if "seconds_per_step" in line]
     speeds = [line["seconds_per_step"] for line in windows[1:] or windows]  # the first warms up
-    memory = [line["peak_memory_mib"] * 2**20 for line in windows]
     grids = sorted((folder.path / "samples").glob("step-*.png"))
-    batch = plan.config.train.global_batch_size
-    return {
-        "global_batch_size": batch,
-        "images_seen": batch * plan.config.train.steps,
-        "seconds_per_step": median(speeds) if speeds else None,
-        "peak_memory_bytes": max(memory, default=None),
-        "hardware": " | ".join(dict.fromkeys(launch["hardware"] for launch in launches)),
-        "commit": " | ".join(dict.fromkeys(launch["commit"] for launch in launches)),
-        "versions": made_by["versions"],
-        "sample_grid": grids[-1] if grids else None,
-    }
+    card = run.cards[run.wanted.final]
+    final, metric = _evaluation(card), "FID" if "fid" in card["metrics"] else "FD"
+    return RunResult(
+        run.plan,
+        status="failed" if final.fd is None else "done",
+        reason=f"the {metric} of its samples is not finite" if final.fd is None else "",
+        metric=metric,
+        final=final,
+        curve=_evaluations(run, (*run.wanted.curve, run.wanted.final)),
+        by_nfe=_evaluations(run, run.wanted.by_nfe),
+        global_batch_size=train.global_batch_size,
+        images_seen=train.global_batch_size * train.steps,
+        seconds_per_step=median(speeds) if speeds else None,
+        peak_memory_bytes=max((line["peak_memory_mib"] * 2**20 for line in windows), default=None),
+        hardware=" | ".join(dict.fromkeys(launch["hardware"] for launch in launches)),
+        commit=" | ".join(dict.fromkeys(launch["commit"] for launch in launches)),
+        versions=made_by["versions"],
+        sample_grid=grids[-1] if grids else None,
+        extractor=_extractor(card),
+        sampling=_sampling(card),
+    )
 
 
-def _evaluations(run: RunSnapshot) -> dict[str, Any]:
-    """Numbers from the cards."""
-    cards, wanted = run.cards, run.wanted
-    card = cards[wanted.final]
-    extractor = card["extractor"]
-    held_out = extractor.get("held_out_accuracy")
-    accuracy = "" if held_out is None else f", {100 * held_out:.1f} % accurate on held-out images"
-    curve = (*wanted.curve, wanted.final)
-    return {
-        "metric": "FID" if "fid" in card["metrics"] else "FD",
-        "final": _evaluation(card),
-        "curve": tuple(_evaluation(cards[request]) for request in curve if request in cards),
-        "by_nfe": tuple(
-            _evaluation(cards[request]) for request in wanted.by_nfe if request in cards
-        ),
-        "extractor": f"{extractor['space']}{accuracy}",
-        "sampling": _sampling(card),
-    }
+def _evaluations(run: RunSnapshot, requests: Sequence[CardRequest]) -> tuple[Evaluation, ...]:
+    return tuple(_evaluation(run.cards[request]) for request in requests if request in run.cards)
 
 
 def _evaluation(card: Card) -> Evaluation:
@@ -135,6 +124,12 @@ def _evaluation(card: Card) -> Evaluation:
         nfe=sampling["nfe"],
         num_images=sampling["num_images"],
     )
+
+
+def _extractor(card: Card) -> str:
+    held_out = card["extractor"].get("held_out_accuracy")
+    accuracy = "" if held_out is None else f", {100 * held_out:.1f} % accurate on held-out images"
+    return f"{card['extractor']['space']}{accuracy}"
 
 
 def _sampling(card: Card) -> str:

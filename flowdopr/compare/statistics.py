@@ -69,6 +69,11 @@ class ArmSummary:
     def name(self) -> str:
         return self.plan.arm
 
+    @property
+    def reported(self) -> RateSummary:
+        """The tuned rate, or the first one, which has no runs either where none is tuned."""
+        return self.tuned or self.rates[0]
+
 
 @dataclass(frozen=True)
 class PairedDifference:

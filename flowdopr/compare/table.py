@@ -28,7 +28,7 @@ def rows(study: Study) -> list[Row]:
 
 
 def _row(metric: str, arm: ArmSummary) -> Row:
-    rate = arm.tuned or arm.rates[0]  # an arm without a tuned rate has no finished run at any rate
+    rate = arm.reported
     first = rate.runs[0] if rate.runs else None
     final = first.final if first else None
     return {
@@ -82,41 +82,31 @@ def to_csv(table: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def shown_rows(metric: str, table: Sequence[Row]) -> list[Row]:
+def shown_rows(study: Study, table: Sequence[Row]) -> list[Row]:
     """The text of the table, by column title; what all arms share is in `shared_values`."""
     return [
         {
-            "optimizer": row["arm"],
-            "learning rate": _shown_rate(row),
-            f"{metric} ↓": mean_sd(_spread(row, "fd"), 3),
-            "one-step loss ↓": mean_sd(_spread(row, "one_step_loss")),
-            "label accuracy ↑": percent(_spread(row, "label_accuracy")),
+            "optimizer": arm.name,
+            "learning rate": f"{learning_rate(row['lr'])} (of {len(arm.rates)})",
+            f"{study.metric} ↓": mean_sd(arm.reported.fd, 3),
+            "one-step loss ↓": mean_sd(arm.reported.one_step_loss),
+            "label accuracy ↑": percent(arm.reported.label_accuracy),
             "seeds": row["seeds"],
             "a step": seconds(row["seconds_per_step"]),
             "peak memory": memory(row["peak_memory_bytes"]),
         }
-        for row in table
+        for arm, row in zip(study.arms, table, strict=True)
     ]
 
 
-def _shown_rate(row: Row) -> str:
-    rate = NONE if row["lr"] is None else learning_rate(row["lr"])
-    return f"{rate} (of {row['lr_grid_size']})"
-
-
-def _spread(row: Row, name: str) -> Spread | None:
-    mean = row[f"{name}_mean"]
-    return None if mean is None else Spread(mean, row[f"{name}_sd"], row["seeds"])
-
-
-def shared_values(metric: str, table: Sequence[Row]) -> dict[str, str]:
+def shared_values(study: Study, table: Sequence[Row]) -> dict[str, str]:
     """Columns that hold the same for every arm, or the different values side by side."""
 
     def shared(key: str, show: Any = str) -> str:
         return _join_distinct(show(row[key]) for row in table if row[key] is not None) or NONE
 
     return {
-        f"{metric} images": shared("fd_images", lambda n: f"{n:,}"),
+        f"{study.metric} images": shared("fd_images", lambda n: f"{n:,}"),
         "NFE": shared("nfe", lambda nfe: number(nfe) if nfe % 1 else f"{nfe:g}"),
         "images seen": shared("images_seen", lambda n: f"{n:,}"),
         "global batch": shared("global_batch_size"),
