@@ -26,7 +26,8 @@ class RunPlan:
 
     @property
     def name(self) -> str:
-        return run_name(self.arm, self.lr, self.seed)
+        """Such as `adamw-lr0.001-s0`; also the name of the run folder."""
+        return self.path.name
 
     @property
     def path(self) -> Path:
@@ -60,11 +61,6 @@ class RunPlan:
     def other_settings(self) -> str:
         """All settings outside `optimizer` and the seed, as JSON."""
         return self.config.model_dump_json(exclude={"name", "output", "seed", "optimizer"})
-
-
-def run_name(arm: str, lr: float, seed: int) -> str:
-    """Name of the run folder, such as `adamw-lr0.001-s0`."""
-    return f"{arm}-lr{lr:g}-s{seed}".replace("+", "")  # `1e+06`: names may not contain a plus
 
 
 def study_settings(config: Config) -> CompareConfig:
@@ -135,7 +131,8 @@ def _arm_config(config: Config, arm: ArmConfig) -> Config:
 
 
 def _run_config(base: Config, arm: ArmConfig, lr: float, seed: int) -> Config:
-    name = f"{base.name}/{run_name(arm.name, lr, seed)}"
+    run = f"{arm.name}-lr{lr:g}-s{seed}".replace("+", "")  # `1e+06`: names may not contain a plus
+    name = f"{base.name}/{run}"
     own = [f"name={json.dumps(name)}", f"seed={seed}", f"optimizer.lr={lr!r}", "compare=null"]
     return _apply(base, arm, own)
 

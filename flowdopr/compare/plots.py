@@ -115,14 +115,8 @@ def _draw_arms(axes: Axes, study: Study, series_of: Callable[[RunResult], Series
         for series in seeds:
             axes.plot(*_columns(series), color=style.colour, linewidth=0.8, alpha=0.45)
         mean = _mean(seeds)
-        axes.plot(
-            *_columns(mean),
-            style.line,
-            color=style.colour,
-            marker=style.marker,
-            linewidth=2,
-            markersize=5,
-        )
+        look = {"color": style.colour, "marker": style.marker, "linewidth": 2, "markersize": 5}
+        axes.plot(*_columns(mean), style.line, **look)
         longest = max(longest, len(mean))
     return longest
 
@@ -164,16 +158,9 @@ def _ticks_at(axes: Axes, places: Sequence[float], labels: Sequence[str]) -> Non
 
 
 def _legend(axes: Axes, study: Study, lines: bool = True) -> None:
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=style.colour,
-            marker=style.marker,
-            linestyle=style.line if lines else "none",
-            linewidth=2,
-            label=arm,
-        )
-        for arm, style in study.styles.items()
-    ]
+    handles = []
+    for arm, style in study.styles.items():
+        look = {"color": style.colour, "marker": style.marker, "linewidth": 2}
+        linestyle = style.line if lines else "none"
+        handles.append(Line2D([], [], linestyle=linestyle, label=arm, **look))
     axes.legend(handles=handles, frameon=False, fontsize="small")

@@ -33,7 +33,7 @@ def build_verdict(
     arms: Sequence[ArmSummary],
     differences: Sequence[PairDifferences],
 ) -> Verdict:
-    """The words of a study, from its numbers; `metric` names FD."""
+    """The verdict on `arms`; `metric` is the name of the rollout metric, FD or FID."""
     pairs = [_pair_sentence(metric, *of_pair) for of_pair in differences]
     return Verdict(_headline(metric, arms), pairs, _notes(metric, runs, arms))
 

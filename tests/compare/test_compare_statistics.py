@@ -28,7 +28,7 @@ CONFIG = Config.model_validate(
 
 
 def result(arm, lr, seed, fd=None, loss=1.0, optimizer="adamw"):
-    config = apply_overrides(CONFIG, [f"optimizer.name={optimizer}"])
+    config = apply_overrides(CONFIG, [f"name=tiny/{arm}-{seed}", f"optimizer.name={optimizer}"])
     plan = RunPlan(arm, lr, seed, config)
     if fd is None:
         return RunResult(plan, "failed")
@@ -151,4 +151,4 @@ def test_unequal_budgets_and_grid_edges_are_said():
     notes = " ".join(verdict(runs).notes)
     assert "not equal: a 3 learning rates and b 1 learning rate" in notes
     assert "edge of its grid" in notes
-    assert "1 run failed: b-lr0.1-s0" in notes
+    assert "1 run failed: b-0" in notes
