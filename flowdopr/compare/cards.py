@@ -72,7 +72,7 @@ class RunSnapshot:
     """Steps of the checkpoints, ascending."""
     wanted: WantedCards
     cards: dict[CardRequest, Card]
-    """The wanted cards that are there, whoever made them."""
+    """The wanted cards in the folder, made by the study or by `flowdopr evaluate`."""
 
     @property
     def missing(self) -> list[CardRequest]:

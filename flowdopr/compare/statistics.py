@@ -71,7 +71,7 @@ class ArmSummary:
 
     @property
     def reported(self) -> RateSummary:
-        """The tuned rate, or the first one, which has no runs either where none is tuned."""
+        """The tuned rate; without one no rate has a finished run, and the first stands for all."""
         return self.tuned or self.rates[0]
 
 
