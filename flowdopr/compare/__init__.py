@@ -7,16 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowdopr.compare.collect import collect
-from flowdopr.compare.evaluations import is_finished
+from flowdopr.compare.cards import read_run
 from flowdopr.compare.execute import Executor, worker_command
 from flowdopr.compare.plan import RunPlan, expand, study_path, study_settings
 from flowdopr.compare.progress import Display
+from flowdopr.compare.results import read_result
 from flowdopr.config import Config, ConfigError, apply_overrides, to_yaml
 from flowdopr.disk import locked, write_text
 from flowdopr.evaluate import trained_classifier
 from flowdopr.latents import build_pixel_datasets
-from flowdopr.runs.folder import RunFolder, check_same_run
 from flowdopr.train import Interrupted
 
 __all__ = ["StudyFailed", "compare"]
@@ -31,8 +30,8 @@ class StudyFailed(RuntimeError):
 def compare(config: Config, *, workers: int | None = None, report_only: bool = False) -> Path:
     """Run what is missing of the study in `config.compare`, then write its report.
 
-    Runs that are done are skipped, runs that were cut go on. The report is made of the run folders
-    alone. Prints the verdict and the paths of what it made.
+    Finished runs are skipped, and runs that were stopped go on. The report is made from the run
+    folders alone. Prints the verdict and the paths of what it made.
 
     Args:
         workers: runs at a time, in place of `compare.workers`.
@@ -44,12 +43,13 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
 
     Raises:
         ConfigError, ValueError: no `compare` section, wrong overrides, a run folder of another
-            config, a launch of several processes, or another process is at work on this study.
+            config, a launch of several processes, or another process works on this study.
         Interrupted: stopped by Ctrl-C or SIGTERM, after the runs have saved.
         StudyFailed: some runs failed; the report is written and lists them.
     """
-    # Here, because the workers import this package and draw nothing: half a second a run.
+    # Imported here because every worker imports this package, and drawing takes half a second more.
     from flowdopr.compare.report import write_report
+    from flowdopr.compare.study import build_study
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -58,52 +58,47 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
         )
     if workers is not None:
         config = apply_overrides(config, [f"compare.workers={workers}"])
-    study, plans = study_path(config), expand(config)
-    _refuse_other_runs(plans)
+    plans = expand(config)
+    runs = [read_run(plan) for plan in plans]
+    unfinished = [run.plan for run in runs if not run.finished]
     failed: list[str] = []
-    if not report_only:
-        failed = _run_missing(config, plans, study_settings(config).workers)
-    runs = collect(study, plans)
-    said = write_report(config, runs)
-    print("\n".join([said.headline, *said.pairs]))
+    if unfinished and not report_only:
+        failed = _execute(config, unfinished, done=len(plans) - len(unfinished))
+        runs = [read_run(plan) for plan in plans]
+    study = build_study(config, [read_result(run) for run in runs])
+    write_report(study)
+    print("\n".join([study.verdict.headline, *study.verdict.pairs]))
     for name in ("report.html", "table.csv", "results.json", "plots"):
-        print(study / name)
+        print(study.folder / name)
     if failed:
         raise StudyFailed(
-            f"{study}: {len(failed)} of {len(plans)} runs failed: {', '.join(failed)}"
+            f"{study.folder}: {len(failed)} of {len(plans)} runs failed: {', '.join(failed)}"
         )
-    return study
+    return study.folder
 
 
-def _refuse_other_runs(plans: Sequence[RunPlan]) -> None:
-    for plan in plans:
-        if (plan.path / "config.yaml").exists():
-            run = RunFolder.open(plan.path)
-            check_same_run(run, plan.config, run.dataset)
-
-
-def _run_missing(config: Config, plans: Sequence[RunPlan], workers: int) -> list[str]:
-    """Run and evaluate what is not done; returns the names of the runs that failed."""
-    study = study_path(config)
-    waiting = [plan for plan in plans if not is_finished(plan)]
-    if not waiting:
-        return []
-    with locked(study, "wait for it; --report-only shows what is there"):
-        write_text(study / "study.yaml", to_yaml(config))
-        _train_classifiers(waiting)
-        executor = Executor(study, worker_command(study / "study.yaml"), workers=workers)
-        with Display(len(plans), done=len(plans) - len(waiting)) as display:
-            outcome = executor.execute(waiting, display)
+def _execute(config: Config, plans: Sequence[RunPlan], done: int) -> list[str]:
+    """Train and evaluate `plans`; returns the names of the runs that failed."""
+    folder = study_path(config)
+    with locked(folder, "wait for it; --report-only shows what is there"):
+        write_text(folder / "study.yaml", to_yaml(config))
+        _train_classifiers(plans)
+        executor = Executor(
+            worker_command(folder / "study.yaml"), workers=study_settings(config).workers
+        )
+        with Display(done + len(plans), done) as display:
+            outcome = executor.execute(plans, display)
     if outcome.signum:
         raise Interrupted(
-            f"{study}: stopped; the same command, or flowdopr compare {study}/study.yaml, goes on",
+            f"{folder}: stopped; the same command, or flowdopr compare {folder}/study.yaml, "
+            "goes on",
             outcome.signum,
         )
     return outcome.failed
 
 
 def _train_classifiers(plans: Sequence[RunPlan]) -> None:
-    """Train the feature extractor of each data set once, before workers would race for it."""
+    """Train the feature extractor of each data set once, so that no two workers train the same."""
     chosen = [plan.config for plan in plans if plan.config.evaluate.extractor == "classifier"]
     for config in {config.data.model_dump_json(): config for config in chosen}.values():
         print(f"feature extractor for {config.data.name}", file=sys.stderr)

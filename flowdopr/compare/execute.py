@@ -1,7 +1,7 @@
 """Run a study's runs, each in a process of its own, some at a time.
 
-A run that fails stops nobody else. A signal is passed on: the runs save and exit, nothing is lost,
-and the same command goes on later.
+A run that fails does not stop the others. A signal is passed on to the running processes: they save
+and exit, so the same command can go on with the study.
 """
 
 from __future__ import annotations
@@ -18,134 +18,115 @@ from pathlib import Path
 
 import torch
 
-from flowdopr.compare.evaluations import wanted_cards
 from flowdopr.compare.plan import RunPlan
-from flowdopr.compare.progress import Display, State, last_step
+from flowdopr.compare.progress import Display, progress_of
 from flowdopr.train import StopSignal
 
 POLL_SECONDS = 0.3
-LINES_OF_A_FAILURE = 15
+MAX_REASON_LINES = 15
 
 
 @dataclass
 class Outcome:
-    """How the runs ended. `signum` is the signal that stopped the study, 0 if none did."""
+    """How the runs ended."""
 
     failed: list[str] = field(default_factory=list)
     signum: int = 0
+    """The signal that stopped the study, 0 if none did."""
 
 
 @dataclass
-class Running:
+class Worker:
+    """A process and the run that it works on."""
+
     plan: RunPlan
     process: subprocess.Popen
     slot: int
+    """Which of the `workers` places it has; decides its GPU."""
 
 
 class Executor:
-    """Starts the workers of one study and watches them.
+    """Starts the worker processes of one study and watches them.
 
     Args:
-        study: the study folder; `logs/` in it receives what each worker prints.
-        command: the worker's command line for a run.
+        command: the command line of the process for a run.
         workers: runs at a time.
     """
 
-    def __init__(
-        self, study: Path, command: Callable[[RunPlan], list[str]], *, workers: int
-    ) -> None:
-        self.logs = study / "logs"
+    def __init__(self, command: Callable[[RunPlan], list[str]], *, workers: int) -> None:
         self.command = command
-        self.workers = workers
-        self.running: list[Running] = []
+        self.max_workers = workers
+        self.workers: list[Worker] = []
         self.outcome = Outcome()
 
     def execute(self, plans: Sequence[RunPlan], display: Display) -> Outcome:
         """Run `plans`; returns when all have ended or a signal has stopped them."""
-        self.logs.mkdir(parents=True, exist_ok=True)
         waiting = deque(plans)
         try:
             with StopSignal() as stop:
-                while waiting or self.running:
+                while waiting or self.workers:
                     if stop.received and not self.outcome.signum:
                         self._pass_on(stop.received, display)
                         waiting.clear()
-                    while waiting and len(self.running) < self.workers:
+                    while waiting and len(self.workers) < self.max_workers:
                         self._start(waiting.popleft(), display)
                     time.sleep(POLL_SECONDS)
-                    self._reap(display)
-                    display.update({run.plan.name: state_of(run.plan) for run in self.running})
+                    self._remove_ended(display)
+                    plans_running = [worker.plan for worker in self.workers]
+                    display.update({plan.name: progress_of(plan) for plan in plans_running})
         finally:
-            for run in self.running:  # only after a second Ctrl-C or an error of our own
-                run.process.kill()
-                run.process.communicate()
+            for worker in self.workers:  # left only by a second Ctrl-C or an error in this process
+                worker.process.kill()
+                worker.process.communicate()
         return self.outcome
 
     def _start(self, plan: RunPlan, display: Display) -> None:
-        failure_path(self.logs, plan).unlink(missing_ok=True)
-        slot = min(set(range(self.workers)) - {run.slot for run in self.running})
-        with open(log_path(self.logs, plan), "wb") as output:
-            # Its own session: a terminal's Ctrl-C reaches it once, through us.
+        plan.failure.unlink(missing_ok=True)
+        plan.log.parent.mkdir(parents=True, exist_ok=True)
+        slot = min(set(range(self.max_workers)) - {worker.slot for worker in self.workers})
+        with open(plan.log, "wb") as output:
             process = subprocess.Popen(
                 self.command(plan),
-                stdin=subprocess.PIPE,  # closes when we die: see worker.py
+                stdin=subprocess.PIPE,  # closes when this process dies, which stops the worker
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=worker_environment(slot, self.workers),
-                start_new_session=True,
+                env=worker_environment(slot, self.max_workers),
+                start_new_session=True,  # Ctrl-C reaches it only through `_pass_on`, not twice
             )
-        self.running.append(Running(plan, process, slot))
+        self.workers.append(Worker(plan, process, slot))
         display.started(plan.name)
 
     def _pass_on(self, signum: int, display: Display) -> None:
         self.outcome.signum = signum
         display.say(f"{signal.Signals(signum).name}: waiting for the runs to save and exit")
-        for run in self.running:
-            run.process.send_signal(signum)
+        for worker in self.workers:
+            worker.process.send_signal(signum)
 
-    def _reap(self, display: Display) -> None:
-        for run in [run for run in self.running if run.process.poll() is not None]:
-            self.running.remove(run)
-            run.process.communicate()  # closes its pipe
-            name, code = run.plan.name, run.process.returncode
+    def _remove_ended(self, display: Display) -> None:
+        for worker in [worker for worker in self.workers if worker.process.poll() is not None]:
+            self.workers.remove(worker)
+            worker.process.communicate()  # closes its standard input
+            code = worker.process.returncode
             if code == 0:
-                display.ended(name, "done")
+                display.ended(worker.plan.name, "done")
             elif self.outcome.signum:
-                display.ended(name, "stopped", for_good=False)
+                display.ended(worker.plan.name, "stopped", stopped=True)
             else:
-                self._failed(run.plan, code, display)
+                self._failed(worker.plan, code, display)
 
     def _failed(self, plan: RunPlan, code: int, display: Display) -> None:
-        log = log_path(self.logs, plan)
-        reason = last_words(log) or f"exit code {code}, without a word"
-        failure_path(self.logs, plan).write_text(reason + "\n", encoding="utf-8")
+        reason = failure_reason(plan.log) or f"exit code {code}, and nothing was printed"
+        plan.failure.write_text(reason + "\n", encoding="utf-8")
         self.outcome.failed.append(plan.name)
-        display.ended(plan.name, f"failed with exit code {code}; see {log}")
+        display.ended(plan.name, f"failed with exit code {code}; see {plan.log}")
         display.say(reason)
 
 
-def last_words(log: Path) -> str:
-    """The error that a worker explained in one line, or else the last lines of its log."""
+def failure_reason(log: Path) -> str:
+    """The error that a worker explained in its last line, or else the last lines of its log."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     explained = lines[-1:] if lines and lines[-1].startswith("error: ") else lines
-    return "\n".join(explained[-LINES_OF_A_FAILURE:])
-
-
-def log_path(logs: Path, plan: RunPlan) -> Path:
-    return logs / f"{plan.name}.log"
-
-
-def failure_path(logs: Path, plan: RunPlan) -> Path:
-    """Where the last words of a failed run are kept until it is tried again."""
-    return logs / f"{plan.name}.failed"
-
-
-def state_of(plan: RunPlan) -> State:
-    """How far the run is; cards are counted, not read, because this is asked all the time."""
-    wanted = len(wanted_cards(plan).all())
-    cards = len(list((plan.path / "evaluation").glob("*.json")))
-    steps = plan.config.train.steps
-    return State(last_step(plan.path), steps, cards=min(cards, wanted), wanted_cards=wanted)
+    return "\n".join(explained[-MAX_REASON_LINES:])
 
 
 def worker_environment(slot: int, workers: int) -> dict[str, str]:
@@ -166,6 +147,6 @@ def usable_cores() -> int:
 
 
 def worker_command(study_file: Path) -> Callable[[RunPlan], list[str]]:
-    """The command line that runs one plan of the study in `study_file`."""
+    """For each run of the study in `study_file`, the command line of its process."""
     module = "flowdopr.compare.worker"
     return lambda plan: [sys.executable, "-m", module, str(study_file), plan.name]

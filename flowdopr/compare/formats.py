@@ -49,8 +49,8 @@ def memory(value: float | None) -> str:
     return f"{mebibytes:.0f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:.1f} GiB"
 
 
-def learning_rate(value: float) -> str:
-    return f"{value:g}"
+def learning_rate(value: float | None) -> str:
+    return NONE if value is None else f"{value:g}"
 
 
 def count(number: int, thing: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from flowdopr.config import ArmConfig, CompareConfig, Config, ConfigError, apply_overrides
 from flowdopr.evaluate.card import sampling_settings
 
-OWNED = {"name": "name", "output": "output", "seed": "compare.seeds", "optimizer.lr": "lrs"}
+SET_BY_STUDY = {"name": "name", "output": "output", "seed": "compare.seeds", "optimizer.lr": "lrs"}
 """Settings that an arm must not set, and where the study takes them from."""
 
 
@@ -26,21 +26,41 @@ class RunPlan:
 
     @property
     def name(self) -> str:
-        return run_name(self.arm, self.lr, self.seed)
+        """Such as `adamw-lr0.001-s0`; also the name of the run folder."""
+        return self.path.name
 
     @property
     def path(self) -> Path:
         return Path(self.config.output) / self.config.name
 
     @property
-    def setting(self) -> str:
-        """Everything outside `optimizer` and the seed, as JSON: arms that share it form pairs."""
+    def log(self) -> Path:
+        """Receives what the process of this run prints."""
+        return self.path.parent / "logs" / f"{self.name}.log"
+
+    @property
+    def failure(self) -> Path:
+        """Says why the run failed; there until the run is tried again."""
+        return self.log.with_suffix(".failed")
+
+    @property
+    def optimizer(self) -> str:
+        return self.config.optimizer.name
+
+    @property
+    def preconditioned(self) -> bool:
+        """Whether DoPr preconditions this run's updates by the activations."""
+        return self.optimizer.startswith("dopr-")
+
+    @property
+    def gradient_preconditioner(self) -> str:
+        """The optimizer without DoPr: `adamw` for `adamw` and for `dopr-adamw`."""
+        return self.optimizer.removeprefix("dopr-")
+
+    @property
+    def other_settings(self) -> str:
+        """All settings outside `optimizer` and the seed, as JSON."""
         return self.config.model_dump_json(exclude={"name", "output", "seed", "optimizer"})
-
-
-def run_name(arm: str, lr: float, seed: int) -> str:
-    """Name of the run folder, such as `adamw-lr0.001-s0`."""
-    return f"{arm}-lr{lr:g}-s{seed}".replace("+", "")  # 1e+06: a name of a run has no plus
 
 
 def study_settings(config: Config) -> CompareConfig:
@@ -70,20 +90,6 @@ def expand(config: Config) -> list[RunPlan]:
     if "fd" not in config.evaluate.metrics:
         raise ConfigError("evaluate.metrics: a study compares by fd; add fd")
     bases = {arm.name: _arm_config(config, arm) for arm in study.arms}
-    for name, base in bases.items():
-        if (base.data, base.evaluate) != (config.data, config.evaluate):
-            raise ConfigError(
-                f"compare.arms '{name}': set: an arm must keep the study's data and evaluate "
-                "sections, or its numbers could not be compared; make it a study of its own"
-            )
-        if study.nfe_steps and "steps" not in sampling_settings(base):
-            what = f"solver={base.sample.solver}"
-            what += " with a list as sample.time_grid" if base.sample.time_grid != "uniform" else ""
-            raise ConfigError(
-                f"compare.nfe_steps: in arm '{name}' sample.{what} has its own times, so all "
-                "entries would be the same sampling; set compare.nfe_steps=[] or a fixed-step "
-                "solver with a named grid"
-            )
     plans = [
         RunPlan(arm.name, lr, seed, _run_config(bases[arm.name], arm, lr, seed), study.nfe_steps)
         for seed in study.seeds
@@ -92,27 +98,41 @@ def expand(config: Config) -> list[RunPlan]:
     ]
     names = [plan.name for plan in plans]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f"compare.arms: two runs would share the folder '{twice[0]}'")
+        raise ConfigError(
+            f"compare.arms: two runs would share the folder '{twice[0]}'; remove one of the two "
+            "learning rates, which agree in six digits"
+        )
     return plans
 
 
 def _arm_config(config: Config, arm: ArmConfig) -> Config:
-    """The study's config with the arm's overrides; still a study, not yet a run."""
+    """The study's config with the arm's overrides, its section `compare` included."""
+    place = f"compare.arms '{arm.name}': set"
     for key in arm.set:
-        if key in OWNED:
-            source = OWNED[key]
-            raise ConfigError(
-                f"compare.arms '{arm.name}': set {key}: comes from {source}; remove it"
-            )
+        if key in SET_BY_STUDY:
+            raise ConfigError(f"{place} {key}: comes from {SET_BY_STUDY[key]}; remove it")
         if key.split(".")[0] == "compare":
-            raise ConfigError(
-                f"compare.arms '{arm.name}': set {key}: an arm cannot change the study"
-            )
-    return _apply(config, arm, [f"{key}={json.dumps(value)}" for key, value in arm.set.items()])
+            raise ConfigError(f"{place} {key}: an arm cannot change the study; remove it")
+    base = _apply(config, arm, [f"{key}={json.dumps(value)}" for key, value in arm.set.items()])
+    if (base.data, base.evaluate) != (config.data, config.evaluate):
+        raise ConfigError(
+            f"{place}: an arm must keep the study's data and evaluate sections, or its numbers "
+            "could not be compared; make it a study of its own"
+        )
+    if study_settings(config).nfe_steps and "steps" not in sampling_settings(base):
+        what = f"solver={base.sample.solver}"
+        what += " with a list as sample.time_grid" if base.sample.time_grid != "uniform" else ""
+        raise ConfigError(
+            f"compare.nfe_steps: in arm '{arm.name}' sample.{what} has its own times, so all "
+            "entries would be the same sampling; set compare.nfe_steps=[] or a fixed-step "
+            "solver with a named grid"
+        )
+    return base
 
 
 def _run_config(base: Config, arm: ArmConfig, lr: float, seed: int) -> Config:
-    name = f"{base.name}/{run_name(arm.name, lr, seed)}"
+    run = f"{arm.name}-lr{lr:g}-s{seed}".replace("+", "")  # `1e+06`: names may not contain a plus
+    name = f"{base.name}/{run}"
     own = [f"name={json.dumps(name)}", f"seed={seed}", f"optimizer.lr={lr!r}", "compare=null"]
     return _apply(base, arm, own)
 

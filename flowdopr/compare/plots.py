@@ -1,14 +1,8 @@
-"""The study's pictures. Each function takes the arms' summaries and gives one Figure.
-
-An arm has one colour, marker and line everywhere: Okabe and Ito's colours, which colour-blind
-readers can tell apart, and dashes for arms without activation preconditioning.
-"""
+"""The plots of a study. Each function gives one Figure, or None if there are no numbers for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,115 +12,84 @@ from matplotlib.ticker import LogFormatter, NullLocator, ScalarFormatter
 
 from flowdopr.compare.formats import learning_rate
 from flowdopr.compare.results import Evaluation, RunResult
-from flowdopr.compare.statistics import ArmSummary, Cell
+from flowdopr.compare.study import Study
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
 WIDTH, HEIGHT, DPI = 5.4, 3.8, 180
 
 Series = list[tuple[float, float]]
 
 
-@dataclass(frozen=True)
-class Look:
-    colour: str
-    marker: str
-    line: Literal["-", "--"]
-
-
-def looks(summaries: Sequence[ArmSummary]) -> dict[str, Look]:
-    """How each arm is drawn, by arm name; beyond seven arms, marker and colour part ways."""
-    found = {}
-    for index, arm in enumerate(summaries):
-        colour = COLOURS[index % len(COLOURS)]
-        marker = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
-        found[arm.arm] = Look(colour, marker, "-" if arm.optimizer.startswith("dopr-") else "--")
-    return found
-
-
-def draw_all(metric: str, summaries: Sequence[ArmSummary]) -> dict[str, Figure]:
+def draw_all(study: Study) -> dict[str, Figure]:
     """Every plot that the study has numbers for, by file name without its ending."""
     figures = {
-        "scatter": scatter(metric, summaries),
-        "nfe": by_nfe(metric, summaries),
-        "training": training(metric, summaries),
-        "learning-rate": by_learning_rate(metric, summaries),
+        "scatter": scatter(study),
+        "nfe": by_nfe(study),
+        "training": training(study),
+        "learning-rate": by_learning_rate(study),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def scatter(metric: str, summaries: Sequence[ArmSummary]) -> Figure | None:
+def scatter(study: Study) -> Figure | None:
     """FD against one-step loss: one marker a run, hollow where not at the tuned learning rate."""
     figure, (axes,) = _figure(1)
     drawn = False
-    for arm in summaries:
-        look = looks(summaries)[arm.arm]
-        for cell in arm.cells:
-            face = look.colour if cell is arm.tuned else "none"
-            points = [
-                (run.one_step_loss, run.fd)
-                for run in cell.runs
-                if run.one_step_loss is not None and run.fd is not None
-            ]
-            for loss, fd in points:
-                axes.plot(
-                    loss, fd, look.marker, color=look.colour, markerfacecolor=face, markersize=8
-                )
+    for arm in study.arms:
+        style = study.styles[arm.name]
+        for rate in arm.rates:
+            face = style.colour if rate is arm.tuned else "none"
+            points = _series(rate.runs, "one_step_loss", "fd")
+            look = {"color": style.colour, "markerfacecolor": face, "markersize": 8}
+            axes.plot(*_columns(points), style.marker, **look)
             drawn = drawn or bool(points)
-    axes.set_xlabel("held-out one-step loss (lower is better)")
-    axes.set_ylabel(f"{metric} of the rollouts (lower is better)")
-    _log_when_wide(axes)
-    _legend(axes, summaries, lines=False)
+    rollouts = f"{study.metric} of the rollouts (lower is better)"
+    _label(axes, "held-out one-step loss (lower is better)", rollouts)
+    _legend(axes, study, lines=False)
     return figure if drawn else None
 
 
-def training(metric: str, summaries: Sequence[ArmSummary]) -> Figure | None:
+def training(study: Study) -> Figure | None:
     """One-step loss and FD over training: each arm's mean at its tuned rate, seeds thin."""
     figure, (left, right) = _figure(2)
-    losses = _draw_arms(left, summaries, lambda run: _series(run.curve, _step, _loss))
-    distances = _draw_arms(right, summaries, lambda run: _series(run.curve, _step, _fd))
-    for axes, name in ((left, "held-out one-step loss"), (right, f"{metric} of the rollouts")):
-        axes.set_xlabel("optimizer steps")
-        axes.set_ylabel(name)
-        _log_when_wide(axes)
-    _legend(left, summaries)
+    losses = _draw_arms(left, study, lambda run: _series(run.curve, "step", "one_step_loss"))
+    distances = _draw_arms(right, study, lambda run: _series(run.curve, "step", "fd"))
+    _label(left, "optimizer steps", "held-out one-step loss")
+    _label(right, "optimizer steps", f"{study.metric} of the rollouts")
+    _legend(left, study)
     return figure if max(losses, distances) > 1 else None
 
 
-def by_nfe(metric: str, summaries: Sequence[ArmSummary]) -> Figure | None:
+def by_nfe(study: Study) -> Figure | None:
     """FD of the last checkpoint against model calls per image."""
     figure, (axes,) = _figure(1)
-    most = _draw_arms(axes, summaries, lambda run: _series(run.by_nfe, lambda e: e.nfe, _fd))
+    most = _draw_arms(axes, study, lambda run: _series(run.by_nfe, "nfe", "fd"))
     axes.set_xscale("log")
-    axes.set_xlabel("NFE: model calls per image")
-    axes.set_ylabel(f"{metric} of the rollouts")
-    calls = {nfe for arm in summaries for run in _runs(arm.tuned) for nfe in _calls(run)}
-    _ticks_at(axes, sorted(calls), [f"{nfe:g}" for nfe in sorted(calls)])
-    _log_when_wide(axes)
-    _legend(axes, summaries)
+    evaluated = [one for arm in study.arms for run in arm.reported.runs for one in run.by_nfe]
+    calls = sorted({one.nfe for one in evaluated if one.nfe is not None})
+    _ticks_at(axes, calls, [f"{nfe:g}" for nfe in calls])
+    _label(axes, "NFE: model calls per image", f"{study.metric} of the rollouts")
+    _legend(axes, study)
     return figure if most > 1 else None
 
 
-def by_learning_rate(metric: str, summaries: Sequence[ArmSummary]) -> Figure | None:
+def by_learning_rate(study: Study) -> Figure | None:
     """FD by learning rate: means as a line, each run a marker, the tuned rate filled."""
-    if all(len(arm.cells) < 2 for arm in summaries):
+    if all(len(arm.rates) < 2 for arm in study.arms):
         return None
     figure, (axes,) = _figure(1)
-    for arm in summaries:
-        look = looks(summaries)[arm.arm]
-        means = [(cell.lr, spread.mean) for cell in arm.cells if (spread := cell.fd)]
-        axes.plot(*_columns(means), look.line, color=look.colour, linewidth=2)
-        for cell in arm.cells:
-            face = look.colour if cell is arm.tuned else "white"
-            points = [(cell.lr, run.fd) for run in cell.runs if run.fd is not None]
-            axes.plot(*_columns(points), look.marker, color=look.colour, markerfacecolor=face)
+    for arm in study.arms:
+        style = study.styles[arm.name]
+        means = [(rate.lr, spread.mean) for rate in arm.rates if (spread := rate.fd)]
+        axes.plot(*_columns(means), style.line, color=style.colour, linewidth=2)
+        for rate in arm.rates:
+            face = style.colour if rate is arm.tuned else "white"
+            points = [(rate.lr, run.fd) for run in rate.runs if run.fd is not None]
+            axes.plot(*_columns(points), style.marker, color=style.colour, markerfacecolor=face)
     axes.set_xscale("log")
-    rates = sorted({cell.lr for arm in summaries for cell in arm.cells})
+    rates = sorted({rate.lr for arm in study.arms for rate in arm.rates})
     _ticks_at(axes, rates, [learning_rate(rate) for rate in rates])
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel(f"{metric} of the rollouts")
-    _log_when_wide(axes)
-    _legend(axes, summaries)
+    _label(axes, "learning rate", f"{study.metric} of the rollouts")
+    _legend(axes, study)
     return figure
 
 
@@ -143,25 +106,17 @@ def _figure(columns: int) -> tuple[Figure, list[Axes]]:
     return figure, drawn
 
 
-def _draw_arms(
-    axes: Axes, summaries: Sequence[ArmSummary], series_of: Callable[[RunResult], Series]
-) -> int:
+def _draw_arms(axes: Axes, study: Study, series_of: Callable[[RunResult], Series]) -> int:
     """Draw each arm's seeds thinly and their mean boldly; returns the longest series' length."""
     longest = 0
-    for arm in summaries:
-        look = looks(summaries)[arm.arm]
-        seeds = [series for run in _runs(arm.tuned) if (series := series_of(run))]
+    for arm in study.arms:
+        style = study.styles[arm.name]
+        seeds = [series for run in arm.reported.runs if (series := series_of(run))]
         for series in seeds:
-            axes.plot(*_columns(series), color=look.colour, linewidth=0.8, alpha=0.45)
+            axes.plot(*_columns(series), color=style.colour, linewidth=0.8, alpha=0.45)
         mean = _mean(seeds)
-        axes.plot(
-            *_columns(mean),
-            look.line,
-            color=look.colour,
-            marker=look.marker,
-            linewidth=2,
-            markersize=5,
-        )
+        look = {"color": style.colour, "marker": style.marker, "linewidth": 2, "markersize": 5}
+        axes.plot(*_columns(mean), style.line, **look)
         longest = max(longest, len(mean))
     return longest
 
@@ -175,41 +130,20 @@ def _mean(seeds: Sequence[Series]) -> Series:
     return [(x, float(np.mean([series[x] for series in by_place]))) for x in sorted(shared)]
 
 
-def _series(
-    evaluations: Iterable[Evaluation],
-    x: Callable[[Evaluation], float | None],
-    y: Callable[[Evaluation], float | None],
-) -> Series:
-    pairs = [(x(evaluation), y(evaluation)) for evaluation in evaluations]
-    return [(a, b) for a, b in pairs if a is not None and b is not None]
-
-
-def _step(evaluation: Evaluation) -> float:
-    return evaluation.step
-
-
-def _loss(evaluation: Evaluation) -> float | None:
-    return evaluation.one_step_loss
-
-
-def _fd(evaluation: Evaluation) -> float | None:
-    return evaluation.fd
-
-
-def _calls(run: RunResult) -> list[float]:
-    return [evaluation.nfe for evaluation in run.by_nfe if evaluation.nfe is not None]
-
-
-def _runs(cell: Cell | None) -> tuple[RunResult, ...]:
-    return cell.runs if cell else ()
+def _series(of: Iterable[Evaluation | RunResult], x: str, y: str) -> Series:
+    """The fields `x` and `y` of the evaluations or runs that have both."""
+    pairs = [(getattr(one, x), getattr(one, y)) for one in of]
+    return [pair for pair in pairs if None not in pair]
 
 
 def _columns(points: Series) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _log_when_wide(axes: Axes) -> None:
-    """A logarithmic y axis, with plain numbers, when the values span a factor of five."""
+def _label(axes: Axes, x: str, y: str) -> None:
+    """Name the axes; y becomes logarithmic, with plain numbers, if it spans a factor of five."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [[]])
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > 5 * values.min():
@@ -223,17 +157,10 @@ def _ticks_at(axes: Axes, places: Sequence[float], labels: Sequence[str]) -> Non
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _legend(axes: Axes, summaries: Sequence[ArmSummary], lines: bool = True) -> None:
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=look.colour,
-            marker=look.marker,
-            linestyle=look.line if lines else "none",
-            linewidth=2,
-            label=arm,
-        )
-        for arm, look in looks(summaries).items()
-    ]
+def _legend(axes: Axes, study: Study, lines: bool = True) -> None:
+    handles = []
+    for arm, style in study.styles.items():
+        look = {"color": style.colour, "marker": style.marker, "linewidth": 2}
+        linestyle = style.line if lines else "none"
+        handles.append(Line2D([], [], linestyle=linestyle, label=arm, **look))
     axes.legend(handles=handles, frameon=False, fontsize="small")

@@ -9,19 +9,18 @@ import base64
 import io
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from flowdopr.compare.formats import count, number, percent, seconds
-from flowdopr.compare.plan import study_path, study_settings
-from flowdopr.compare.plots import draw_all, looks
+from flowdopr.compare.plan import study_settings
+from flowdopr.compare.plots import draw_all
 from flowdopr.compare.results import RunResult
-from flowdopr.compare.statistics import ArmSummary, spread, summarise
-from flowdopr.compare.table import rows, shared_values, shown_rows, to_csv, to_results
-from flowdopr.compare.verdict import Verdict, metric_name, verdict
-from flowdopr.config import Config, to_yaml
+from flowdopr.compare.statistics import ranked, spread
+from flowdopr.compare.study import Study
+from flowdopr.compare.table import Row, rows, shared_values, shown_rows, to_csv, to_results
+from flowdopr.config import to_yaml
 from flowdopr.disk import write_bytes, write_text
 
 CAPTIONS = {
@@ -38,38 +37,26 @@ METRIC_WORDS = {
 }
 
 
-def write_report(config: Config, runs: Sequence[RunResult]) -> Verdict:
-    """Write every file of the study's report into its folder; returns what it says in words."""
-    folder = study_path(config)
-    (folder / "plots").mkdir(parents=True, exist_ok=True)
-    summaries = summarise(runs)
-    said = verdict(runs, summaries)
-    pictures = {
-        name: to_png(figure) for name, figure in draw_all(metric_name(runs), summaries).items()
-    }
+def write_report(study: Study) -> None:
+    """Write every file of the report into the study's folder."""
+    (study.folder / "plots").mkdir(parents=True, exist_ok=True)
+    table = rows(study)
+    pictures = {name: to_png(figure) for name, figure in draw_all(study).items()}
     for name, png in pictures.items():
-        write_bytes(folder / "plots" / f"{name}.png", png)
-    results = to_results(config.name, runs, summaries, said)
-    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    write_text(folder / "table.csv", to_csv(rows(runs, summaries)))
-    write_text(folder / "report.html", render(config, runs, summaries, pictures))
-    return said
+        write_bytes(study.folder / "plots" / f"{name}.png", png)
+    results = json.dumps(to_results(study, table), indent=2)
+    write_text(study.folder / "results.json", results + "\n")
+    write_text(study.folder / "table.csv", to_csv(table))
+    write_text(study.folder / "report.html", render(study, table, pictures))
 
 
-def render(
-    config: Config,
-    runs: Sequence[RunResult],
-    summaries: Sequence[ArmSummary],
-    pictures: dict[str, bytes],
-) -> str:
-    """The page; `pictures` are PNGs by plot name. Names are escaped, pictures are inside."""
-    metric = metric_name(runs)
-    table = rows(runs, summaries)
-    first = next((run for run in runs if run.versions), None)
-    plots = [
-        {"title": CAPTIONS[name], "image": to_uri(png), "wide": name == "training"}
-        for name, png in pictures.items()
-    ]
+def render(study: Study, table: Sequence[Row], pictures: dict[str, bytes]) -> str:
+    """The page as HTML.
+
+    Args:
+        table: `rows` of the study.
+        pictures: PNGs by plot name.
+    """
     environment = Environment(
         loader=PackageLoader("flowdopr.compare", "."),
         autoescape=True,
@@ -77,24 +64,25 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    ranking = ranked(study.arms)
     return environment.get_template("report.html").render(
-        study=config.name,
-        subtitle=_subtitle(runs, summaries),
-        verdict=verdict(runs, summaries),
-        winner=_winner(table),
-        metric=metric,
-        metric_words=METRIC_WORDS[metric],
-        table=shown_rows(metric, table),
-        shared=shared_values(metric, table),
-        beside=min(study_settings(config).workers, len(runs)),
-        colours={arm: look.colour for arm, look in looks(summaries).items()},
-        failed=[run for run in runs if run.status == "failed"],
-        plots=plots,
-        samples=_samples(summaries),
-        settings=_settings(config, runs),
-        config=to_yaml(config),
-        versions=first.versions if first else {},
-        every_run=[_run_row(run) for run in runs],
+        study=study,
+        subtitle=_subtitle(study),
+        winner=ranking[0][1].arm if len(ranking) > 1 else None,
+        metric_words=METRIC_WORDS[study.metric],
+        table=shown_rows(study, table),
+        shared=shared_values(study, table),
+        runs_at_a_time=min(study_settings(study.config).workers, len(study.runs)),
+        failed=[run for run in study.runs if run.status == "failed"],
+        plots=[
+            {"title": CAPTIONS[name], "image": to_uri(png), "wide": name == "training"}
+            for name, png in pictures.items()
+        ],
+        samples=_samples(study),
+        settings=_settings(study),
+        config=to_yaml(study.config),
+        versions=next((run.versions for run in study.runs if run.versions), {}),
+        every_run=[_run_row(run) for run in study.runs],
     )
 
 
@@ -108,30 +96,24 @@ def to_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def _subtitle(runs: Sequence[RunResult], summaries: Sequence[ArmSummary]) -> str:
-    arms, done = count(len(summaries), "arm"), sum(run.done for run in runs)
-    return f"Optimizers compared: {arms}, {count(len(runs), 'run')}, {done} finished."
+def _subtitle(study: Study) -> str:
+    arms, runs = count(len(study.arms), "arm"), count(len(study.runs), "run")
+    done = sum(run.done for run in study.runs)
+    return f"Optimizers compared: {arms}, {runs}, {done} finished."
 
 
-def _winner(table: Sequence[dict[str, Any]]) -> str | None:
-    known = [(row["fd_mean"], row["arm"]) for row in table if row["fd_mean"] is not None]
-    return min(known)[1] if len(known) > 1 else None
-
-
-def _samples(summaries: Sequence[ArmSummary]) -> list[dict[str, str]]:
+def _samples(study: Study) -> list[dict[str, str]]:
     found = []
-    for arm in summaries:
-        run = arm.tuned.runs[0] if arm.tuned else None
-        if run is not None and run.sample_grid is not None:
-            found.append({"title": arm.arm, "image": to_uri(run.sample_grid.read_bytes())})
+    for arm in study.arms:
+        grids = [run.sample_grid for run in arm.reported.runs[:1] if run.sample_grid]
+        found += [{"title": arm.name, "image": to_uri(grid.read_bytes())} for grid in grids]
     return found
 
 
-def _settings(config: Config, runs: Sequence[RunResult]) -> dict[str, str]:
-    train = config.train
+def _settings(study: Study) -> dict[str, str]:
+    config, train = study.config, study.config.train
     chosen = {"name": config.model.name} | config.model.model_dump(exclude_defaults=True)
-    evaluated = next((run for run in runs if run.final), None)
-    seeds = sorted({run.seed for run in runs})
+    evaluated = next((run for run in study.runs if run.final), None)
     shown = {
         "data": config.data.name,
         "model": ", ".join(f"{key} {value}" for key, value in chosen.items()),
@@ -142,7 +124,7 @@ def _settings(config: Config, runs: Sequence[RunResult]) -> dict[str, str]:
             [f"EMA {decay:g}" for decay in train.ema_decays]
             + [f"power-function {length:g}" for length in train.ema_lengths]
         ),
-        "seeds": ", ".join(map(str, seeds)),
+        "seeds": ", ".join(map(str, sorted({run.plan.seed for run in study.runs}))),
     }
     if evaluated is not None:
         shown |= {"sampling": evaluated.sampling, "feature space": evaluated.extractor}
@@ -151,7 +133,7 @@ def _settings(config: Config, runs: Sequence[RunResult]) -> dict[str, str]:
 
 def _run_row(run: RunResult) -> list[str]:
     return [
-        run.name,
+        run.plan.name,
         run.status,
         number(run.fd, 3),
         number(run.one_step_loss),

@@ -1,10 +1,16 @@
-"""What is known of one run, read from its folder: the plain data behind tables and plots."""
+"""What is known of one run: the numbers behind tables and plots, read from its folder."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Literal
+
+from flowdopr.compare.cards import Card, CardRequest, RunSnapshot
+from flowdopr.compare.plan import RunPlan
+from flowdopr.runs.folder import RunFolder
 
 Status = Literal["done", "failed", "unfinished", "not started"]
 
@@ -24,19 +30,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run of a study, finished or not."""
+    """One run of a study. The fields after `metric` are filled once it is trained and evaluated."""
 
-    arm: str
-    lr: float
-    seed: int
-    name: str = ""
-    path: Path = Path()
-    optimizer: str = ""
-    setting: str = ""
-    """All settings outside `optimizer` and the seed, as JSON: arms that share it form pairs."""
+    plan: RunPlan
     status: Status = "done"
     reason: str = ""
-    """Why the run failed, in its own last words."""
+    """Why the run failed: the error it explained, or the last lines it printed."""
     metric: str = "FD"
     """`FID` in the Inception feature space, `FD` in any other."""
     final: Evaluation | None = None
@@ -70,3 +69,78 @@ class RunResult:
     @property
     def label_accuracy(self) -> float | None:
         return self.final.label_accuracy if self.final else None
+
+
+def read_result(run: RunSnapshot) -> RunResult:
+    """The status of a planned run, and its numbers once it is done."""
+    plan = run.plan
+    if run.folder is not None and run.finished:
+        return _finished(run, run.folder)
+    if plan.failure.exists():
+        return RunResult(plan, "failed", plan.failure.read_text(encoding="utf-8").strip())
+    return RunResult(plan, "unfinished" if plan.path.exists() else "not started")
+
+
+def _finished(run: RunSnapshot, folder: RunFolder) -> RunResult:
+    made_by, train = folder.made_by(), run.plan.config.train
+    launches = [*made_by.get("earlier", []), made_by]
+    windows = [line for line in folder.metrics() if "seconds_per_step" in line]
+    speeds = [line["seconds_per_step"] for line in windows[1:] or windows]  # the first warms up
+    grids = sorted((folder.path / "samples").glob("step-*.png"))
+    card = run.cards[run.wanted.final]
+    final, metric = _evaluation(card), "FID" if "fid" in card["metrics"] else "FD"
+    return RunResult(
+        run.plan,
+        status="failed" if final.fd is None else "done",
+        reason=f"the {metric} of its samples is not finite" if final.fd is None else "",
+        metric=metric,
+        final=final,
+        curve=_evaluations(run, (*run.wanted.curve, run.wanted.final)),
+        by_nfe=_evaluations(run, run.wanted.by_nfe),
+        global_batch_size=train.global_batch_size,
+        images_seen=train.global_batch_size * train.steps,
+        seconds_per_step=median(speeds) if speeds else None,
+        peak_memory_bytes=max((line["peak_memory_mib"] * 2**20 for line in windows), default=None),
+        hardware=" | ".join(dict.fromkeys(launch["hardware"] for launch in launches)),
+        commit=" | ".join(dict.fromkeys(launch["commit"] for launch in launches)),
+        versions=made_by["versions"],
+        sample_grid=grids[-1] if grids else None,
+        extractor=_extractor(card),
+        sampling=_sampling(card),
+    )
+
+
+def _evaluations(run: RunSnapshot, requests: Sequence[CardRequest]) -> tuple[Evaluation, ...]:
+    return tuple(_evaluation(run.cards[request]) for request in requests if request in run.cards)
+
+
+def _evaluation(card: Card) -> Evaluation:
+    metrics, sampling = card["metrics"], card["sampling"]
+    return Evaluation(
+        step=card["step"],
+        one_step_loss=metrics.get("one_step_loss"),
+        fd=metrics.get("fid", metrics.get("fd")),
+        label_accuracy=metrics.get("label_accuracy"),
+        nfe=sampling["nfe"],
+        num_images=sampling["num_images"],
+    )
+
+
+def _extractor(card: Card) -> str:
+    held_out = card["extractor"].get("held_out_accuracy")
+    accuracy = "" if held_out is None else f", {100 * held_out:.1f} % accurate on held-out images"
+    return f"{card['extractor']['space']}{accuracy}"
+
+
+def _sampling(card: Card) -> str:
+    sampling = card["sampling"]
+    if "steps" in sampling:
+        accuracy = f"{sampling['steps']} steps"
+    elif isinstance(sampling["time_grid"], list):
+        accuracy = f"{len(sampling['time_grid']) - 1} steps"
+    else:
+        accuracy = f"tolerances {sampling['atol']}, {sampling['rtol']}"
+    return (
+        f"{sampling['solver']}, {accuracy}, guidance scale {sampling['guidance_scale']:g}, "
+        f"{card['weights']} weights, {sampling['labels']} labels, seed {sampling['seed']}"
+    )

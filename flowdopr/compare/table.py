@@ -1,6 +1,7 @@
-"""The results table, one row an arm at its tuned learning rate, and the study as plain JSON.
+"""The results table, one row for each arm at its tuned learning rate, and the study as plain JSON.
 
-`rows` holds numbers, for table.csv and results.json; `shown_rows` holds the words of the report.
+`rows` holds numbers, for table.csv and results.json; `shown_rows` and `shared_values` hold the text
+of the report.
 """
 
 from __future__ import annotations
@@ -10,60 +11,50 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from flowdopr.compare.formats import (
-    NONE,
-    learning_rate,
-    mean_sd,
-    memory,
-    number,
-    percent,
-    seconds,
-)
+from flowdopr.compare.formats import NONE, learning_rate, mean_sd, memory, number, percent, seconds
 from flowdopr.compare.results import RunResult
-from flowdopr.compare.statistics import ArmSummary, Cell, Spread
-from flowdopr.compare.verdict import Verdict, metric_name, pair_differences
+from flowdopr.compare.statistics import ArmSummary, Spread
+from flowdopr.compare.study import Study
 
 Row = dict[str, Any]
 
 
-def rows(runs: Sequence[RunResult], summaries: Sequence[ArmSummary]) -> list[Row]:
+def rows(study: Study) -> list[Row]:
     """Numbers of each arm; arms without a finished run have only their names and their grid."""
-    return [_row(metric_name(runs), arm) for arm in summaries]
+    return [_row(study.metric, arm) for arm in study.arms]
 
 
 def _row(metric: str, arm: ArmSummary) -> Row:
-    cell = arm.tuned or Cell(arm.arm, arm.cells[0].lr, ())
-    first = cell.runs[0] if cell.runs else None
+    rate = arm.reported
+    first = rate.runs[0] if rate.runs else None
     final = first.final if first else None
-    accuracy = cell.spread(lambda run: run.label_accuracy)
     return {
-        "arm": arm.arm,
-        "optimizer": arm.optimizer,
-        "lr": cell.lr if first else None,
-        "lr_grid_size": len(arm.cells),
+        "arm": arm.name,
+        "optimizer": arm.plan.optimizer,
+        "lr": rate.lr if first else None,
+        "lr_grid_size": len(arm.rates),
         "lr_by_one_step_loss": arm.tuned_by_loss.lr if arm.tuned_by_loss else None,
         "metric": metric,
-        **_columns("fd", cell.fd),
-        "seeds": len(cell.runs),
+        **_mean_and_sd("fd", rate.fd),
+        "seeds": len(rate.runs),
         "fd_images": final.num_images if final else None,
         "nfe": final.nfe if final else None,
-        **_columns("one_step_loss", cell.one_step_loss),
-        **_columns("label_accuracy", accuracy),
+        **_mean_and_sd("one_step_loss", rate.one_step_loss),
+        **_mean_and_sd("label_accuracy", rate.label_accuracy),
         "images_seen": first.images_seen if first else None,
-        "seconds_per_step": _median(run.seconds_per_step for run in cell.runs),
-        "peak_memory_bytes": _highest(run.peak_memory_bytes for run in cell.runs),
+        "seconds_per_step": _median(run.seconds_per_step for run in rate.runs),
+        "peak_memory_bytes": _highest(run.peak_memory_bytes for run in rate.runs),
         "global_batch_size": first.global_batch_size if first else None,
-        "hardware": _shared(run.hardware for run in cell.runs),
-        "commit": _shared(run.commit for run in cell.runs),
-        "config": str(first.path / "config.yaml") if first else None,
+        "hardware": _join_distinct(run.hardware for run in rate.runs),
+        "commit": _join_distinct(run.commit for run in rate.runs),
+        "config": str(first.plan.path / "config.yaml") if first else None,
     }
 
 
-def _columns(name: str, spread: Spread | None) -> Row:
+def _mean_and_sd(name: str, spread: Spread | None) -> Row:
     if spread is None:
         return {f"{name}_mean": None, f"{name}_sd": None}
     return {f"{name}_mean": spread.mean, f"{name}_sd": spread.sd}
@@ -78,7 +69,7 @@ def _highest(values: Iterable[float | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)
 
 
-def _shared(values: Iterable[str]) -> str:
+def _join_distinct(values: Iterable[str]) -> str:
     """The one value of all runs, or the different ones side by side."""
     return " | ".join(dict.fromkeys(value for value in values if value))
 
@@ -91,31 +82,31 @@ def to_csv(table: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def shown_rows(metric: str, table: Sequence[Row]) -> list[Row]:
-    """The table in words, by column title. Columns of one value for all are in `shared_values`."""
+def shown_rows(study: Study, table: Sequence[Row]) -> list[Row]:
+    """The text of the table, by column title; what all arms share is in `shared_values`."""
     return [
         {
-            "optimizer": row["arm"],
-            "learning rate": _shown_rate(row),
-            f"{metric} ↓": mean_sd(_spread(row, "fd"), 3),
-            "one-step loss ↓": mean_sd(_spread(row, "one_step_loss")),
-            "label accuracy ↑": percent(_spread(row, "label_accuracy")),
+            "optimizer": arm.name,
+            "learning rate": f"{learning_rate(row['lr'])} (of {len(arm.rates)})",
+            f"{study.metric} ↓": mean_sd(arm.reported.fd, 3),
+            "one-step loss ↓": mean_sd(arm.reported.one_step_loss),
+            "label accuracy ↑": percent(arm.reported.label_accuracy),
             "seeds": row["seeds"],
             "a step": seconds(row["seconds_per_step"]),
             "peak memory": memory(row["peak_memory_bytes"]),
         }
-        for row in table
+        for arm, row in zip(study.arms, table, strict=True)
     ]
 
 
-def shared_values(metric: str, table: Sequence[Row]) -> dict[str, str]:
+def shared_values(study: Study, table: Sequence[Row]) -> dict[str, str]:
     """Columns that hold the same for every arm, or the different values side by side."""
 
     def shared(key: str, show: Any = str) -> str:
-        return _shared(show(row[key]) for row in table if row[key] is not None) or NONE
+        return _join_distinct(show(row[key]) for row in table if row[key] is not None) or NONE
 
     return {
-        f"{metric} images": shared("fd_images", lambda n: f"{n:,}"),
+        f"{study.metric} images": shared("fd_images", lambda n: f"{n:,}"),
         "NFE": shared("nfe", lambda nfe: number(nfe) if nfe % 1 else f"{nfe:g}"),
         "images seen": shared("images_seen", lambda n: f"{n:,}"),
         "global batch": shared("global_batch_size"),
@@ -126,37 +117,34 @@ def shared_values(metric: str, table: Sequence[Row]) -> dict[str, str]:
     }
 
 
-def _shown_rate(row: Row) -> str:
-    rate = NONE if row["lr"] is None else learning_rate(row["lr"])
-    return f"{rate} (of {row['lr_grid_size']})"
-
-
-def _spread(row: Row, name: str) -> Spread | None:
-    mean = row[f"{name}_mean"]
-    return None if mean is None else Spread(mean, row[f"{name}_sd"], row["seeds"])
-
-
-def to_results(
-    name: str, runs: Sequence[RunResult], summaries: Sequence[ArmSummary], verdict: Verdict
-) -> Row:
+def to_results(study: Study, table: Sequence[Row]) -> Row:
     """Everything the report says, as plain values for results.json."""
     differences = [
         asdict(difference) | {"enough_seeds": difference.enough_seeds, "shown": difference.shown}
-        for pair in pair_differences(runs, summaries)
+        for pair in study.differences
         for difference in pair
         if difference is not None
     ]
     return {
-        "study": name,
-        "metric": metric_name(runs),
-        "verdict": asdict(verdict),
-        "arms": rows(runs, summaries),
+        "study": study.name,
+        "metric": study.metric,
+        "verdict": asdict(study.verdict),
+        "arms": table,
         "paired_differences": differences,
-        "runs": [_plain(asdict(run)) for run in runs],
+        "runs": [_plain_run(run) for run in study.runs],
     }
 
 
-def _plain(run: Row) -> Row:
-    shown = {key: str(value) if isinstance(value, Path) else value for key, value in run.items()}
-    shown.pop("setting")
-    return shown
+def _plain_run(run: RunResult) -> Row:
+    plan, numbers = run.plan, asdict(run)
+    del numbers["plan"]
+    return {
+        "arm": plan.arm,
+        "lr": plan.lr,
+        "seed": plan.seed,
+        "name": plan.name,
+        "path": str(plan.path),
+        "optimizer": plan.optimizer,
+        **numbers,
+        "sample_grid": str(run.sample_grid) if run.sample_grid else None,
+    }

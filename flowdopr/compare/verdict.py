@@ -10,10 +10,10 @@ from flowdopr.compare.results import RunResult
 from flowdopr.compare.statistics import (
     FEWEST_SEEDS_FOR_A_CLAIM,
     ArmSummary,
-    Cell,
+    PairDifferences,
     PairedDifference,
-    matched_pairs,
-    paired_difference,
+    RateSummary,
+    ranked,
 )
 
 
@@ -27,57 +27,39 @@ class Verdict:
     """Tuning budgets, learning rates, unfinished and failed runs."""
 
 
-def verdict(runs: Sequence[RunResult], summaries: Sequence[ArmSummary]) -> Verdict:
-    metric = metric_name(runs)
-    pairs = [
-        _pair_sentence(metric, *differences) for differences in pair_differences(runs, summaries)
-    ]
-    return Verdict(_headline(metric, summaries), pairs, _notes(metric, runs, summaries))
+def build_verdict(
+    metric: str,
+    runs: Sequence[RunResult],
+    arms: Sequence[ArmSummary],
+    differences: Sequence[PairDifferences],
+) -> Verdict:
+    """The verdict on `arms`; `metric` is the name of the rollout metric, FD or FID."""
+    pairs = [_pair_sentence(metric, *of_pair) for of_pair in differences]
+    return Verdict(_headline(metric, arms), pairs, _notes(metric, runs, arms))
 
 
-def metric_name(runs: Sequence[RunResult]) -> str:
-    """`FID` or `FD`, as the evaluated runs have it."""
-    return next((run.metric for run in runs if run.final), "FD")
-
-
-def pair_differences(
-    runs: Sequence[RunResult], summaries: Sequence[ArmSummary]
-) -> list[tuple[PairedDifference, PairedDifference | None]]:
-    """The difference in FD and in one-step loss of each matched pair that shares a seed."""
-    found = []
-    for first, second in matched_pairs(summaries):
-        if first.tuned is None or second.tuned is None:
-            continue
-        tuned = (first.tuned, second.tuned)
-        fd = paired_difference(metric_name(runs), *tuned, lambda run: run.fd)
-        loss = paired_difference("one-step loss", *tuned, lambda run: run.one_step_loss)
-        if fd is not None:
-            found.append((fd, loss))
-    return found
-
-
-def _headline(metric: str, summaries: Sequence[ArmSummary]) -> str:
-    ranked = [(spread, cell) for arm in summaries if (cell := arm.tuned) and (spread := cell.fd)]
-    if not ranked:
+def _headline(metric: str, arms: Sequence[ArmSummary]) -> str:
+    ranking = ranked(arms)
+    if not ranking:
         return "No run is finished yet, so there is nothing to compare."
-    ranked.sort(key=lambda pair: pair[0].mean)
-    (best, winner), *others = ranked
+    (best, winner), *others = ranking
     if not others:
         seeds = count(best.n, "seed")
         return f"{winner.arm} alone has finished runs: {metric} {mean_sd(best, 3)} ({seeds})."
     sentence = f"The samples of {winner.arm} came closest to the data: {metric} {mean_sd(best, 3)}"
-    field = listing([f"{cell.arm} ({mean_sd(spread, 3)})" for spread, cell in others])
-    fewest = min(spread.n for spread, _ in ranked)
+    field = listing([f"{rate.arm} ({mean_sd(fd, 3)})" for fd, rate in others])
+    fewest = min(fd.n for fd, _ in ranking)
     caution = (
         f" With {count(fewest, 'seed')} an arm this is an observation, not a claim."
         if fewest < FEWEST_SEEDS_FOR_A_CLAIM
         else ""
     )
-    return f"{sentence}, ahead of {field}. {_loss_clause(winner, ranked)}{caution}"
+    loss_clause = _loss_clause(winner, [rate for _, rate in ranking])
+    return f"{sentence}, ahead of {field}. {loss_clause}{caution}"
 
 
-def _loss_clause(winner: Cell, ranked: list) -> str:
-    losses = [(loss.mean, cell.arm) for _, cell in ranked if (loss := cell.one_step_loss)]
+def _loss_clause(winner: RateSummary, ranking: Sequence[RateSummary]) -> str:
+    losses = [(loss.mean, rate.arm) for rate in ranking if (loss := rate.one_step_loss)]
     if not losses:
         return ""
     loss, arm = min(losses)
@@ -114,25 +96,25 @@ def _strength(metric: str, difference: PairedDifference) -> str:
     return f"{interval} includes zero: no difference is shown."
 
 
-def _notes(metric: str, runs: Sequence[RunResult], summaries: Sequence[ArmSummary]) -> list[str]:
-    notes = [_budget(runs, summaries), *_learning_rate_notes(metric, summaries)]
-    if any(len(arm.cells) > 1 for arm in summaries):
+def _notes(metric: str, runs: Sequence[RunResult], arms: Sequence[ArmSummary]) -> list[str]:
+    notes = [_budget(runs, arms), *_learning_rate_notes(metric, arms)]
+    if any(len(arm.rates) > 1 for arm in arms):
         notes.append(
             "Learning rates were chosen on the seeds that are reported, which flatters every arm."
         )
     for status, words in (("failed", "failed"), ("unfinished", "not finished")):
-        names = [run.name for run in runs if run.status == status]
+        names = [run.plan.name for run in runs if run.status == status]
         if names:
             notes.append(f"{count(len(names), 'run')} {words}: {listing(names)}.")
-    waiting = sum(run.status == "not started" for run in runs)
-    if waiting:
-        notes.append(f"{count(waiting, 'run')} of {len(runs)} not started.")
+    not_started = sum(run.status == "not started" for run in runs)
+    if not_started:
+        notes.append(f"{count(not_started, 'run')} of {len(runs)} not started.")
     return notes
 
 
-def _budget(runs: Sequence[RunResult], summaries: Sequence[ArmSummary]) -> str:
-    seeds = count(len({run.seed for run in runs}), "seed")
-    sizes = {arm.arm: len(arm.cells) for arm in summaries}
+def _budget(runs: Sequence[RunResult], arms: Sequence[ArmSummary]) -> str:
+    seeds = count(len({run.plan.seed for run in runs}), "seed")
+    sizes = {arm.name: len(arm.rates) for arm in arms}
     if len(set(sizes.values())) <= 1:
         grid = count(next(iter(sizes.values()), 0), "learning rate")
         return f"Every arm had the same tuning budget: {grid} × {seeds}."
@@ -142,20 +124,20 @@ def _budget(runs: Sequence[RunResult], summaries: Sequence[ArmSummary]) -> str:
     )
 
 
-def _learning_rate_notes(metric: str, summaries: Sequence[ArmSummary]) -> list[str]:
+def _learning_rate_notes(metric: str, arms: Sequence[ArmSummary]) -> list[str]:
     notes = []
-    for arm in summaries:
-        if len(arm.cells) < 2 or arm.tuned is None:
+    for arm in arms:
+        if len(arm.rates) < 2 or arm.tuned is None:
             continue
         chosen = learning_rate(arm.tuned.lr)
         if arm.tuned_by_loss and arm.tuned_by_loss.lr != arm.tuned.lr:
             other = learning_rate(arm.tuned_by_loss.lr)
             notes.append(
-                f"{arm.arm}: {metric} chose learning rate {chosen}; the one-step loss would have "
+                f"{arm.name}: {metric} chose learning rate {chosen}; the one-step loss would have "
                 f"chosen {other}."
             )
-        if arm.tuned.lr in (arm.cells[0].lr, arm.cells[-1].lr):
+        if arm.tuned.lr in (arm.rates[0].lr, arm.rates[-1].lr):
             notes.append(
-                f"{arm.arm}: the chosen learning rate {chosen} is at the edge of its grid."
+                f"{arm.name}: the chosen learning rate {chosen} is at the edge of its grid."
             )
     return notes

@@ -2,9 +2,10 @@
 
     python -m flowdopr.compare.worker STUDY.yaml RUN_NAME
 
-One process does both, because importing torch twice a run would cost more than a small run. Its
-standard input is a pipe from the study: when the study dies, even by kill -9, the pipe closes and
-the run saves and exits, so that no orphan writes into a folder where the next study goes on.
+One process does both, because importing torch twice would cost more than a small run. Its standard
+input is a pipe from the study's process. When that dies, even by kill -9, the pipe closes and the
+worker saves and exits; otherwise it would go on writing into a folder that the next `flowdopr
+compare` works on.
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ import sys
 import threading
 from pathlib import Path
 
-from flowdopr.compare.evaluations import missing_cards
+from flowdopr.compare.cards import read_run
 from flowdopr.compare.plan import expand
 from flowdopr.config import load_config
 from flowdopr.evaluate import evaluate
 from flowdopr.train import Interrupted, TrainingFailed, train
 
-SAVING_SECONDS = 60.0  # that the worker of a study that was killed may still take to save and exit
+PATIENCE_SECONDS = 60.0
+"""How long to wait for the worker of a study that was killed: it may still be saving."""
 
 
 def work(study_file: str | Path, name: str) -> None:
-    """Train and evaluate the run `name` of the study, going on where it was cut."""
+    """Train and evaluate the run `name` of the study, going on where it was stopped."""
     plan = {plan.name: plan for plan in expand(load_config(study_file, resolved=True))}[name]
-    train(plan.config, resume=True, patience=SAVING_SECONDS)
-    for request in missing_cards(plan):
+    train(plan.config, resume=True, patience=PATIENCE_SECONDS)
+    for request in read_run(plan).missing:
         evaluate(plan.path, request.overrides, step=request.step)
 
 

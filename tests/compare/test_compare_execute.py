@@ -13,7 +13,7 @@ from itertools import pairwise
 import pytest
 from rich.console import Console
 
-from flowdopr.compare.execute import Executor, failure_path, usable_cores, worker_environment
+from flowdopr.compare.execute import Executor, usable_cores, worker_environment
 from flowdopr.compare.plan import expand
 from flowdopr.compare.progress import Display, last_step
 
@@ -38,7 +38,7 @@ def run(study, tmp_path, code_of, workers=2):
     def command(plan):
         return [sys.executable, "-c", code_of(plan), str(tmp_path / plan.name)]
 
-    executor = Executor(tmp_path / "study", command, workers=workers)
+    executor = Executor(command, workers=workers)
     with display:
         outcome = executor.execute(plans, display)
     return outcome, written.getvalue()
@@ -53,9 +53,7 @@ def test_a_failing_run_does_not_stop_the_others(study, tmp_path):
     assert "[4/4]" in printed
     done = {plan.name for plan in expand(study) if (tmp_path / plan.name).exists()}
     assert done == {plan.name for plan in expand(study)} - {bad}
-    plan = expand(study)[0]
-    kept = failure_path(tmp_path / "study" / "logs", plan).read_text()
-    assert kept == "first words\nthe last words\n"
+    assert expand(study)[0].failure.read_text() == "first words\nthe last words\n"
 
 
 def test_an_explained_failure_needs_no_log(study, tmp_path):
@@ -86,14 +84,14 @@ def test_a_run_that_is_tried_again_is_no_longer_failed(study, tmp_path):
     run(study, tmp_path, lambda plan: FAIL)
     outcome, _ = run(study, tmp_path, lambda plan: "")
     assert outcome.failed == []
-    assert not list((tmp_path / "study" / "logs").glob("*.failed"))
+    assert not any(plan.failure.exists() for plan in expand(study))
 
 
 def test_never_more_than_workers_at_a_time(study, tmp_path):
     code = "import sys, time; t = time.time(); time.sleep(0.5); print(t, time.time())"
     run(study, tmp_path, lambda plan: code, workers=1)
-    logs = (tmp_path / "study" / "logs").glob("*.log")
-    spans = sorted(tuple(map(float, log.read_text().split())) for log in logs)
+    logs = [plan.log.read_text() for plan in expand(study)]
+    spans = sorted(tuple(map(float, log.split())) for log in logs)
     assert all(before[1] <= after[0] for before, after in pairwise(spans))
 
 

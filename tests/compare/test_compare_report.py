@@ -11,11 +11,10 @@ import torch
 from PIL import Image
 
 from flowdopr.compare import compare
-from flowdopr.compare.collect import collect
-from flowdopr.compare.evaluations import is_finished, missing_cards, wanted_cards
+from flowdopr.compare.cards import read_run, wanted_cards
 from flowdopr.compare.plan import expand, study_path
-from flowdopr.compare.plots import looks
-from flowdopr.compare.statistics import summarise
+from flowdopr.compare.results import read_result
+from flowdopr.compare.study import build_study
 from flowdopr.config import ConfigError, apply_overrides
 from flowdopr.data import DatasetInfo
 from flowdopr.evaluate.card import card_settings
@@ -164,7 +163,7 @@ def test_the_hardware_and_commit_of_every_part_are_shown(study):
     before = json.loads((first.path / "versions.json").read_text())
     made_by = before | {"from_step": 4, "hardware": "slide rule", "earlier": [before]}
     (first.path / "versions.json").write_text(json.dumps(made_by))
-    assert collect(study_path(study), plans)[0].hardware == "abacus, 1 thread | slide rule"
+    assert read_result(read_run(first)).hardware == "abacus, 1 thread | slide rule"
 
 
 def test_names_are_escaped(study):
@@ -181,10 +180,9 @@ def test_unfinished_and_failed_runs_are_listed(study):
     first, second, third, _ = expand(study)
     make_run(first, 5.0)
     RunFolder.create(second.config, DIGITS, MADE_BY, resume=False)
-    logs = study_path(study) / "logs"
-    logs.mkdir()
-    (logs / f"{third.name}.failed").write_text("RuntimeError: <boom>\n")
-    assert [run.status for run in collect(study_path(study), expand(study))] == [
+    third.failure.parent.mkdir()
+    third.failure.write_text("RuntimeError: <boom>\n")
+    assert [read_result(read_run(plan)).status for plan in expand(study)] == [
         "done",
         "unfinished",
         "failed",
@@ -200,7 +198,7 @@ def test_samples_without_a_finite_distance_are_a_failure(study):
     make_run(first, float("inf"))
     for path in (first.path / "evaluation").iterdir():
         path.write_text(path.read_text().replace("Infinity", "null"))
-    result = collect(study_path(study), [first])[0]
+    result = read_result(read_run(first))
     assert (result.status, result.done) == ("failed", False)
     assert "not finite" in result.reason
 
@@ -211,12 +209,12 @@ def test_a_report_before_any_run(study):
 
 
 def test_other_evaluation_settings_need_other_cards(finished):
-    assert all(is_finished(plan) for plan in expand(finished))
+    assert all(read_run(plan).finished for plan in expand(finished))
     changed = apply_overrides(finished, ["evaluate.fid_num_images=80"])
     plan = expand(changed)[0]
-    assert missing_cards(plan) == wanted_cards(plan).all()
+    assert read_run(plan).missing == wanted_cards(plan).all()
     more = apply_overrides(finished, ["compare.nfe_steps=[1, 2, 4]"])
-    assert [request.overrides[-1] for request in missing_cards(expand(more)[0])] == [
+    assert [request.overrides[-1] for request in read_run(expand(more)[0]).missing] == [
         "sample.steps=4"
     ]
 
@@ -236,22 +234,22 @@ EVERY_METRIC = "evaluate.metrics=[fd, kid, isc, prc, bpd, excess]"
 def test_no_number_of_other_settings_is_taken_for_the_final_one(study, change):
     study = apply_overrides(study, [EVERY_METRIC])
     make_run(expand(study)[0], 1.0)
-    assert is_finished(expand(study)[0])
+    assert read_run(expand(study)[0]).finished
     plan = expand(apply_overrides(study, [change]))[0]
-    assert wanted_cards(plan).final in missing_cards(plan)
+    assert wanted_cards(plan).final in read_run(plan).missing
 
 
 def test_other_inception_weights_need_other_cards(study):
     study = apply_overrides(study, ["evaluate.extractor=inception"])
     make_run(expand(study)[0], 1.0)
-    assert is_finished(expand(study)[0])
+    assert read_run(expand(study)[0]).finished
     plan = expand(apply_overrides(study, ["evaluate.inception_weights=other.pth"]))[0]
-    assert missing_cards(plan) == wanted_cards(plan).all()
+    assert read_run(plan).missing == wanted_cards(plan).all()
 
 
 @pytest.mark.parametrize("change", ["sample.batch_size=8", "sample.num_images=3"])
 def test_settings_that_decide_no_number_here_need_no_new_card(finished, change):
-    assert all(is_finished(plan) for plan in expand(apply_overrides(finished, [change])))
+    assert all(read_run(plan).finished for plan in expand(apply_overrides(finished, [change])))
 
 
 def test_a_card_with_more_metrics_answers_too_and_one_without_settings_never(finished):
@@ -261,12 +259,12 @@ def test_a_card_with_more_metrics_answers_too_and_one_without_settings_never(fin
         known = json.loads(path.read_text())
         known["settings"] |= {"metrics": ["fd", "kid"]}
         path.write_text(json.dumps(known))
-    assert is_finished(plan)
+    assert read_run(plan).finished
     for path in cards:
         known = json.loads(path.read_text())
         del known["settings"]
         path.write_text(json.dumps(known))
-    assert missing_cards(plan) == wanted_cards(plan).all()
+    assert read_run(plan).missing == wanted_cards(plan).all()
 
 
 def test_a_run_folder_of_another_config_is_refused(finished):
@@ -275,8 +273,8 @@ def test_a_run_folder_of_another_config_is_refused(finished):
     assert "\n" not in str(caught.value)
 
 
-def test_an_arm_looks_the_same_in_every_plot(finished):
-    summaries = summarise(collect(study_path(finished), expand(finished)))
-    found = looks(summaries)
-    assert found["AdamW"].colour != found["DoPr-AdamW"].colour
-    assert (found["AdamW"].line, found["DoPr-AdamW"].line) == ("--", "-")
+def test_styles_tell_arms_apart_and_show_preconditioning(finished):
+    results = [read_result(read_run(plan)) for plan in expand(finished)]
+    styles = build_study(finished, results).styles
+    assert styles["AdamW"].colour != styles["DoPr-AdamW"].colour
+    assert (styles["AdamW"].line, styles["DoPr-AdamW"].line) == ("--", "-")

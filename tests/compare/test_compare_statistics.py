@@ -5,27 +5,42 @@ import math
 import pytest
 from scipy import stats
 
+from flowdopr.compare.plan import RunPlan
 from flowdopr.compare.results import Evaluation, RunResult
 from flowdopr.compare.statistics import (
-    Cell,
+    RateSummary,
     matched_pairs,
     paired_difference,
     spread,
     summarise,
 )
-from flowdopr.compare.verdict import verdict
+from flowdopr.compare.study import build_study
+from flowdopr.config import Config, apply_overrides
+
+CONFIG = Config.model_validate(
+    {
+        "name": "tiny",
+        "data": {"name": "digits"},
+        "model": {"name": "dit"},
+        "train": {"steps": 10, "global_batch_size": 8},
+    }
+)
 
 
-def result(arm, lr, seed, fd=None, loss=1.0, optimizer="adamw", **more):
-    status = "failed" if fd is None else "done"
-    final = None if fd is None else Evaluation(step=10, fd=fd, one_step_loss=loss)
-    return RunResult(
-        arm, lr, seed, name=f"{arm}-{lr}-{seed}", optimizer=optimizer, status=status, final=final
-    )
+def result(arm, lr, seed, fd=None, loss=1.0, optimizer="adamw"):
+    config = apply_overrides(CONFIG, [f"name=tiny/{arm}-{seed}", f"optimizer.name={optimizer}"])
+    plan = RunPlan(arm, lr, seed, config)
+    if fd is None:
+        return RunResult(plan, "failed")
+    return RunResult(plan, final=Evaluation(step=10, fd=fd, one_step_loss=loss))
 
 
-def cell(arm, distances):
-    return Cell(arm, 0.1, tuple(result(arm, 0.1, seed, fd) for seed, fd in distances.items()))
+def rate(arm, distances):
+    return RateSummary(arm, 0.1, tuple(result(arm, 0.1, seed, d) for seed, d in distances.items()))
+
+
+def verdict(runs):
+    return build_study(CONFIG, runs).verdict
 
 
 def fd(run):
@@ -68,7 +83,7 @@ def test_an_arm_without_a_finished_run_has_no_rate():
 def test_paired_difference_is_scipys_interval():
     first = {0: 1.0, 1: 2.5, 2: 2.0, 3: 4.0}
     second = {0: 2.0, 1: 3.0, 2: 3.5, 3: 4.5, 7: 100.0}  # seed 7 has no partner
-    found = paired_difference("FD", cell("dopr", first), cell("plain", second), fd)
+    found = paired_difference("FD", rate("dopr", first), rate("plain", second), fd)
     assert found.by_seed == {0: -1.0, 1: -0.5, 2: -1.5, 3: -0.5}
     reference = stats.ttest_rel([*first.values()], [second[seed] for seed in first])
     interval = reference.confidence_interval(0.95)
@@ -78,21 +93,21 @@ def test_paired_difference_is_scipys_interval():
 
 
 def test_few_seeds_show_nothing_however_clear_they_look():
-    found = paired_difference("FD", cell("a", {0: 1.0, 1: 1.0}), cell("b", {0: 9.0, 1: 9.1}), fd)
+    found = paired_difference("FD", rate("a", {0: 1.0, 1: 1.0}), rate("b", {0: 9.0, 1: 9.1}), fd)
     assert found.high < 0
     assert not found.shown
-    single = paired_difference("FD", cell("a", {0: 1.0}), cell("b", {0: 9.0}), fd)
+    single = paired_difference("FD", rate("a", {0: 1.0}), rate("b", {0: 9.0}), fd)
     assert (single.sd, single.low, single.high, single.shown) == (None, None, None, False)
 
 
 def test_no_shared_seed_no_difference():
-    assert paired_difference("FD", cell("a", {0: 1.0}), cell("b", {1: 9.0}), fd) is None
+    assert paired_difference("FD", rate("a", {0: 1.0}), rate("b", {1: 9.0}), fd) is None
 
 
 def test_pairs_are_an_optimizer_with_and_without_activation_preconditioning():
     optimizers = ["adamw", "dopr-adamw", "muon", "dopr-muon", "dopr-sgd"]
     summaries = summarise([result(name, 0.1, 0, 1.0, optimizer=name) for name in optimizers])
-    pairs = [(first.arm, second.arm) for first, second in matched_pairs(summaries)]
+    pairs = [(first.name, second.name) for first, second in matched_pairs(summaries)]
     assert pairs == [("dopr-adamw", "adamw"), ("dopr-muon", "muon")]
 
 
@@ -106,7 +121,7 @@ def study_of(pairs, seeds):
 
 def test_verdict_names_winner_and_disagreement():
     runs = study_of([("adamw", 5.0, 0.4), ("dopr-adamw", 3.0, 0.5)], seeds=2)
-    said = verdict(runs, summarise(runs))
+    said = verdict(runs)
     assert said.headline.startswith(
         "The samples of dopr-adamw came closest to the data: FD 3.00 ± 0.01, ahead of adamw"
     )
@@ -125,7 +140,7 @@ def test_verdict_with_seeds_enough_gives_the_interval():
         for name, distances in (("adamw", [5.0, 5.2, 5.4]), ("dopr-adamw", [4.0, 4.4, 4.3]))
         for seed, fd in enumerate(distances)
     ]
-    said = verdict(runs, summarise(runs))
+    said = verdict(runs)
     assert "not a claim" not in said.headline
     assert said.pairs[0].endswith("leaves out zero.")
     assert "t-interval" in said.pairs[0]
@@ -133,7 +148,7 @@ def test_verdict_with_seeds_enough_gives_the_interval():
 
 def test_unequal_budgets_and_grid_edges_are_said():
     runs = [result("a", lr, 0, lr) for lr in (0.1, 0.2, 0.3)] + [result("b", 0.1, 0, None)]
-    notes = " ".join(verdict(runs, summarise(runs)).notes)
+    notes = " ".join(verdict(runs).notes)
     assert "not equal: a 3 learning rates and b 1 learning rate" in notes
     assert "edge of its grid" in notes
-    assert "1 run failed: b-0.1-0" in notes
+    assert "1 run failed: b-0" in notes

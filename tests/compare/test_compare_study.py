@@ -11,7 +11,7 @@ import time
 import pytest
 
 from flowdopr.compare import compare, execute
-from flowdopr.compare.evaluations import is_finished
+from flowdopr.compare.cards import read_run
 from flowdopr.compare.plan import expand, study_path
 from flowdopr.compare.progress import last_step
 from flowdopr.config import ConfigError, apply_overrides
@@ -59,15 +59,15 @@ def test_interrupted_then_gone_on_with_then_left_alone(quick, capfd):
         compare(quick)
     thread.join()
     assert caught.value.exit_code == 143
-    assert is_finished(short)
-    assert not is_finished(long)
+    assert read_run(short).finished
+    assert not read_run(long).finished
     saved = RunFolder.open(long.path).steps()
     assert 0 < saved[-1] < LONG
     before = stamps(short.path)
 
     folder = compare(quick)
     assert stamps(short.path) == before
-    assert is_finished(long)
+    assert read_run(long).finished
     assert f"going on from step {saved[-1]}" in (long.path / "log.txt").read_text()
     rows = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
     assert [row["arm"] for row in rows] == ["short", "long"]

@@ -1,0 +1,118 @@
+"""The evaluation cards of a run: which the study wants, and which its run folder holds.
+
+The last checkpoint is evaluated with every metric of the config, and with FD alone at each number
+of solver steps; the checkpoints before it with FD alone, for the curves over training.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from flowdopr.compare.plan import RunPlan
+from flowdopr.config import apply_overrides
+from flowdopr.evaluate.card import answers, card_settings
+from flowdopr.runs.folder import RunFolder, check_same_run
+
+Card = dict[str, Any]
+FD_ONLY = "evaluate.metrics=[fd]"
+
+
+@dataclass(frozen=True)
+class CardRequest:
+    """One evaluation: a checkpoint and what differs from the run's own settings."""
+
+    step: int
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WantedCards:
+    """The evaluations that the study wants of a run, by what they are for."""
+
+    final: CardRequest
+    """The last checkpoint with the run's own settings."""
+    curve: tuple[CardRequest, ...]
+    """The checkpoints before the last one, by step."""
+    by_nfe: tuple[CardRequest, ...]
+    """The last checkpoint by solver steps; the run's own number of steps is `final`."""
+
+    def all(self) -> list[CardRequest]:
+        return list(dict.fromkeys([self.final, *self.curve, *self.by_nfe]))
+
+
+def wanted_cards(plan: RunPlan) -> WantedCards:
+    train, own_steps = plan.config.train, plan.config.sample.steps
+    final = CardRequest(train.steps)
+    earlier = range(train.checkpoint_every or train.steps, train.steps, train.checkpoint_every or 1)
+    kept = train.keep_checkpoints
+    if kept is not None:
+        earlier = earlier[max(0, len(earlier) - kept + 1) :]
+    return WantedCards(
+        final=final,
+        curve=tuple(CardRequest(step, (FD_ONLY,)) for step in earlier),
+        by_nfe=tuple(
+            final
+            if steps == own_steps
+            else CardRequest(train.steps, (FD_ONLY, f"sample.steps={steps}"))
+            for steps in sorted(plan.nfe_steps)
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class RunSnapshot:
+    """A planned run and what its folder held when `read_run` read it."""
+
+    plan: RunPlan
+    folder: RunFolder | None
+    """None while the run has not started."""
+    steps: tuple[int, ...]
+    """Steps of the checkpoints, ascending."""
+    wanted: WantedCards
+    cards: dict[CardRequest, Card]
+    """The wanted cards in the folder, made by the study or by `flowdopr evaluate`."""
+
+    @property
+    def missing(self) -> list[CardRequest]:
+        """The wanted cards that can be made of the checkpoints but are not there, in order."""
+        wanted = self.wanted.all()
+        return [card for card in wanted if card not in self.cards and card.step in self.steps]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is trained to its last step and evaluated."""
+        return self.plan.config.train.steps in self.steps and not self.missing
+
+
+def read_run(plan: RunPlan) -> RunSnapshot:
+    """Read the run folder of `plan`, if there is one.
+
+    Raises:
+        ConfigError: the folder holds a run of another config.
+    """
+    wanted = wanted_cards(plan)
+    if not (plan.path / "config.yaml").exists():
+        return RunSnapshot(plan, None, (), wanted, {})
+    folder = RunFolder.open(plan.path)
+    check_same_run(folder, plan.config, folder.dataset)
+    cards = _known_cards(folder, plan, wanted.all())
+    return RunSnapshot(plan, folder, tuple(folder.steps()), wanted, cards)
+
+
+def _known_cards(
+    folder: RunFolder, plan: RunPlan, requests: list[CardRequest]
+) -> dict[CardRequest, Card]:
+    paths = sorted((folder.path / "evaluation").glob("*.json"))
+    cards = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    settings = {
+        overrides: card_settings(apply_overrides(plan.config, overrides), folder.dataset)
+        for overrides in {request.overrides for request in requests}
+    }
+    found = {}
+    for request in requests:
+        for card in cards:
+            if card["step"] == request.step and answers(card, settings[request.overrides]):
+                found.setdefault(request, card)
+    return found

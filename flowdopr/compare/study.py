@@ -1,0 +1,70 @@
+"""One study, computed once: its table, plots, report and JSON are all made of this value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from flowdopr.compare.plan import study_path
+from flowdopr.compare.results import RunResult
+from flowdopr.compare.statistics import ArmSummary, PairDifferences, pair_differences, summarise
+from flowdopr.compare.verdict import Verdict, build_verdict
+from flowdopr.config import Config
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+
+
+@dataclass(frozen=True)
+class ArmStyle:
+    """How an arm is drawn, in every plot and in the table."""
+
+    colour: str
+    marker: str
+    line: Literal["-", "--"]
+    """Solid with activation preconditioning, dashed without."""
+
+
+@dataclass(frozen=True)
+class Study:
+    config: Config
+    runs: Sequence[RunResult]
+    """In the order in which they were planned."""
+    arms: Sequence[ArmSummary]
+    metric: str
+    """Name of the rollout metric: `FID` in the Inception feature space, `FD` in any other."""
+    differences: Sequence[PairDifferences]
+    """Of each arm with DoPr against the arm of the same optimizer without it."""
+    verdict: Verdict
+    styles: dict[str, ArmStyle]
+    """By the arm's name."""
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def folder(self) -> Path:
+        return study_path(self.config)
+
+
+def build_study(config: Config, runs: Sequence[RunResult]) -> Study:
+    """Everything that the report tells of `runs`."""
+    arms = summarise(runs)
+    metric = next((run.metric for run in runs if run.final), "FD")
+    differences = pair_differences(metric, arms)
+    verdict = build_verdict(metric, runs, arms, differences)
+    return Study(config, runs, arms, metric, differences, verdict, arm_styles(arms))
+
+
+def arm_styles(arms: Sequence[ArmSummary]) -> dict[str, ArmStyle]:
+    """A style for each arm; from the eighth arm on, colours return with other markers."""
+    found = {}
+    for index, arm in enumerate(arms):
+        colour = COLOURS[index % len(COLOURS)]
+        marker = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
+        found[arm.name] = ArmStyle(colour, marker, "-" if arm.plan.preconditioned else "--")
+    return found
