@@ -94,6 +94,7 @@ class RunFolder:
             write_text(path / "versions.json", json.dumps(made_by, indent=2) + "\n")
         write_text(path / "dataset.json", json.dumps(dataset.to_dict(), indent=2) + "\n")
         write_text(path / "config.yaml", to_yaml(config))
+        run._drop_metrics_after(max(run.steps(), default=0))
         return run
 
     @classmethod
@@ -228,8 +229,8 @@ class RunFolder:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in lines]
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drop what a cut run logged beyond the checkpoint it goes on from."""
+    def _drop_metrics_after(self, step: int) -> None:
+        """Delete the lines of steps that are trained again, after the newest checkpoint."""
         kept = [line for line in self.metrics() if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_text(self.path / "metrics.jsonl", text)
