@@ -10,7 +10,7 @@ from flowdopr.latents.autoencoder import Autoencoder
 from flowdopr.latents.shards import Encoding, write_notes, write_shards
 from flowdopr.linalg import full_float32
 from flowdopr.processes import device_of, this_process
-from flowdopr.runs.provenance import versions
+from flowdopr.runs import versions
 from flowdopr.terminal import counting
 
 

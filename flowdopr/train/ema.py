@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from flowdopr.runs.averages import Average
+from flowdopr.runs import Average
 
 
 class EMA:

@@ -32,8 +32,7 @@ from flowdopr.flow import (
     one_step_loss,
 )
 from flowdopr.linalg import tf32_products
-from flowdopr.runs.averages import Average
-from flowdopr.runs.folder import RunFolder
+from flowdopr.runs import Average, RunFolder
 from flowdopr.train.ema import EMA
 from flowdopr.train.log import StepProgress, shown_line
 from flowdopr.train.meter import Meter

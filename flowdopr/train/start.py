@@ -18,10 +18,7 @@ from flowdopr.flow import build_objective, build_sampling
 from flowdopr.latents import build_datasets, load_decoder
 from flowdopr.models import build_model
 from flowdopr.optim import build_optimizer
-from flowdopr.runs.averages import averages_of
-from flowdopr.runs.folder import RunFolder
-from flowdopr.runs.guide import load_guide
-from flowdopr.runs.provenance import provenance
+from flowdopr.runs import RunFolder, averages_of, load_guide, provenance
 from flowdopr.train.log import log_roles, run_log
 from flowdopr.train.loop import Components, Trainer
 from flowdopr.train.signals import TrainingFailed
