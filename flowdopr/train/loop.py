@@ -1,10 +1,10 @@
-"""The training loop: one optimizer step after another, each a pure function of what came before.
+"""The training loop.
 
-All randomness of step s comes from (seed, s): the batch's images, noise, times and label dropout
-for the *global* batch, of which each process takes its slice. So a resumed run repeats the straight
-one bitwise, and two processes draw what one would.
+All randomness of step s is seeded by (seed, s): images, noise, times and label dropout are drawn
+for the *global* batch, and each process takes its slice. So a resumed run equals an uninterrupted
+one bitwise, and several processes draw the same numbers as one.
 
-Shapes: x_1 (B, C, H, W) in [-1, 1], y (B,), B the share of one process.
+Shapes: x_1 (B, C, H, W) in [-1, 1], y (B,), where B is the batch of one process.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ from flowdopr.flow import (
 )
 from flowdopr.linalg import tf32_products
 from flowdopr.runs import Average, RunFolder
+from flowdopr.terminal import Counter, counting
 from flowdopr.train.ema import EMA
-from flowdopr.train.log import StepProgress, shown_line
+from flowdopr.train.log import shown_line
 from flowdopr.train.meter import Meter
 from flowdopr.train.schedule import derive_seed, lr_factor
 from flowdopr.train.signals import Interrupted, StopSignal, TrainingFailed
 
 log = logging.getLogger("flowdopr.train")
 
-# Processes agree on a stop only now and then: asking each step would make the host wait for each.
+# Steps between two checks whether any process was told to stop: a check makes the host wait.
 STOP_AGREED_EVERY = 10
 TRY = "lower optimizer.lr, lengthen train.warmup_steps, or use train.precision=bf16 or no"
 
@@ -101,14 +102,15 @@ class Trainer:
         self.model.train()
         self.meter.go_on()
         shown = self.accelerator.is_main_process
-        with StopSignal() as stop, StepProgress(settings.steps, self.step, shown=shown) as progress:
+        bar = counting("training", settings.steps, completed=self.step, shown=shown)
+        with StopSignal() as stop, bar as progress:
             while self.step < settings.steps:
                 x_1, y = next(loader)
                 loss, grad_norm = self.optimizer_step(x_1, y)
                 self.step += 1
                 self.ema.update(self.step)
                 self.meter.add(loss)
-                progress.advance()
+                progress()
                 if self._due(settings.log_every):
                     self._log(grad_norm, progress)
                 if self._due(settings.validate_every):
@@ -189,14 +191,14 @@ class Trainer:
             start_step=self.step,
         )
 
-    # What happens now and then
+    # Logging, validation and samples
 
     def _due(self, every: int | None) -> bool:
         last = self.step == self.config.train.steps
         return last or (every is not None and self.step % every == 0)
 
     def _agreed(self, stop: StopSignal) -> int:
-        """The signal that any process received, 0 if none."""
+        """The signal that any process received, else 0; the same in every process."""
         received = stop.received or 0
         if self.accelerator.num_processes == 1:
             return received
@@ -206,7 +208,7 @@ class Trainer:
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return int(flag)
 
-    def _log(self, grad_norm: Tensor | None, progress: StepProgress) -> None:
+    def _log(self, grad_norm: Tensor | None, progress: Counter) -> None:
         line = {"step": self.step, "images": self.step * self.config.train.global_batch_size}
         line |= self.meter.close(self.config.train.global_batch_size)
         line["lr"] = self.raw_optimizer.param_groups[0]["lr"]
@@ -226,7 +228,7 @@ class Trainer:
 
     @contextmanager
     def _averaged_model(self) -> Iterator[nn.Module]:
-        """The EMA model in evaluation mode; time spent with it is not the step's."""
+        """The raw model with averaged weights, in evaluation mode; the meter is paused."""
         self.meter.pause()
         self.raw_model.eval()
         with self.ema.applied(self.raw_model), torch.no_grad():
@@ -264,10 +266,10 @@ class Trainer:
                 path = self.run.path / "samples" / f"step-{self.step:08d}.png"
                 save_image(images / 2 + 0.5, path, nrow=math.ceil(number**0.5))
 
-    # Saving and going on
+    # Checkpoints
 
     def _save(self) -> None:
-        """Write a checkpoint, unless it would push good ones off the disk for a broken one."""
+        """Write a checkpoint; weights that are not finite end the run and replace no checkpoint."""
         self.meter.pause()
         norms = torch._foreach_norm([p.detach() for p in self.raw_model.parameters()])
         if not torch.stack(list(norms)).isfinite().all():

@@ -32,14 +32,14 @@ def train(config: Config, *, resume: bool = False, patience: float = 0.0) -> Pat
     Runs on the devices and processes that accelerate finds.
 
     Args:
-        resume: go on from the newest checkpoint, or start where there is none.
-        patience: seconds to wait for another process that is at work on this run.
+        resume: continue from the newest checkpoint, or start if there is none.
+        patience: seconds to wait for another process that is training this run.
 
     Raises:
-        ConfigError, ValueError: settings or data that cannot be used, or another process is at work
-            on this run; nothing was trained.
+        ConfigError, ValueError: settings or data that cannot be used, or another process is
+            training this run; nothing was trained.
         Interrupted: stopped by Ctrl-C or SIGTERM, after saving.
-        TrainingFailed: the loss, or what layers are fed, is not finite.
+        TrainingFailed: the loss, the weights or the inputs of layers are not finite.
     """
     accelerator = make_accelerator(config)
     with accelerator.main_process_first():
@@ -63,7 +63,7 @@ def train(config: Config, *, resume: bool = False, patience: float = 0.0) -> Pat
                 state = "already complete at" if done else "going on from"
                 log.info("%s step %d", state, trainer.step)
             trainer.fit()
-        except FloatingPointError as error:  # DoPr met inputs that are not finite too often
+        except FloatingPointError as error:  # DoPr saw inputs that are not finite too often
             raise TrainingFailed(f"{run.path}: {error}") from None
         finally:
             accelerator.free_memory()
@@ -105,13 +105,13 @@ def make_accelerator(config: Config) -> Accelerator:
     """The devices and processes of this launch.
 
     Raises:
-        ConfigError: a precision the device lacks, a batch that does not divide, or a way of
-            distributing that the trainer does not offer.
+        ConfigError: a precision that the device lacks, a batch size that does not divide, or a
+            kind of parallelism that the trainer does not support.
     """
     settings = config.train
-    AcceleratorState._reset_state()  # an earlier run of this Python process may have left another
+    AcceleratorState._reset_state()  # an earlier run in this process may have set it
     try:
-        # Told so, accelerate lets several processes without a GPU work together by gloo.
+        # With cpu=True, accelerate connects several processes without a GPU through gloo.
         cpu = not torch.accelerator.is_available()
         accelerator = Accelerator(mixed_precision=settings.precision, cpu=cpu)
     except ValueError as error:

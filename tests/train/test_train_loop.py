@@ -198,7 +198,6 @@ def test_every_form_of_dopr_is_reached_from_the_config(tmp_path):
         "optimizer.max_nonfinite=3",
         "optimizer.ns_dtype=bfloat16",
         "optimizer.ns_steps=4",
-        "optimizer.split_heads=true",
         "optimizer.damping=[1.0, 0.1, 100]",
         "optimizer.anneal=[10, 20]",
         "optimizer.rules=[{pattern: mlp, mode: blocks, max_side: 8}, {pattern: l$, mode: none}]",
@@ -207,7 +206,7 @@ def test_every_form_of_dopr_is_reached_from_the_config(tmp_path):
     modes = {line.split()[0]: line for line in log.splitlines() if ".weight" in line}
     assert "blocks" in modes["blocks.0.mlp.up.weight"]
     assert "none" in modes["final.weight"]
-    assert "muon in 6 blocks" in modes["blocks.0.attention.qkv.weight"]  # q, k, v of two heads
+    assert "muon in 3 blocks" in modes["blocks.0.attention.qkv.weight"]
 
 
 def test_the_schema_names_every_optimizer():
