@@ -1,19 +1,19 @@
-"""Faster ways on the CPU to the results of plain torch calls. Nothing outside knows which is used.
+"""Replacements of torch functions that are faster on the CPU.
 
-`linear` and `upsampled_conv2d` differ from what they replace by rounding alone, `dropout` by which
-elements it drops.
+`linear` and `upsampled_conv2d` differ from the functions they replace only by rounding, `dropout`
+by which elements it drops.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# With AVX-512, oneDNN's 1x1 convolution runs float32 at full width on every x86 CPU. MKL, which is
-# behind F.linear, uses half of it on other makers' CPUs than its own: half the speed of a DiT.
+# F.linear calls MKL, which uses only half the width of AVX-512 on CPUs that are not Intel's and so
+# halves the speed of a DiT. oneDNN's 1x1 convolution uses the full width on every x86 CPU.
 ONEDNN_IS_FAST = (
     torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 )
-# torch gives 1x1 convolutions of fewer images to a slower kernel; fewer rows are faster in MKL.
+# torch runs 1x1 convolutions of fewer images by a slower kernel. With fewer rows, MKL is faster.
 ONEDNN_IMAGES, ONEDNN_MIN_ROWS = 16, 512
 # Folding the kernel costs more than the products it saves when the image is smaller than this.
 FOLD_MIN_PIXELS = 64
@@ -35,9 +35,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def dropout(input: Tensor, p: float, training: bool) -> Tensor:
     """`F.dropout`, on the CPU from 16 random bits an element.
 
-    torch draws 32 bits for one element after the other there, which took a twentieth of a U-Net's
-    training step. On the CPU p is rounded to a multiple of 2^-16, and kept elements are scaled by
-    the rounded value.
+    torch draws 32 bits for each element, one after the other, which took a twentieth of a U-Net's
+    training step. On the CPU, p is rounded to a multiple of 2^-16, and the kept elements are scaled
+    to match the rounded value.
     """
     dropped = round(p * 2**16)
     compiled = torch.compiler.is_compiling()  # the compiler draws and multiplies in one pass
@@ -55,9 +55,9 @@ def upsampled_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     """A 3x3 convolution with padding 1 of `input` enlarged twice by nearest neighbour:
     (B, C, H, W) -> (B, C', 2 H, 2 W).
 
-    Each output pixel sees only 2x2 different input pixels, so the rows and columns of the kernel
-    that fall on one pixel are added first. This gives a transposed convolution of stride 2 with a
-    4x4 kernel: four products an output pixel instead of nine, and no enlarged image in memory.
+    Each output pixel depends on only 2x2 input pixels, so the kernel elements that multiply the
+    same input pixel are added first. The result is a transposed convolution of stride 2 with a 4x4
+    kernel: four products per output pixel instead of nine, and no enlarged image in memory.
     """
     if input.shape[-2] * input.shape[-1] < FOLD_MIN_PIXELS:
         enlarged = F.interpolate(input, scale_factor=2, mode="nearest")

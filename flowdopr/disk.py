@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that one process at a time works in."""
+"""Writing files atomically, and locking a folder for one process at a time."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from typing import IO
 
 try:
     import fcntl
-except ImportError:  # not on Windows: there nothing is locked
+except ImportError:  # Windows has no fcntl, so nothing is locked there
     fcntl = None
 
 LOCK = ".lock"
-"""In a locked folder: the file that bears the lock, and says who took it last."""
+"""The lock file of a folder; it names the process that locked it last."""
 SECONDS_BETWEEN_TRIES = 0.2
 
 
 @contextmanager
 def replacing(path: Path, suffix: str = ".part") -> Iterator[Path]:
-    """Yields the file to write in place of `path`, and renames it when the block is through.
+    """Yield a temporary file to write, and rename it to `path` at the end of the block.
 
-    A reader sees the old file or the new one, never a part, even after a power cut.
+    A reader sees the old file or the complete new one, even after a power cut.
 
     Args:
-        suffix: of the file to write; processes that may write `path` at once need different ones.
+        suffix: of the temporary file; processes that may write `path` at the same time need
+            different ones.
     """
     part = path.with_name(path.name + suffix)
     try:
@@ -41,18 +42,18 @@ def replacing(path: Path, suffix: str = ".part") -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """`content` into `path`, by `replacing`."""
+    """Write `content` to `path` atomically."""
     with replacing(path) as part:
         part.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """`text` as UTF-8 into `path`, by `replacing`."""
+    """Write `text` to `path` atomically, as UTF-8."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def to_disk(path: Path) -> None:
-    """Wait until the file's content is on the disk, and not only in the machine's memory."""
+    """Wait until the file's content is on the disk and not only in the page cache."""
     with open(path, "rb") as handle:
         os.fsync(handle.fileno())
 
@@ -68,17 +69,17 @@ def file_sha256(path: str | Path) -> str:
 
 @contextmanager
 def locked(folder: Path, remedy: str, *, patience: float = 0.0) -> Iterator[None]:
-    """Keep other processes out of `folder`, which is made if need be, within the block.
+    """Lock `folder`, which is created if needed, within the block.
 
-    The lock is the operating system's and ends with the process, however it ends; forked processes
-    do not inherit it. Only who asks for the lock is kept out: readers are not.
+    The operating system holds the lock and releases it when the process ends, however it ends;
+    forked processes do not inherit it. It stops only processes that ask for it, not readers.
 
     Args:
-        remedy: what to do instead, for the message.
-        patience: seconds to wait for a process that is at work here.
+        remedy: what the error message tells the user to do.
+        patience: seconds to wait for another process to release the lock.
 
     Raises:
-        ValueError: another process is at work here.
+        ValueError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+", encoding="utf-8") as handle:
@@ -95,7 +96,7 @@ def locked(folder: Path, remedy: str, *, patience: float = 0.0) -> Iterator[None
 
 
 def _lock(handle: IO[str]) -> bool:
-    """Whether the lock is ours now; also where the file system knows no locks."""
+    """Whether this process now holds the lock; True on file systems without locks."""
     if fcntl is None:
         return True
     try:

@@ -6,10 +6,10 @@ from accelerate.utils import parse_flag_from_env
 
 
 def this_process() -> PartialState:
-    """This process among those of its launch.
+    """This process and its rank among the processes of the launch.
 
-    Without an accelerator accelerate joins the processes only if told that they run on the CPU;
-    otherwise each would take itself for the only one.
+    On a machine without a GPU, accelerate connects the processes only if it is told to use the CPU;
+    otherwise each process would act as the only one.
     """
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu)

@@ -37,7 +37,7 @@ TORCHVISION = {
 
 
 def build_image_datasets(data: DataConfig) -> Datasets:
-    """The images that `data` names, other than latents.
+    """The images that `data` names; latents are `latents.build_datasets`'s.
 
     With several processes on a machine, call it on one of them first if it may download.
 
@@ -58,7 +58,7 @@ def build_image_datasets(data: DataConfig) -> Datasets:
 def split(labels: Tensor, held_out_fraction: float, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Sorted indices of the training and the held-out images, stratified by class.
 
-    A permutation that never changes (NumPy keeps RandomState's stream for good) decides; each class
+    The permutation is fixed: NumPy guarantees that RandomState's stream never changes. Each class
     gives `held_out_fraction` of its images, at least one and never all.
     """
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(labels)))
@@ -79,7 +79,7 @@ def split(labels: Tensor, held_out_fraction: float, names: Sequence[str]) -> tup
 def _in_memory(
     data: DataConfig, train: ImageTensor, held_out: ImageTensor, names: Sequence[str]
 ) -> Datasets:
-    """Resize both splits once and fingerprint what comes out."""
+    """Resize both splits once and fingerprint the results."""
     transform = fit(data.image_size, data.channels or train.images.shape[1])
     digest = hashlib.sha256(data.name.encode())
     fitted = []

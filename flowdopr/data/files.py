@@ -1,9 +1,9 @@
-"""Images in a folder or in a ZIP archive, decoded when they are asked for.
+"""Images in a folder or in a ZIP archive, decoded on access.
 
-Two layouts, in a folder and in an archive alike: all images beside each other (no classes), or one
-sub-folder a class. Folders that everything lies in (`images/cat/1.png`, `images/dog/2.png`) are
-passed over. Hidden files and files that are not images are ignored, links are followed. Nothing is
-ever extracted.
+Folders and archives have one of two layouts: all images in one folder (no classes), or one
+sub-folder for each class. A folder that contains all others (`images` of `images/cat/1.png` and
+`images/dog/2.png`) is not a class. Hidden files and files that are not images are ignored, links
+are followed. Archives are read without extracting them.
 
 Shapes: an image is uint8 `(C, H, W)`, a label an int (0 where there are no classes).
 """
@@ -173,7 +173,7 @@ def decode(source: Folder | Archive, name: str) -> Tensor:
 
 
 class ImageFiles(ImageDataset):
-    """Some images of a folder or archive, brought to one shape."""
+    """Some images of a folder or archive, all transformed to one shape."""
 
     def __init__(
         self,

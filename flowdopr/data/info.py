@@ -1,6 +1,6 @@
-"""What is known of a data set, and its two splits.
+"""The description of a data set, and its two splits.
 
-Shapes: `image_shape` is (C, H, W) of what a model sees: pixels, or latents (L, h, w).
+Shapes: `image_shape` is that of the model's input: pixels (C, H, W) or latents (L, h, w).
 """
 
 from dataclasses import asdict, dataclass
@@ -11,12 +11,14 @@ from flowdopr.data.memory import ImageDataset
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a model and a card must know of a data set.
+    """Properties of a data set that models and cards need.
 
-    `image_shape` is (C, H, W). `num_classes` 0 and no `class_names`: images without classes.
-    `fingerprint` is a sha256 that changes when any image, name, label, the split or the resizing
-    does (a folder of more than 1 GiB: when a name or a file's size does). `autoencoder`, of latents
-    alone, says what decodes them: name, weights_sha256, scale, shift.
+    Attributes:
+        image_shape: (C, H, W).
+        num_classes: 0, with empty `class_names`, for images without classes.
+        fingerprint: a sha256 that changes with any image, name, label, the split or the resizing;
+            of a folder of more than 1 GiB, only with names and file sizes.
+        autoencoder: for latents, what decodes them: name, weights_sha256, scale, shift.
     """
 
     name: str
@@ -41,7 +43,7 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class Datasets:
-    """The two splits, neither ever augmented: mirroring is the loader's."""
+    """The two splits, not augmented: the loader mirrors images."""
 
     train: ImageDataset
     held_out: ImageDataset
@@ -49,5 +51,5 @@ class Datasets:
 
     @property
     def reference(self) -> ImageDataset:
-        """What generated images are compared with: the plain training set."""
+        """The images that generated ones are compared with: the training set."""
         return self.train

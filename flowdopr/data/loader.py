@@ -2,10 +2,10 @@
 
 Shapes: `(B, C, H, W)` images, `(B,)` labels, B the process's share of the global batch.
 
-The images of all epochs form one endless line, each epoch in its own order. Step s takes the next
-`global_batch_size` of them, so a batch may span two epochs and every epoch shows every image once.
-A process takes its contiguous share, whatever the number of processes and loader workers. Any step
-can be the first one: that is how a run resumes.
+The epochs form one endless sequence of images, each epoch in its own order. Step s takes the next
+`global_batch_size` images, so a batch may span two epochs, and each epoch shows every image once.
+A process takes its contiguous share of them, independent of the number of loader workers. A run can
+be resumed at any step.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,14 +23,14 @@ from flowdopr.data.transforms import to_float
 
 @lru_cache(maxsize=4)
 def epoch_picks(seed: int, epoch: int, num_images: int) -> Picks:
-    """One epoch: the order of the images and, for each place, whether that one is mirrored."""
+    """One epoch: the images in order, and whether each is mirrored."""
     order = torch.from_numpy(np.random.default_rng((seed, epoch, 0)).permutation(num_images))
     coins = torch.from_numpy(np.random.default_rng((seed, epoch, 1)).random(num_images) < 0.5)
     return Picks(order, coins[order], torch.full_like(order, epoch))
 
 
 def picks_between(seed: int, num_images: int, start: int, stop: int) -> Picks:
-    """Places [start, stop) of the endless line of epochs."""
+    """Positions [start, stop) of the endless sequence of epochs."""
     parts = []
     for epoch in range(start // num_images, (stop - 1) // num_images + 1):
         window = slice(max(start - epoch * num_images, 0), stop - epoch * num_images)
@@ -38,8 +38,8 @@ def picks_between(seed: int, num_images: int, start: int, stop: int) -> Picks:
     return Picks(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-class _Plan:
-    """Iterates over this process's picks of step `start_step` and all later ones."""
+class _StepSampler:
+    """Yields the picks of this process for step `start_step`, the next step, and so on."""
 
     def __init__(self, seed: int, num_images: int, stride: int, share: slice, start_step: int):
         self.seed, self.num_images, self.stride = seed, num_images, stride
@@ -65,7 +65,7 @@ class _Batches(Dataset):
         try:
             return self.dataset.drawn(picks, self.seed)
         except ValueError as error:
-            # Raised inside a worker it would arrive as a page of traceback.
+            # Raised in a worker, it would arrive with the worker's traceback as its message.
             return error
 
 
@@ -93,9 +93,13 @@ def build_loader(
             f"{world_size}"
         )
     share = slice(rank * size // world_size, (rank + 1) * size // world_size)
-    plan = _Plan(config.seed, len(dataset), size, share, start_step)
+    sampler = _StepSampler(config.seed, len(dataset), size, share, start_step)
     return _load(
-        dataset, plan, config.data.num_workers, seed=config.seed, flip=config.data.horizontal_flip
+        dataset,
+        sampler,
+        config.data.num_workers,
+        seed=config.seed,
+        flip=config.data.horizontal_flip,
     )
 
 
@@ -109,7 +113,7 @@ def _load(
         # Images in memory are indexed faster than a worker could hand them over.
         num_workers=0 if isinstance(dataset, ImageTensor) else num_workers,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # or it would draw from the global one, once a start
+        generator=torch.Generator(),  # otherwise DataLoader draws a seed from the global generator
     )
     for batch in loader:
         if isinstance(batch, ValueError):

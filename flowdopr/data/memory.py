@@ -1,4 +1,4 @@
-"""The two calls every data set answers, and data sets held whole in memory.
+"""The interface of all data sets, and a data set that is held in memory.
 
 Shapes: images uint8 `(N, C, H, W)`, labels int64 `(N,)`. Latents are float32 `(N, L, h, w)`.
 """
@@ -13,8 +13,7 @@ from flowdopr.data.transforms import from_uint8, mirror
 
 
 class Picks(NamedTuple):
-    """Which images make a batch `(B,)` int64, which of them are mirrored `(B,)` bool, and in which
-    epoch each comes `(B,)` int64."""
+    """The images of one batch: `(B,)` indices int64, mirrored or not bool, and epochs int64."""
 
     indices: Tensor
     mirrored: Tensor
@@ -38,14 +37,14 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return images, self.labels[indices]
 
     def drawn(self, picks: Picks, seed: int) -> tuple[Tensor, Tensor]:
-        """What training sees: x_1 `(B, C, H, W)` float32 and y `(B,)` of `picks`, mirrored where
-        they say so. All chance depends on (`seed`, epoch, image) alone."""
+        """A training batch: x_1 `(B, C, H, W)` float32 and y `(B,)` of `picks`, mirrored as they
+        say. Random numbers depend only on (`seed`, epoch, image)."""
         images, labels = self.batch(picks.indices)
         return from_uint8(mirror(images, picks.mirrored)), labels
 
 
 class ImageTensor(ImageDataset):
-    """Images `(N, C, H, W)` uint8 and labels `(N,)` that lie in memory."""
+    """Images `(N, C, H, W)` uint8 and labels `(N,)` in memory."""
 
     def __init__(self, images: Tensor, labels: Tensor):
         self.images, self.labels = images, labels

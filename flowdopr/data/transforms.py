@@ -1,4 +1,4 @@
-"""Between stored images and the model's images.
+"""Conversions between stored images and the model's input.
 
 Shapes: `(..., C, H, W)`; C 1 (grey) or 3 (RGB). Stored images are uint8 0..255, the model's are
 float32 in [-1, 1]. Everything that writes or scores images goes through `to_uint8`, so that there
@@ -24,7 +24,7 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """What a model sees: uint8 images in [-1, 1]; latents, floats already, as they are."""
+    """The model's input: uint8 images scaled to [-1, 1]; floats, such as latents, unchanged."""
     return images if images.is_floating_point() else from_uint8(images)
 
 

@@ -1,6 +1,6 @@
-"""Latents: the autoencoder, encoding a data set once, and training on what was encoded.
+"""Latents: the autoencoder, encoding a data set once, and reading the encoded data set.
 
-`build_datasets` is what the rooms above call for any data set, of latents or of pixels.
+`build_datasets` opens any data set, of latents or of pixels.
 """
 
 from flowdopr.latents.autoencoder import Autoencoder, load_decoder

@@ -1,4 +1,4 @@
-"""Latents: diffusers' `AutoencoderKL` behind two calls, `encode` and `decode`.
+"""The autoencoder of latents: diffusers' `AutoencoderKL` with its scale and shift.
 
 Shapes: x (B, 3, H, W) images in [-1, 1]; z (B, L, H / f, W / f) latents, about unit variance.
 """
@@ -25,7 +25,7 @@ class Autoencoder(nn.Module):
         z = autoencoder.encode(x)
         x = autoencoder.decode(z)
 
-    Never trained here: weights are frozen, the module is in evaluation mode.
+    The weights are frozen and the module is in evaluation mode.
 
     Args:
         vae: a diffusers `AutoencoderKL`.
@@ -83,7 +83,7 @@ class Autoencoder(nn.Module):
         return self.latent_channels, height // f, width // f
 
     def record(self, name_or_path: str) -> dict[str, Any]:
-        """What `from_record` needs to load this autoencoder again, ready for JSON."""
+        """Plain values with which `from_record` loads this autoencoder again, ready for JSON."""
         local = Path(name_or_path)
         return {
             "name": str(local.resolve()) if local.is_dir() else name_or_path,
@@ -144,7 +144,7 @@ class Autoencoder(nn.Module):
 def load_decoder(
     record: Mapping[str, Any] | None, device: torch.device | str = "cpu"
 ) -> Callable[[Tensor], Tensor]:
-    """What turns a model's images (N, C, H, W) into pixels, on the CPU both.
+    """A function from a model's images (N, C, H, W) to pixels on the CPU.
 
     Args:
         record: `DatasetInfo.autoencoder`; None where the model's images are pixels already.

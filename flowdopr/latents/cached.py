@@ -5,8 +5,8 @@
     held_out-00000000.safetensors, ...     mean, std `(n, L, h, w)`, mirrored_mean, mirrored_std,
                                            labels `(n,)`
 
-Numbers are stored as the model sees them, shifted and scaled: a latent is mean + std * normal. Of
-kept "mean" there is no std, without mirrored copies there are no mirrored_*.
+Means and deviations are stored shifted and scaled, so that a latent is mean + std * normal. With
+kept "mean" there is no std, and without mirrored copies there are no mirrored_* tensors.
 
 Shapes: latents float32 `(B, L, h, w)`, labels int64 `(B,)`.
 """
@@ -45,7 +45,7 @@ def build_datasets(config: Config) -> Datasets:
 
 
 def build_pixel_datasets(config: Config) -> Datasets:
-    """The images themselves: for latents those that were encoded, else the data set of the config.
+    """The images of the config's data set; for latents, the images that were encoded.
 
     Raises:
         ValueError: as `data.build_image_datasets`; other images than were encoded.
@@ -71,7 +71,7 @@ def read_notes(root: str | Path) -> dict[str, Any]:
     """The `latents.json` in `root`.
 
     Raises:
-        ValueError: there is none: nothing was encoded into `root`, or not yet all of it.
+        ValueError: there is none, because encoding into `root` has not begun or not finished.
     """
     path = Path(root) / NOTES
     if not path.is_file():
@@ -116,7 +116,7 @@ def open_latents(data: DataConfig) -> Datasets:
 
 
 def fingerprint(notes: dict[str, Any]) -> str:
-    """sha256 over the bytes of all shards and over what was encoded by what, wherever both lie."""
+    """sha256 over all shards, the source and the autoencoder, independent of their paths."""
     parts = {key: notes[key] for key in ("kept", "dtype", "mirrored", "shards")}
     parts["source"] = notes["source"]["info"]["fingerprint"]
     parts["autoencoder"] = {k: v for k, v in notes["autoencoder"].items() if k != "name"}
@@ -124,9 +124,9 @@ def fingerprint(notes: dict[str, Any]) -> str:
 
 
 class LatentShards(ImageDataset):
-    """One split. `batch` gives one fixed draw of each latent, `drawn` another one each epoch.
+    """One split. `batch` returns one fixed draw of each latent, `drawn` a new one in each epoch.
 
-    Each process maps a shard into memory for itself when it first reads from it.
+    Each process maps a shard into memory when it first reads from it.
     """
 
     def __init__(self, root: Path, split: str, notes: dict[str, Any]):

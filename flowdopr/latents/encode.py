@@ -1,4 +1,4 @@
-"""`encode`: the images of a config into latents that `data.name: latents` trains on."""
+"""`encode`: encode the images of a config into latents, the data set `data.name: latents`."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from flowdopr.latents.autoencoder import Autoencoder
 from flowdopr.latents.shards import Encoding, write_notes, write_shards
 from flowdopr.linalg import full_float32
 from flowdopr.processes import device_of, this_process
-from flowdopr.runs.provenance import versions
+from flowdopr.runs import versions
 from flowdopr.terminal import counting
 
 
@@ -26,13 +26,13 @@ def encode(
 ) -> Path:
     """Encode both splits of `config.data` into the folder `out`, which is returned.
 
-    Mirrored copies are encoded too where `data.horizontal_flip` is on. Shards that are there stay,
-    so a cut encoding goes on by the same call; latents.json comes last. Under `accelerate launch`
-    the shards are shared out over the processes.
+    Mirrored copies are encoded too if `data.horizontal_flip` is on. Existing shards are kept, so
+    the same call continues an interrupted encoding; latents.json is written last. Under
+    `accelerate launch` the shards are divided among the processes.
 
     Args:
         autoencoder: a folder in diffusers' format, or a name on the Hugging Face hub.
-        kept: "posterior", from which every epoch draws anew, or "mean".
+        kept: "posterior", from which each epoch draws new latents, or "mean".
         dtype: of the stored numbers: "float16" or "float32".
         shard_size, batch_size: images in a file, and images encoded together.
 
@@ -72,7 +72,7 @@ def encode(
 def _write_share(
     out: Path, datasets: Datasets, model: Autoencoder, encoding: Encoding, state: PartialState
 ) -> None:
-    """The shards of this process."""
+    """Encode and write the shards of this process."""
     device, rank, world = device_of(state), state.process_index, state.num_processes
     model.to(device)
     share = sum(len(span.images) for span in encoding.spans(datasets)[rank::world])

@@ -1,4 +1,4 @@
-"""Writing latents: shard after shard, each whole or not there, so that a cut encoding goes on.
+"""Writing latents in shards, each atomically, so that an interrupted encoding can be continued.
 
 Shapes: images float32 `(B, C, H, W)` in [-1, 1]; means and deviations `(B, L, h, w)`.
 """
@@ -39,11 +39,15 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoding:
-    """What is encoded how; shards of an equal `identity` may stand beside each other.
+    """The settings of an encoding.
 
-    source: settings of the data set. autoencoder: name, weights_sha256, scale, shift.
-    kept: "posterior" (mean and deviation) or "mean". dtype: of DTYPES. mirrored: also of each
-    image's mirror image. shard_size, batch_size: images.
+    Attributes:
+        source: settings of the data set.
+        autoencoder: name, weights_sha256, scale, shift.
+        kept: "posterior" (mean and deviation) or "mean".
+        dtype: a key of DTYPES.
+        mirrored: also encode the mirror image of each image.
+        shard_size, batch_size: numbers of images.
 
     Raises:
         ValueError: an unknown `kept` or `dtype`.
@@ -65,7 +69,7 @@ class Encoding:
                 raise ValueError(f"encode: {name}={value!r}: choose one of {', '.join(known)}")
 
     def identity(self, datasets: Datasets, span: Span) -> str:
-        """A text that is equal for shards with the same content."""
+        """A text that is equal exactly for shards with equal content."""
         weights = {key: value for key, value in self.autoencoder.items() if key != "name"}
         parts = [datasets.info.fingerprint, weights, self.kept, self.dtype, self.mirrored]
         where = [span.split, span.images.start, span.images.stop]
@@ -91,10 +95,10 @@ def write_shards(
     world_size: int = 1,
     progress: Callable[[int], None] = lambda number: None,
 ) -> None:
-    """Write this process's share of the shards that are not there yet.
+    """Write this process's share of the shards that do not exist yet.
 
     Raises:
-        ValueError: a shard of another encoding is in the way, or a number too large for the dtype.
+        ValueError: a shard of another encoding exists, or a number is too large for the dtype.
     """
     out.mkdir(parents=True, exist_ok=True)
     for span in encoding.spans(datasets)[rank::world_size]:
@@ -107,7 +111,7 @@ def write_shards(
 def write_notes(
     out: Path, datasets: Datasets, encoding: Encoding, versions: dict[str, str]
 ) -> Path:
-    """Write latents.json, which says that all shards are there; returns its path."""
+    """Write latents.json, which marks the encoding as complete; returns its path."""
     shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for span in encoding.spans(datasets):
         path = out / span.file
@@ -129,10 +133,10 @@ def write_notes(
 
 
 def _is_there(path: Path, identity: str) -> bool:
-    """Whether the shard is there and whole.
+    """Whether the shard exists and can be read.
 
     Raises:
-        ValueError: it is of another encoding.
+        ValueError: it belongs to another encoding.
     """
     if not path.is_file():
         return False

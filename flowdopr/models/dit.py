@@ -126,7 +126,7 @@ class DiT(nn.Module):
         self.final_norm = make_norm(norm, dim)
         self.final_modulation = FusedLinear(dim, dim, 2)
         self.final = Linear(dim, channels * patch_size**2)
-        # Tables follow from the sizes, so checkpoints need not hold them.
+        # The tables follow from the sizes, so checkpoints need not store them.
         angles = rotary_angles(*grid, dim // heads) if rope else None
         self.register_buffer("positions", sincos_positions(*grid, dim), persistent=False)
         self.register_buffer("angles", angles, persistent=False)

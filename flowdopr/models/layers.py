@@ -2,9 +2,9 @@
 
 Shapes: B batch, N tokens, D width, H heads, E = D / H head width, h x w token grid.
 
-Every weight belongs to a `Linear`, `Conv2d` or `nn.Embedding`, whose hooks show an optimizer the
-input of each. A Linear that is several maps side by side has an attribute `fused_blocks`: its rows
-are that many equal blocks, which optimizers treat as separate matrices.
+Every weight matrix belongs to a `Linear`, `Conv2d` or `nn.Embedding`, so that DoPr can read each
+layer's input through forward hooks. A Linear with an attribute `fused_blocks` holds that many
+matrices of equal size, stacked along the rows; optimizers treat them as separate matrices.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from flowdopr.cpu import dropout, linear
 
 
 class EffectiveWeight:
-    """A layer that multiplies by `effective_weight()`, of which `weight` is the trained parameter.
+    """A layer that computes with `effective_weight()`, a function of the trained `weight`.
 
-    Every Linear and convolution of both models is one, so a map from the trained weight to the
-    weight in use is written here and nowhere else. Optimizers see `weight`.
+    Every Linear and convolution of both models is one, so a change of `effective_weight` here
+    reaches them all. Optimizers see and update `weight`.
     """
 
     weight: nn.Parameter
@@ -48,11 +48,11 @@ class Conv2d(EffectiveWeight, nn.Conv2d):
 
 
 class FusedLinear(Linear):
-    """A Linear of `fused_blocks` maps (d_in -> d_out each, of `heads` heads) of the same input."""
+    """`fused_blocks` linear maps of the same input, d_in -> d_out each, in one Linear."""
 
-    def __init__(self, d_in: int, d_out: int, fused_blocks: int, heads: int = 1):
+    def __init__(self, d_in: int, d_out: int, fused_blocks: int):
         super().__init__(d_in, d_out * fused_blocks)
-        self.fused_blocks, self.heads = fused_blocks, heads
+        self.fused_blocks = fused_blocks
 
 
 class Dropout(nn.Dropout):
@@ -63,7 +63,7 @@ class Dropout(nn.Dropout):
 
 
 def zero_(layer: nn.Linear | nn.Conv2d) -> None:
-    """Set weight and bias to zero: the layer's branch is silent at the start of training."""
+    """Set weight and bias to zero, so that the layer outputs zero at the start of training."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -98,8 +98,8 @@ def time_features(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
 class Condition(nn.Module):
     """Embeds time and, when there are classes, the label: (B,), (B,) -> (B, dim).
 
-    The label table has one row more than there are classes: row `num_classes` is the null label of
-    dropped labels and of the unconditional branch; y=None means the null label for all.
+    The label table has one row more than there are classes: row `num_classes` is the null label,
+    for dropped labels and for the unconditional branch. y=None means the null label for all.
     """
 
     def __init__(self, dim: int, num_classes: int, num_features: int = 256):
@@ -164,7 +164,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` in the precision of its input, so that autocast keeps the fused kernel."""
+    """`nn.RMSNorm` in the dtype of its input, so that autocast uses the fused kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.to(x.dtype)
@@ -185,7 +185,7 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide the width {dim}")
         self.num_heads = num_heads
-        self.qkv = FusedLinear(dim, dim, 3, num_heads)
+        self.qkv = FusedLinear(dim, dim, 3)
         self.q_norm = RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = Linear(dim, dim)
@@ -215,8 +215,8 @@ class Mlp(nn.Module):
 class SwiGLU(nn.Module):
     """down(silu(gate) * value) on (..., D) (arXiv 2002.05202).
 
-    `hidden` is what a plain MLP would have; two thirds of it, rounded up to a multiple of 8, keep
-    the parameter count.
+    `hidden` is the width of a plain MLP. This one uses two thirds of it, rounded up to a multiple
+    of 8, which gives about the same number of parameters.
     """
 
     def __init__(self, dim: int, hidden: int):

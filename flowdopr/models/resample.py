@@ -20,7 +20,7 @@ class UpsampledConv2d(Conv2d):
         super().__init__(c_in, c_out, 3, padding=1)
 
     def kernel_input(self, input: Tensor) -> Tensor:
-        """The image that the kernel slides over. DoPr asks for it to see the kernel's patches."""
+        """The image that the kernel is applied to, from which DoPr extracts the patches."""
         return F.interpolate(input, scale_factor=2, mode="nearest")
 
     def forward(self, input: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class AttentionBlock(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Layers in a row; residual blocks also get the condition."""
+    """Layers applied one after the other; residual blocks also get the condition."""
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         for layer in self:
@@ -167,7 +167,7 @@ class UNet(nn.Module):
         self.head_norm = group_norm(widths[0])
         self.head = Conv2d(widths[0], image_shape[0], 3, padding=1)
         zero_(self.head)
-        # Weights laid out as the feature maps spare a copy at each use, and one of each gradient.
+        # Channels-last weights, like the feature maps, save a copy of each weight and gradient.
         self.to(memory_format=torch.channels_last)
 
     def _block(
@@ -190,7 +190,7 @@ class UNet(nn.Module):
     def _make_down(
         self, widths: list[int], attention: list[bool], num_res_blocks: int
     ) -> tuple[list[Stage], list[int]]:
-        """Stages of the way down and the channels each leaves for the way up, the stem's first."""
+        """Stages of the way down, and the channels of the skip connections, the stem's first."""
         stages, skips = [], [widths[0]]
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
@@ -207,7 +207,7 @@ class UNet(nn.Module):
     def _make_up(
         self, widths: list[int], attention: list[bool], num_res_blocks: int, skips: list[int]
     ) -> list[Stage]:
-        """Stages of the way up; each first takes in the newest skip that is left."""
+        """Stages of the way up; each first concatenates the newest unused skip connection."""
         stages, skips, c_in = [], list(skips), widths[-1]
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(num_res_blocks + 1):
@@ -224,7 +224,7 @@ class UNet(nn.Module):
         """x (B, C, H, W), t (B,) in [0, 1], y (B,) int64 or None -> velocity (B, C, H, W)."""
         # Every block reads the same activated condition: activate it once.
         c = F.silu(self.condition(t, y))
-        # Channels-last feature maps spare the convolutions and attention their reordering copies.
+        # Channels-last feature maps save reordering copies in the convolutions and attention.
         h = self.stem(x).contiguous(memory_format=torch.channels_last)
         skips = [h]
         for stage in self.down:

@@ -1,4 +1,4 @@
-"""The identity of a module's weights."""
+"""A hash of a module's weights."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""The weight averages of a run: which there are, where they lie, and lengths made of them.
+"""Averages of the weights over training: their rules, and other lengths made of stored ones.
 
 Exponential, with a decay that lets early steps forget the random start:
 
@@ -10,43 +10,32 @@ grows with training and is named relative to it, by sigma_rel:
 
     b_k = (1 - 1/k)^(gamma + 1),   sigma_rel = (gamma + 1)^1/2 (gamma + 2)^-1 (gamma + 3)^-1/2   (2)
 
-Snapshots of such averages span a space in which other lengths lie almost exactly (section 3.2) if
-there are enough of them: `posthoc_coefficients` finds their coefficients by least squares between
-the weights of tau, with sum 1 like those, and refuses where the fit is poor.
-
-    checkpoints/step-00000500/power-0.1.safetensors     in a checkpoint
-    averages/step-00000250/power-0.1.safetensors        left of a deleted checkpoint
-
-Lengths made afterwards need averages from all over training, so a deleted checkpoint leaves its
-power-function averages behind.
+Linear combinations of such averages, stored at several steps, come close to averages of other
+lengths (section 3.2, "post-hoc EMA"). `posthoc_coefficients` finds the coefficients by least
+squares between the averages' profiles, which are their weights as functions of tau.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file
 from torch import Tensor
 
 from flowdopr.config import Config, ConfigError
 
-CHECKPOINTS, LEFT = "checkpoints", "averages"
-DROPPED = ".dropped"
-MAX_LENGTH = 0.28  # sigma_rel of gamma = 0 is 0.2887: no longer average increases with tau
-# Error of a profile over its own size, both as root sums of squares over tau. Where the weights'
-# noise is independent from step to step, it is the error of the made average over the noise left in
-# the true one; where they walk randomly, about the error over the true one's distance from the
-# newest weights. At a tenth of that, what is made is still plainly the length that was asked for.
+MAX_LENGTH = 0.28  # at gamma = 0, sigma_rel is 0.2887; beyond it, weights would fall with tau
+# Largest accepted error of a post-hoc profile, relative to the profile's own root sum of squares.
+# If the weights walk randomly from step to step, the error of the made average is about this
+# fraction of the distance between the true average and the newest weights.
 MAX_ERROR = 0.1
 
 
 class Average:
-    """One rule of averaging; `name` is also the file's: `ema-0.999` or `power-0.1`."""
+    """One rule of averaging, by its decay (1) or its relative length (2).
+
+    `name`, such as "ema-0.999" or "power-0.1", is also the name of its file in a checkpoint.
+    """
 
     def __init__(self, *, decay: float | None = None, length: float | None = None):
         if (decay is None) == (length is None):
@@ -56,14 +45,18 @@ class Average:
         self.name = f"ema-{decay}" if length is None else f"power-{length}"
 
     def keep(self, step: int) -> float:
-        """b_k of (1) or (2): the share of the old average after optimizer step k = `step` >= 1."""
+        """b_k of (1) or (2), the factor on the old average after optimizer step k = `step` >= 1."""
         if self.decay is not None:
             return min(self.decay, (1 + step) / (10 + step))
         return (1 - 1 / step) ** (self.gamma + 1)
 
 
 def averages_of(config: Config) -> list[Average]:
-    """The weight averages that `config.train` asks for; the first is sampled from."""
+    """The weight averages of `config.train`; samples are drawn with the first.
+
+    Raises:
+        ConfigError: an average is given twice.
+    """
     settings = config.train
     averages = [Average(decay=decay) for decay in settings.ema_decays]
     averages += [Average(length=length) for length in settings.ema_lengths]
@@ -73,72 +66,8 @@ def averages_of(config: Config) -> list[Average]:
     return averages
 
 
-def steps_in(folder: Path) -> list[int]:
-    """Steps of the folders `step-00000500` in `folder`, ascending."""
-    names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.glob("step-*"))
-    return sorted(int(name[1]) for name in names if name)
-
-
-def folder_of(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def drop_checkpoints(run: Path, steps: Iterable[int]) -> None:
-    """Delete the checkpoints of `steps`, but for their power-function averages.
-
-    Each is renamed first, so that what bears a checkpoint's name stays whole; what a crash left
-    half done is finished by the next call.
-    """
-    checkpoints = run / CHECKPOINTS
-    for dropped in checkpoints.glob("*" + DROPPED):
-        _finish(run, dropped)
-    for step in steps:
-        dropped = checkpoints / (folder_of(step) + DROPPED)
-        os.replace(checkpoints / folder_of(step), dropped)
-        _finish(run, dropped)
-
-
-def _finish(run: Path, dropped: Path) -> None:
-    kept = {path.name for path in dropped.glob("power-*.safetensors")}
-    for path in dropped.iterdir():
-        if path.name not in kept:
-            path.unlink()
-    if not kept:
-        dropped.rmdir()
-        return
-    place = run / LEFT / dropped.name.removesuffix(DROPPED)
-    shutil.rmtree(place, ignore_errors=True)
-    place.parent.mkdir(exist_ok=True)
-    os.replace(dropped, place)
-
-
-def posthoc_weights(run: Path, config: Config, step: int, weights: str) -> dict[str, Tensor]:
-    """The weights "posthoc-LENGTH" at `step`, of all power-function averages up to it.
-
-    Raises:
-        ConfigError: the run keeps none, or they do not determine this length.
-    """
-    lengths = config.train.ema_lengths
-    if not lengths:
-        raise ConfigError(f"{run}: {weights} needs a run with train.ema_lengths")
-    places = {
-        t: run / place / folder_of(t)
-        for place in (LEFT, CHECKPOINTS)
-        for t in steps_in(run / place)
-        if t <= step
-    }
-    snapshots = [(t, length) for t in sorted(places) for length in lengths]
-    try:
-        length = float(weights.removeprefix("posthoc-"))
-        coefficients = posthoc_coefficients(snapshots, step, length)
-    except ValueError as error:
-        raise ConfigError(f"{run}: weights {weights}: {error}") from None
-    files = (places[t] / f"{Average(length=kept).name}.safetensors" for t, kept in snapshots)
-    return combine(map(load_file, files), coefficients.tolist())
-
-
 def gamma_of(length: float) -> float:
-    """The exponent of the power-function average of relative length `length`: (2), solved.
+    """The exponent gamma of the power-function average of relative length `length`, from (2).
 
     Raises:
         ValueError: unless 0 < length <= 0.28.
@@ -157,7 +86,9 @@ def posthoc_coefficients(
     *,
     max_error: float = MAX_ERROR,
 ) -> np.ndarray:
-    """Coefficients (N,) with sum 1 that combine power-function snapshots into another length.
+    """Coefficients (N,) of stored power-function averages that sum to an average of another length.
+
+    The coefficients sum to 1, as the weights of any average do.
 
     >>> kept = [(step, length) for step in (250, 500, 750, 1000) for length in (0.05, 0.1)]
     >>> coefficients = posthoc_coefficients(kept, step=1000, length=0.08)
@@ -167,52 +98,58 @@ def posthoc_coefficients(
     Args:
         snapshots: (step, length) of each stored average.
         step: the step at which the new average ends.
-        length: its sigma_rel.
-        max_error: the largest error of the profile over its own size, root sums of squares.
+        length: sigma_rel of the new average.
+        max_error: the largest accepted error of the profile, relative to its root sum of squares.
 
     Raises:
-        ValueError: a length out of range, or the snapshots give its profile less exactly.
+        ValueError: a length out of range, or an error above `max_error`.
     """
     known = [(t / step, gamma_of(sigma)) for t, sigma in snapshots]
     target = (1.0, gamma_of(length))
     gram = np.array([[_overlap(a, b) for b in known] for a in known])
     wanted = np.array([_overlap(a, target) for a in known])
     ones = np.ones((len(known), 1))
-    # Stationary where gram c + multiplier = wanted, under sum(c) = 1.
+    # The least squares under sum(c) = 1, with a Lagrange multiplier as the last unknown.
     system = np.block([[gram, ones], [ones.T, np.zeros((1, 1))]])
     found = np.linalg.lstsq(system, np.append(wanted, 1.0), rcond=None)[0][:-1]
-    size = _overlap(target, target)
-    square = found @ gram @ found - 2 * found @ wanted + size
-    error = (max(square, 0.0) / size) ** 0.5
+    norm = _overlap(target, target)
+    square = found @ gram @ found - 2 * found @ wanted + norm
+    error = (max(square, 0.0) / norm) ** 0.5
     if error > max_error:
         raise ValueError(
-            f"{len(known)} stored average{'s' * (len(known) > 1)} up to step {step} give its "
-            f"profile only to a relative error of {error:.2g}, more than {max_error:g}: choose a "
-            "length nearer to theirs, or train with more checkpoints (train.checkpoint_every) and "
-            "two or more train.ema_lengths around it"
+            f"{len(known)} stored average{'s' * (len(known) > 1)} up to step {step} give "
+            f"length {length:g} only with a relative error of {error:.2g}, more than "
+            f"{max_error:g}: choose a length nearer to theirs, or train with more checkpoints "
+            "(train.checkpoint_every) and two or more train.ema_lengths around it"
         )
     return found
 
 
 def _overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
-    """Integral over tau of the two averages' weights, (gamma + 1) tau^gamma / t^(gamma + 1)."""
+    """Integral over tau of the product of two profiles, each given by its end t and its gamma.
+
+    A profile is (gamma + 1) tau^gamma / t^(gamma + 1) up to t, and 0 after it.
+    """
     (t_a, gamma_a), (t_b, gamma_b) = a, b
-    shorter = min(t_a, t_b)
-    ratios = (shorter / t_a) ** gamma_a * (shorter / t_b) ** gamma_b * shorter / (t_a * t_b)
+    end = min(t_a, t_b)
+    ratios = (end / t_a) ** gamma_a * (end / t_b) ** gamma_b * end / (t_a * t_b)
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * ratios
 
 
 def combine(
-    parts: Iterable[Mapping[str, Tensor]], coefficients: Sequence[float]
+    state_dicts: Iterable[Mapping[str, Tensor]], coefficients: Sequence[float]
 ) -> dict[str, Tensor]:
-    """The weighted sum of state dicts, summed in float64; other entries come from the last one.
+    """The weighted sum of state dicts, summed in float64.
 
+    Entries that are not floating-point are taken from the last one.
+
+    >>> import torch
     >>> combine([{"w": torch.tensor([1.0])}, {"w": torch.tensor([5.0])}], [0.25, 0.75])
     {'w': tensor([4.])}
     """
     total: dict[str, Tensor] = {}
     last: Mapping[str, Tensor] = {}
-    for last, coefficient in zip(parts, coefficients, strict=True):
+    for last, coefficient in zip(state_dicts, coefficients, strict=True):
         for name, value in last.items():
             if value.is_floating_point():
                 total[name] = total.get(name, 0) + coefficient * value.double()

@@ -1,20 +1,24 @@
-"""The run folder: everything a training run leaves behind, and the only way rooms read it.
+"""The run folder: every file of a training run, and the functions that write and read it.
 
     config.yaml      the resolved config          metrics.jsonl   one line a log or validation
-    dataset.json     DatasetInfo                  log.txt         what was printed
+    dataset.json     DatasetInfo                  log.txt         the lines of the log
     versions.json    versions, commit, hardware   samples/        step-00000500.png
     checkpoints/step-00000500/                    evaluation/     cards
-        model.safetensors, ema-0.9999.safetensors, ..., state.pt, checkpoint.json
-    averages/step-00000250/    the power-function averages of a checkpoint that was dropped
+        model.safetensors, ema-0.9999.safetensors, power-0.1.safetensors, ...: weights
+        state.pt: optimizer and all else that training needs; checkpoint.json: step, images
+    averages/step-00000250/
+        power-0.1.safetensors, ...: kept from a deleted checkpoint, for post-hoc averages
 
-A checkpoint is written beside its place and renamed into it, so whatever bears its name is whole.
+A checkpoint is written under another name and then renamed, so one with its final name is complete.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +30,12 @@ from flowdopr.config import Config, ConfigError, load_config, to_dict, to_yaml
 from flowdopr.data import DatasetInfo
 from flowdopr.disk import LOCK, to_disk, write_text
 from flowdopr.models import build_model
-from flowdopr.runs.averages import (
-    CHECKPOINTS,
-    LEFT,
-    averages_of,
-    drop_checkpoints,
-    folder_of,
-    posthoc_weights,
-    steps_in,
-)
+from flowdopr.runs.averages import Average, averages_of, combine, posthoc_coefficients
 from flowdopr.runs.provenance import with_earlier
 
-# Settings that may change when a run goes on: they do not change what the weights become.
+CHECKPOINTS, KEPT_AVERAGES = "checkpoints", "averages"
+DELETED = ".deleted"  # suffix of a checkpoint while it is being deleted
+# Settings that may change when a run is resumed: they do not change what the weights become.
 FREE_ON_RESUME = (
     *("name", "output", "sample", "evaluate", "compare"),
     *("data.root", "data.held_out_root", "data.download", "data.num_workers"),
@@ -45,7 +43,7 @@ FREE_ON_RESUME = (
     *(f"train.{key}" for key in ("steps", "log_every", "validate_every", "sample_every")),
     *("train.checkpoint_every", "train.keep_checkpoints"),
 )
-# What `create` makes before config.yaml, which turns a folder into a run; a crash may leave these.
+# What `create` makes before config.yaml. A crash may leave these in a folder that is not a run yet.
 BEFORE_CONFIG = {
     *(CHECKPOINTS, "samples", "evaluation", "versions.json", "dataset.json", LOCK),
     *(f"{name}.part" for name in ("versions.json", "dataset.json", "config.yaml")),
@@ -53,14 +51,14 @@ BEFORE_CONFIG = {
 
 
 class RunFolder:
-    """A run on disk. `create` starts one or goes on with one, `open` reads one."""
+    """A run on disk: `create` a new one or one to be resumed, `open` one to read it."""
 
     def __init__(self, path: Path, config: Config, dataset: DatasetInfo):
         self.path, self.config, self.dataset = path, config, dataset
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """The run in `path`.
+        """The run in the folder `path`.
 
         Raises:
             ConfigError: `path` is not a run folder.
@@ -77,7 +75,13 @@ class RunFolder:
     def create(
         cls, config: Config, dataset: DatasetInfo, made_by: dict[str, Any], *, resume: bool
     ) -> RunFolder:
-        """The folder `<output>/<name>`, new or, with `resume`, the one that is there.
+        """Prepare the folder `<output>/<name>` for training, from the newest checkpoint if any.
+
+        Files of steps after that checkpoint are deleted, as these steps are trained again.
+
+        Args:
+            made_by: what `provenance` returned, for versions.json.
+            resume: allow a folder that has checkpoints of this run.
 
         Raises:
             ConfigError: see `check_place`.
@@ -87,18 +91,20 @@ class RunFolder:
         for folder in (CHECKPOINTS, "samples", "evaluation"):
             (path / folder).mkdir(parents=True, exist_ok=True)
         run = cls(path, config, dataset)
-        if not run.steps():  # what an earlier run left of its checkpoints is none of this one
-            shutil.rmtree(path / LEFT, ignore_errors=True)
-        if config.train.steps not in run.steps():  # a finished run keeps what it was made by
-            made_by = with_earlier(made_by, run.made_by(), max(run.steps(), default=0))
+        newest = max(run.steps(), default=0)
+        if newest == 0:
+            shutil.rmtree(path / KEPT_AVERAGES, ignore_errors=True)
+        if config.train.steps not in run.steps():  # else nothing is trained by these versions
+            made_by = with_earlier(made_by, run.made_by(), newest)
             write_text(path / "versions.json", json.dumps(made_by, indent=2) + "\n")
         write_text(path / "dataset.json", json.dumps(dataset.to_dict(), indent=2) + "\n")
         write_text(path / "config.yaml", to_yaml(config))
+        run._drop_metrics_after(newest)
         return run
 
     @classmethod
     def check_place(cls, config: Config, dataset: DatasetInfo, *, resume: bool) -> None:
-        """Refuse a folder that this run must not be written into; writes nothing.
+        """Check that this run may be written into its folder; writes nothing.
 
         Raises:
             ConfigError: the folder holds a run and `resume` is off, or a run of another config, or
@@ -107,30 +113,31 @@ class RunFolder:
         path = Path(config.output) / config.name
         if (path / "config.yaml").exists():
             before = cls.open(path)
-            if before.steps():  # else it stopped before its first checkpoint: nothing to lose
+            if before.steps():  # a run without a checkpoint may be overwritten
                 if not resume:
                     raise ConfigError(
                         f"{path}: a run is here already; go on with it by --resume, "
-                        "or choose another one by name=NEW"
+                        "or choose another folder by name=NEW"
                     )
                 check_same_run(before, config, dataset)
         elif path.exists() and not {item.name for item in path.iterdir()} <= BEFORE_CONFIG:
-            raise ConfigError(f"{path}: holds files that are no run; choose another by name=NEW")
+            raise ConfigError(
+                f"{path}: the folder has files but is not a run; choose another by name=NEW"
+            )
 
     def made_by(self) -> dict[str, Any]:
-        """versions.json: what made the newest part of the run, from which step on, and under
-        "earlier" the same of the parts before it; {} where there is none yet."""
+        """The content of versions.json (see `with_earlier`), or {} if there is none yet."""
         path = self.path / "versions.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     # Checkpoints
 
     def checkpoint_path(self, step: int) -> Path:
-        return self.path / CHECKPOINTS / folder_of(step)
+        return self.path / CHECKPOINTS / _step_name(step)
 
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending."""
-        return steps_in(self.path / CHECKPOINTS)
+        """Steps of the complete checkpoints, ascending."""
+        return _steps_in(self.path / CHECKPOINTS)
 
     def save_checkpoint(
         self,
@@ -141,12 +148,12 @@ class RunFolder:
         state: dict[str, Any],
         note: dict[str, Any],
     ) -> Path:
-        """Write one checkpoint whole, then drop those beyond `train.keep_checkpoints`.
+        """Write one checkpoint, then delete the oldest beyond `train.keep_checkpoints`.
 
         Args:
-            model: weights by name.
-            averages: for each average's name, its weights by name.
-            state: the rest of what training needs to go on; tensors and plain values only.
+            model: the raw weights, a state dict.
+            averages: for each average's name, its state dict.
+            state: the rest of what resuming needs; tensors and plain values only.
             note: plain values for checkpoint.json.
         """
         final = self.checkpoint_path(step)
@@ -154,8 +161,8 @@ class RunFolder:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         for name, weights in {"model": model, **averages}.items():
-            whole = {key: value.contiguous() for key, value in weights.items()}
-            save_file(whole, part / f"{name}.safetensors")
+            contiguous = {key: value.contiguous() for key, value in weights.items()}
+            save_file(contiguous, part / f"{name}.safetensors")
         torch.save(state, part / "state.pt")
         (part / "checkpoint.json").write_text(json.dumps({"step": step, **note}, indent=2) + "\n")
         for file in part.iterdir():
@@ -163,28 +170,53 @@ class RunFolder:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(part, final)
         keep = self.config.train.keep_checkpoints
-        drop_checkpoints(self.path, self.steps()[: -keep if keep else 0])
+        self._delete_checkpoints(self.steps()[: -keep if keep else 0])
         return final
 
+    def _delete_checkpoints(self, steps: Iterable[int]) -> None:
+        """Delete the checkpoints of `steps`, except for their power-function averages.
+
+        A checkpoint is renamed before its files are deleted, so a crash cannot leave an incomplete
+        one under its final name. Deletions that a crash cut short are completed first.
+        """
+        for deleted in (self.path / CHECKPOINTS).glob("*" + DELETED):
+            self._delete_files(deleted)
+        for step in steps:
+            deleted = self.path / CHECKPOINTS / (_step_name(step) + DELETED)
+            os.replace(self.checkpoint_path(step), deleted)
+            self._delete_files(deleted)
+
+    def _delete_files(self, deleted: Path) -> None:
+        for path in deleted.iterdir():
+            if not path.match("power-*.safetensors"):
+                path.unlink()
+        if not any(deleted.iterdir()):
+            deleted.rmdir()
+            return
+        kept = self.path / KEPT_AVERAGES / deleted.name.removesuffix(DELETED)
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.parent.mkdir(exist_ok=True)
+        os.replace(deleted, kept)
+
     def load_state(self, step: int) -> dict[str, Any]:
-        """The training state of a checkpoint, on the CPU; no code is run from the file."""
+        """The training state of a checkpoint, on the CPU; the file cannot run code."""
         return torch.load(
             self.checkpoint_path(step) / "state.pt", map_location="cpu", weights_only=True
         )
 
     def load_weights(self, step: int, weights: str) -> dict[str, Tensor]:
-        """Weights of checkpoint `step` by name.
+        """The state dict of checkpoint `step`.
 
         Args:
-            weights: "raw"; "ema", the average that is sampled from; an average's own name, such as
-                "ema-0.999" or "power-0.1"; "posthoc-LENGTH", made from all power-function averages
-                stored up to `step`, those of dropped checkpoints too.
+            weights: "raw"; "ema", the average that samples are drawn with; an average's own name,
+                such as "ema-0.999" or "power-0.1"; or "posthoc-LENGTH", combined from all
+                power-function averages up to `step`, including those of deleted checkpoints.
 
         Raises:
-            ConfigError: this run has no such weights, or too few averages to make them.
+            ConfigError: this run has no such weights, or its averages do not determine them.
         """
         if weights.startswith("posthoc-"):
-            return posthoc_weights(self.path, self.config, step, weights)
+            return self._posthoc_weights(step, weights)
         names = [average.name for average in averages_of(self.config)]
         files = {"raw": "model", "ema": names[0], **{name: name for name in names}}
         if weights not in files:
@@ -194,16 +226,36 @@ class RunFolder:
             )
         return load_file(self.checkpoint_path(step) / f"{files[weights]}.safetensors")
 
+    def _posthoc_weights(self, step: int, weights: str) -> dict[str, Tensor]:
+        stored = self.config.train.ema_lengths
+        if not stored:
+            raise ConfigError(f"{self.path}: {weights} needs a run with train.ema_lengths")
+        folders = {
+            t: self.path / place / _step_name(t)
+            for place in (KEPT_AVERAGES, CHECKPOINTS)
+            for t in _steps_in(self.path / place)
+            if t <= step
+        }
+        snapshots = [(t, length) for t in sorted(folders) for length in stored]
+        try:
+            length = float(weights.removeprefix("posthoc-"))
+            coefficients = posthoc_coefficients(snapshots, step, length)
+        except ValueError as error:
+            raise ConfigError(f"{self.path}: weights {weights}: {error}") from None
+        names = ((t, Average(length=length).name) for t, length in snapshots)
+        files = (folders[t] / f"{name}.safetensors" for t, name in names)
+        return combine(map(load_file, files), coefficients.tolist())
+
     def load_model(
         self,
         step: int | None = None,
         weights: str = "ema",
         device: str | torch.device = "cpu",
     ) -> tuple[nn.Module, int]:
-        """The model of checkpoint `step` (default: the newest) in evaluation mode, and its step.
+        """The model of checkpoint `step` (default: the newest) in evaluation mode, and the step.
 
         Raises:
-            ConfigError: there is no such checkpoint, or it has no such `weights` (`load_weights`).
+            ConfigError: there is no such checkpoint, or it has no such weights (`load_weights`).
         """
         steps = self.steps()
         if not steps:
@@ -223,20 +275,30 @@ class RunFolder:
             handle.write(json.dumps(line) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, in order; a last line cut by a crash is left out."""
+        """The lines of metrics.jsonl in order, without a last line that a crash cut short."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in lines]
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drop what a cut run logged beyond the checkpoint it goes on from."""
+    def _drop_metrics_after(self, step: int) -> None:
+        """Delete the lines of steps after `step`."""
         kept = [line for line in self.metrics() if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_text(self.path / "metrics.jsonl", text)
 
 
+def _step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _steps_in(folder: Path) -> list[int]:
+    """Steps of the folders named `step-00000500` in `folder`, ascending."""
+    names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.glob("step-*"))
+    return sorted(int(name[1]) for name in names if name)
+
+
 def check_same_run(run: RunFolder, config: Config, dataset: DatasetInfo) -> None:
-    """Refuse to go on with a run whose weights came from other settings or other data.
+    """Check that the weights of `run` come from the settings and the data given here.
 
     Raises:
         ConfigError: names the first setting that differs, and both values.
@@ -252,10 +314,12 @@ def check_same_run(run: RunFolder, config: Config, dataset: DatasetInfo) -> None
     if config.train.steps != run.config.train.steps and config.train.lr_decay != "constant":
         raise ConfigError(
             f"{run.path}: train.steps was {run.config.train.steps}, now {config.train.steps}: "
-            f"it shapes the {config.train.lr_decay} learning rate, so the run cannot go on"
+            f"the {config.train.lr_decay} learning rate depends on it, so the run cannot be resumed"
         )
     if dataset.fingerprint != run.dataset.fingerprint:
-        raise ConfigError(f"{run.path}: the images in {config.data.root} are not this run's images")
+        raise ConfigError(
+            f"{run.path}: the images in {config.data.root} are not those this run was trained on"
+        )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The model of a second run, for autoguidance (Karras et al. 2024, arXiv 2406.02507).
+"""The guide model of autoguidance, from another run (Karras et al. 2024, arXiv 2406.02507).
 
-A guide is a worse version of the model: smaller, or trained less. It stands in place of the
-unconditional branch of guidance, so it must see the same images on the same path.
+A guide is a worse version of the model, smaller or less trained. It takes the place of the
+unconditional branch of guidance, so it must be trained on the same images and the same path.
 """
 
 from __future__ import annotations
@@ -19,21 +19,24 @@ SAME_FLOW = ("path", "path_options", "prediction")
 
 
 class Guide(NamedTuple):
-    """`model` in evaluation mode, and which one it is: run, step, weights."""
+    """`model` in evaluation mode, and its `origin`: run, step and weights. Both None: no guide."""
 
     model: nn.Module | None
     origin: dict[str, Any] | None
 
 
 def load_guide(config: Config, dataset: DatasetInfo, device: torch.device | str = "cpu") -> Guide:
-    """The guide that `config.sample` names for a model of `dataset`; Guide(None, None) if none.
+    """The guide that `config.sample` names, on `device`; Guide(None, None) if it names none.
 
-    It may be unconditional though the model is not.
+    A class-conditional model may have an unconditional guide.
+
+    Args:
+        dataset: what the guided model was trained on.
 
     Raises:
-        ConfigError: no such run, checkpoint or weights, or a run of images, classes, a path or a
-            prediction that do not fit; or guidance without a guide, and the model has no trained
-            unconditional branch.
+        ConfigError: no such run, checkpoint or weights; a guide of another image shape, path,
+            prediction, autoencoder or number of classes; or, without a guide, classifier-free
+            guidance of a model whose unconditional branch was not trained.
     """
     chosen = config.sample
     if chosen.guide_run is None:
@@ -47,7 +50,7 @@ def load_guide(config: Config, dataset: DatasetInfo, device: torch.device | str 
 
 
 def _check_unguided(config: Config, dataset: DatasetInfo) -> None:
-    """Refuse classifier-free guidance of a model that never learned its null label."""
+    """Check that a model that is guided without a guide has learned its null label."""
     scale, dropout = config.sample.guidance_scale, config.flow.class_dropout_prob
     if scale == 1:
         return
@@ -65,20 +68,21 @@ def _check_unguided(config: Config, dataset: DatasetInfo) -> None:
 
 
 def _check_fits(run: RunFolder, config: Config, dataset: DatasetInfo) -> None:
+    """Check that the guide's output can be combined with the model's."""
     place = f"sample.guide_run={config.sample.guide_run}"
     pairs: dict[str, tuple[Any, ...]] = {"image shape": _shapes(run.dataset, dataset)}
-    classes, guides = _classes(config, dataset), _classes(run.config, run.dataset)
-    if guides:
-        pairs["number of classes"] = (guides, classes)
+    guide_classes = _classes(run.config, run.dataset)
+    if guide_classes:
+        pairs["number of classes"] = (guide_classes, _classes(config, dataset))
     for key in SAME_FLOW:
         pairs[f"flow.{key}"] = (getattr(run.config.flow, key), getattr(config.flow, key))
     decoders = ((found.autoencoder or {}) for found in (run.dataset, dataset))
     guide_sha, own_sha = (decoder.get("weights_sha256") for decoder in decoders)
     pairs["autoencoder"] = (guide_sha, own_sha)
-    for name, (theirs, ours) in pairs.items():
-        if theirs != ours:
+    for name, (guides, own) in pairs.items():
+        if guides != own:
             raise ConfigError(
-                f"{place}: its {name} is {theirs}, this run's is {ours}; give a run that fits"
+                f"{place}: its {name} is {guides}, this run's is {own}; give a run that fits"
             )
 
 

@@ -1,4 +1,4 @@
-"""What made a result: library versions, the commit of this package, the machine."""
+"""What a result was made with: library versions, the commit of this package, the machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LIBRARIES = ("flowdopr", "torch", "torchvision", "torchdiffeq", "torch-fidelity"
 
 @functools.cache
 def commit() -> str:
-    """The commit of the checkout this package runs from, `+dirty` if changed; else 'unknown'."""
+    """The git commit of this package, `+dirty` if files changed, 'unknown' outside a checkout."""
     folder = Path(__file__).resolve().parent
     try:
         head = _git(folder, "rev-parse", "HEAD")
@@ -27,13 +27,13 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide a number."""
+    """Versions of Python and of the libraries that can change a result."""
     found = {"python": platform.python_version()}
     return found | {name: metadata.version(name) for name in LIBRARIES}
 
 
 def hardware(device: torch.device) -> str:
-    """The device in words, such as 'NVIDIA H200' or 'x86_64 CPU, 2 threads'."""
+    """The device's name, such as 'NVIDIA H200' or 'x86_64 CPU, 2 threads'."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -41,20 +41,26 @@ def hardware(device: torch.device) -> str:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """All of the above, for the run folder's versions.json."""
+    """Versions, commit and hardware, for the run folder's versions.json."""
     return {"versions": versions(), "commit": commit(), "hardware": hardware(device)}
 
 
 def with_earlier(made_by: dict[str, Any], before: dict[str, Any], step: int) -> dict[str, Any]:
-    """`made_by`, the maker of what follows `step`, with the makers of what came before.
+    """versions.json of a run that is resumed at `step`.
+
+    Returns:
+        `made_by` with the keys "from_step", which is `step`, and "earlier", the list of what the
+        steps before it were made with.
 
     Args:
-        before: what this function returned for the part before; {} for none. A part that began at
-            `step` or later left nothing that lasts, and is dropped.
+        made_by: what `provenance` returned now.
+        before: versions.json before resuming; {} for a new run. Entries that began at `step` or
+            later are left out, since their steps are trained again.
     """
-    parts = [*before.get("earlier", []), {k: v for k, v in before.items() if k != "earlier"}]
-    lasting = [part for part in parts if part and part.get("from_step", 0) < step]
-    return made_by | {"from_step": step, "earlier": lasting}
+    latest = {key: value for key, value in before.items() if key != "earlier"}
+    entries = [*before.get("earlier", []), latest]
+    earlier = [entry for entry in entries if entry and entry.get("from_step", 0) < step]
+    return made_by | {"from_step": step, "earlier": earlier}
 
 
 def _git(folder: Path, *arguments: str) -> str:

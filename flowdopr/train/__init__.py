@@ -1,4 +1,4 @@
-"""Training: the loop, the weight average, checkpoints and the run folder."""
+"""Training: from a config to a finished run, the loop, weight averages and the log."""
 
 from flowdopr.train.ema import EMA
 from flowdopr.train.loop import Trainer

@@ -1,4 +1,4 @@
-"""Running averages of the weights during training, by the rules of `runs.averages`."""
+"""Averages of the weights, updated during training by the rules of `runs.averages`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from flowdopr.runs.averages import Average
+from flowdopr.runs import Average
 
 
 class EMA:
-    """Running averages of a model's floating-point weights and buffers, one for each rule;
-    other buffers are the newest.
+    """Averages of a model's floating-point weights and buffers, one for each rule.
+
+    Other buffers, such as integers, are copied.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> ema = EMA(model, [Average(length=0.1), Average(decay=0.999)])
     >>> for step in (1, 2, 3):  # after each optimizer step, from 1
     ...     _ = nn.init.constant_(model.weight, float(step))
     ...     ema.update(step)
-    >>> with ema.applied(model):  # the model computes with the first average in here
+    >>> with ema.applied(model):  # the model has the weights of the first average in here
     ...     print(f"{model.weight.item():.2f}")
     2.96
     >>> model.weight.item()
@@ -39,7 +40,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after optimizer step number `step` (from 1)."""
+        """Update all averages after optimizer step number `step` (from 1)."""
         live = [self.live[name] for name in self._moving]
         for average in self.averages:
             values = self.values[average.name]
@@ -49,14 +50,14 @@ class EMA:
             torch._foreach_lerp_(moving, live, 1.0 - average.keep(step))
 
     def load(self, name: str, values: Mapping[str, Tensor]) -> None:
-        """Take over the average called `name`, in place."""
+        """Set the average called `name` to `values`, in place."""
         for key, value in values.items():
             self.values[name][key].copy_(value)
 
     @contextmanager
     @torch.no_grad()
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """`model` with the first average inside the block and its own weights again after it."""
+        """Give `model` the weights of the first average within the block, and its own after it."""
         own = {name: value.clone() for name, value in self.live.items()}
         average = self.values[self.averages[0].name]
         try:

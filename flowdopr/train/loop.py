@@ -1,18 +1,19 @@
-"""The training loop: one optimizer step after another, each a pure function of what came before.
+"""The training loop.
 
-All randomness of step s comes from (seed, s): the batch's images, noise, times and label dropout
-for the *global* batch, of which each process takes its slice. So a resumed run repeats the straight
-one bitwise, and two processes draw what one would.
+All randomness of step s is seeded by (seed, s): images, noise, times and label dropout are drawn
+for the *global* batch, and each process takes its slice. So a resumed run equals an uninterrupted
+one bitwise, and several processes draw the same numbers as one.
 
-Shapes: x_1 (B, C, H, W) in [-1, 1], y (B,), B the share of one process.
+Shapes: x_1 (B, C, H, W) in [-1, 1], y (B,), where B is the batch of one process.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,54 +26,70 @@ from flowdopr.data import Datasets, build_loader, plain_batches
 from flowdopr.flow import (
     ONE_STEP_BATCH,
     Draw,
-    build_objective,
-    build_sampling,
+    FlowMatching,
+    Sampling,
     generate,
     one_step_loss,
 )
-from flowdopr.latents import load_decoder
 from flowdopr.linalg import tf32_products
-from flowdopr.runs.averages import averages_of
-from flowdopr.runs.folder import RunFolder
-from flowdopr.runs.guide import load_guide
+from flowdopr.runs import Average, RunFolder
+from flowdopr.terminal import Counter, counting
 from flowdopr.train.ema import EMA
-from flowdopr.train.log import StepProgress, log_roles, shown_line
+from flowdopr.train.log import shown_line
 from flowdopr.train.meter import Meter
 from flowdopr.train.schedule import derive_seed, lr_factor
 from flowdopr.train.signals import Interrupted, StopSignal, TrainingFailed
 
 log = logging.getLogger("flowdopr.train")
 
-# Processes agree on a stop only now and then: asking each step would make the host wait for each.
+# Steps between two checks whether any process was told to stop: a check makes the host wait.
 STOP_AGREED_EVERY = 10
 TRY = "lower optimizer.lr, lengthen train.warmup_steps, or use train.precision=bf16 or no"
 
 
+@dataclass(frozen=True)
+class Components:
+    """What a config describes, each built once: see `start.build_components`.
+
+    The guide model and the decoder of the sample grids stay on the training device: their weights
+    take little memory beside gradients, optimizer state and activations.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    objective: FlowMatching
+    averages: Sequence[Average]
+    sampling: Sampling
+    guide_model: nn.Module | None
+    decode: Callable[[Tensor], Tensor]
+
+
 class Trainer:
-    """One run in memory: model, optimizer, EMA, batches. `fit` runs it to its last step."""
+    """The state of one run in memory; `fit` trains it to its last step.
+
+    Constructing it reads the newest checkpoint, if there is one, and writes no file.
+    """
 
     def __init__(
         self,
         config: Config,
         accelerator: Accelerator,
         datasets: Datasets,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        components: Components,
         run: RunFolder,
     ):
         self.config, self.accelerator, self.datasets, self.run = config, accelerator, datasets, run
+        self.components, self.objective = components, components.objective
         self.shape = datasets.info.image_shape
-        self.objective = build_objective(config)
-        log_roles(config.name, model, optimizer, run.path / "log.txt")
-        # `bare` and `inner` are what the wrappers around them share: the same tensors, whatever
-        # accelerate adds for precision and processes.
-        self.bare, self.inner = model, optimizer
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        # accelerate wraps model and optimizer for mixed precision and several processes; the raw
+        # ones underneath hold the same tensors.
+        self.raw_model, self.raw_optimizer = components.model, components.optimizer
+        self.model, self.optimizer = accelerator.prepare(self.raw_model, self.raw_optimizer)
         if config.train.compile:
             self.model.compile()
-        for group in optimizer.param_groups:
+        for group in self.raw_optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-        self.ema = EMA(self.bare, averages_of(config))
+        self.ema = EMA(self.raw_model, components.averages)
         self.meter = Meter(accelerator)
         self.step = self._restore()
 
@@ -85,14 +102,15 @@ class Trainer:
         self.model.train()
         self.meter.go_on()
         shown = self.accelerator.is_main_process
-        with StopSignal() as stop, StepProgress(settings.steps, self.step, shown=shown) as progress:
+        bar = counting("training", settings.steps, completed=self.step, shown=shown)
+        with StopSignal() as stop, bar as progress:
             while self.step < settings.steps:
                 x_1, y = next(loader)
                 loss, grad_norm = self.optimizer_step(x_1, y)
                 self.step += 1
                 self.ema.update(self.step)
                 self.meter.add(loss)
-                progress.advance()
+                progress()
                 if self._due(settings.log_every):
                     self._log(grad_norm, progress)
                 if self._due(settings.validate_every):
@@ -145,7 +163,7 @@ class Trainer:
             warmup_steps=settings.warmup_steps,
             decay=settings.lr_decay,
         )
-        for group in self.inner.param_groups:
+        for group in self.raw_optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
     def _draw(self, batch_size: int) -> Draw:
@@ -173,14 +191,14 @@ class Trainer:
             start_step=self.step,
         )
 
-    # What happens now and then
+    # Logging, validation and samples
 
     def _due(self, every: int | None) -> bool:
         last = self.step == self.config.train.steps
         return last or (every is not None and self.step % every == 0)
 
     def _agreed(self, stop: StopSignal) -> int:
-        """The signal that any process received, 0 if none."""
+        """The signal that any process received, else 0; the same in every process."""
         received = stop.received or 0
         if self.accelerator.num_processes == 1:
             return received
@@ -190,10 +208,10 @@ class Trainer:
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return int(flag)
 
-    def _log(self, grad_norm: Tensor | None, progress: StepProgress) -> None:
+    def _log(self, grad_norm: Tensor | None, progress: Counter) -> None:
         line = {"step": self.step, "images": self.step * self.config.train.global_batch_size}
         line |= self.meter.close(self.config.train.global_batch_size)
-        line["lr"] = self.inner.param_groups[0]["lr"]
+        line["lr"] = self.raw_optimizer.param_groups[0]["lr"]
         if grad_norm is not None:
             line["grad_norm"] = float(grad_norm)
         if not math.isfinite(line["loss"]):
@@ -210,12 +228,12 @@ class Trainer:
 
     @contextmanager
     def _averaged_model(self) -> Iterator[nn.Module]:
-        """The EMA model in evaluation mode; time spent with it is not the step's."""
+        """The raw model with averaged weights, in evaluation mode; the meter is paused."""
         self.meter.pause()
-        self.bare.eval()
-        with self.ema.applied(self.bare), torch.no_grad():
-            yield self.bare
-        self.bare.train()
+        self.raw_model.eval()
+        with self.ema.applied(self.raw_model), torch.no_grad():
+            yield self.raw_model
+        self.raw_model.train()
         self.accelerator.wait_for_everyone()
         self.meter.go_on()
 
@@ -233,7 +251,6 @@ class Trainer:
         conditional = self.config.model.class_conditional
         num_classes = self.datasets.info.num_classes if conditional else 0
         labels = torch.arange(number) % num_classes if num_classes else None
-        info, device = self.datasets.info, self.accelerator.device
         with self._averaged_model() as model:
             if self.accelerator.is_main_process:
                 samples = generate(
@@ -242,20 +259,19 @@ class Trainer:
                     num_images=number,
                     seed=self.config.seed,
                     batch_size=self.config.sample.batch_size,
-                    guide_model=load_guide(self.config, info, device).model,
-                    sampling=build_sampling(self.config),
+                    guide_model=self.components.guide_model,
+                    sampling=self.components.sampling,
                 )
-                # Guide and decoder are loaded each time: between grids they take no memory.
-                images = load_decoder(info.autoencoder, device)(samples.images)
+                images = self.components.decode(samples.images)
                 path = self.run.path / "samples" / f"step-{self.step:08d}.png"
                 save_image(images / 2 + 0.5, path, nrow=math.ceil(number**0.5))
 
-    # Saving and going on
+    # Checkpoints
 
     def _save(self) -> None:
-        """Write a checkpoint, unless it would push good ones off the disk for a broken one."""
+        """Write a checkpoint; weights that are not finite end the run and replace no checkpoint."""
         self.meter.pause()
-        norms = torch._foreach_norm([p.detach() for p in self.bare.parameters()])
+        norms = torch._foreach_norm([p.detach() for p in self.raw_model.parameters()])
         if not torch.stack(list(norms)).isfinite().all():
             what = f"weights are not finite by step {self.step}"
             raise TrainingFailed(f"{self.run.path}: {what}; {TRY}")
@@ -264,13 +280,13 @@ class Trainer:
             scaler = self.accelerator.scaler
             state = {
                 "losses": losses,
-                "optimizer": self.inner.state_dict(),
+                "optimizer": self.raw_optimizer.state_dict(),
                 "scaler": scaler.state_dict() if scaler else None,
             }
             note = {"images": self.step * self.config.train.global_batch_size}
             self.run.save_checkpoint(
                 self.step,
-                model=self.bare.state_dict(),
+                model=self.raw_model.state_dict(),
                 averages=self.ema.values,
                 state=state,
                 note=note,
@@ -279,20 +295,16 @@ class Trainer:
         self.meter.go_on()
 
     def _restore(self) -> int:
-        """Take over the newest checkpoint, if there is one; the step to go on from."""
+        """Load the newest checkpoint, if there is one, and return its step, else 0."""
         steps = self.run.steps()
-        if self.accelerator.is_main_process:
-            self.run.forget_metrics_after(steps[-1] if steps else 0)
         if not steps:
             return 0
         state = self.run.load_state(steps[-1])
-        self.bare.load_state_dict(self.run.load_weights(steps[-1], "raw"))
+        self.raw_model.load_state_dict(self.run.load_weights(steps[-1], "raw"))
         for average in self.ema.averages:
             self.ema.load(average.name, self.run.load_weights(steps[-1], average.name))
-        self.inner.load_state_dict(state["optimizer"])
+        self.raw_optimizer.load_state_dict(state["optimizer"])
         self.meter.restore(state.get("losses", torch.zeros(0)))
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        done = steps[-1] >= self.config.train.steps
-        log.info("already complete at step %d" if done else "going on from step %d", steps[-1])
         return steps[-1]

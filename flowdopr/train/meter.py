@@ -1,4 +1,4 @@
-"""Loss, speed and memory between two lines of the log, without making the host wait in between."""
+"""Loss, speed and memory between two lines of the log; the host waits for the device only then."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Meter:
-    """Collects steps until `close`; time between `pause` and `go_on` does not count as theirs."""
+    """Collects steps until `close`; the time between `pause` and `go_on` is not counted."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -24,14 +24,13 @@ class Meter:
         self.go_on()
 
     def state(self) -> Tensor:
-        """The losses since the last line, means over all processes, `(steps,)`: all processes call
-        this together."""
+        """Losses `(steps,)` since the last line, averaged over processes; all must call it."""
         if not self.losses:
             return torch.zeros(0)
         return self.accelerator.reduce(torch.stack(self.losses), reduction="mean")  # pyright: ignore
 
     def restore(self, losses: Tensor) -> None:
-        """Go on from `state`; times count from now."""
+        """Continue with the losses of `state`; the time before them is not restored."""
         self.losses = list(losses.to(self.accelerator.device))
 
     def add(self, loss: Tensor) -> None:
@@ -47,7 +46,7 @@ class Meter:
         self._since = time.perf_counter()
 
     def close(self, global_batch_size: int) -> dict[str, float]:
-        """Means since the last call, the loss's over all processes; then start anew."""
+        """Means since the last call, then start again; the loss is averaged over processes."""
         mean = torch.stack(self.losses).mean()
         loss = float(self.accelerator.reduce(mean, reduction="mean"))  # pyright: ignore
         self.pause()

@@ -1,4 +1,4 @@
-"""Learning rate and seeds as pure functions of the step: nothing to save, nothing to restore."""
+"""Learning rate and seeds as pure functions of the step, so that checkpoints need not hold them."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def lr_factor(
 
 
 def derive_seed(*parts: int) -> int:
-    """A seed that differs in every bit for parts that differ in any."""
+    """A 63-bit seed from integers; different integers give unrelated seeds."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1

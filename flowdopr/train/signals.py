@@ -1,4 +1,4 @@
-"""How a run ends early: Ctrl-C and SIGTERM ask it to stop at the next step; or training failed."""
+"""How a run ends early: by Ctrl-C or SIGTERM, after the current step, or by a failure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """Work stopped on a signal after saving; the same command goes on with `--resume`."""
+    """A signal stopped the work, which is saved; the same command with `--resume` continues it."""
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)
@@ -21,15 +21,15 @@ class Interrupted(Exception):
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on; one line says why and what to try."""
+    """Training cannot continue; the message says why and what to try."""
 
     exit_code = 1
 
 
 class StopSignal:
-    """Within its block the first SIGINT or SIGTERM only sets `received`; a second one interrupts.
+    """Within its block, the first SIGINT or SIGTERM only sets `received`; the second interrupts.
 
-    Outside the main thread, where Python allows no handlers, it does nothing.
+    It does nothing outside the main thread, where Python allows no signal handlers.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from torch import nn
 
 from flowdopr.config import Config, ConfigError
 from flowdopr.data import DatasetInfo
@@ -18,13 +18,12 @@ from flowdopr.flow import build_objective, build_sampling
 from flowdopr.latents import build_datasets, load_decoder
 from flowdopr.models import build_model
 from flowdopr.optim import build_optimizer
-from flowdopr.runs.averages import averages_of
-from flowdopr.runs.folder import RunFolder
-from flowdopr.runs.guide import load_guide
-from flowdopr.runs.provenance import provenance
-from flowdopr.train.log import run_log
-from flowdopr.train.loop import Trainer
+from flowdopr.runs import RunFolder, averages_of, load_guide, provenance
+from flowdopr.train.log import log_roles, run_log
+from flowdopr.train.loop import Components, Trainer
 from flowdopr.train.signals import TrainingFailed
+
+log = logging.getLogger("flowdopr.train")
 
 
 def train(config: Config, *, resume: bool = False, patience: float = 0.0) -> Path:
@@ -33,19 +32,19 @@ def train(config: Config, *, resume: bool = False, patience: float = 0.0) -> Pat
     Runs on the devices and processes that accelerate finds.
 
     Args:
-        resume: go on from the newest checkpoint, or start where there is none.
-        patience: seconds to wait for another process that is at work on this run.
+        resume: continue from the newest checkpoint, or start if there is none.
+        patience: seconds to wait for another process that is training this run.
 
     Raises:
-        ConfigError, ValueError: settings or data that cannot be used, or another process is at work
-            on this run; nothing was trained.
+        ConfigError, ValueError: settings or data that cannot be used, or another process is
+            training this run; nothing was trained.
         Interrupted: stopped by Ctrl-C or SIGTERM, after saving.
-        TrainingFailed: the loss, or what layers are fed, is not finite.
+        TrainingFailed: the loss, the weights or the inputs of layers are not finite.
     """
     accelerator = make_accelerator(config)
     with accelerator.main_process_first():
         datasets = build_datasets(config)
-    model, optimizer = build_model_and_optimizer(config, datasets.info)
+    components = build_components(config, datasets.info, accelerator.device)
     run = RunFolder(Path(config.output) / config.name, config, datasets.info)
     with ExitStack() as held:
         if accelerator.is_main_process:
@@ -57,46 +56,62 @@ def train(config: Config, *, resume: bool = False, patience: float = 0.0) -> Pat
         accelerator.wait_for_everyone()
         held.enter_context(run_log(run.path / "log.txt" if accelerator.is_main_process else None))
         try:
-            Trainer(config, accelerator, datasets, model, optimizer, run).fit()
-        except FloatingPointError as error:  # DoPr met inputs that are not finite too often
+            log_roles(config.name, components.model, components.optimizer, run.path / "log.txt")
+            trainer = Trainer(config, accelerator, datasets, components, run)
+            if trainer.step:
+                done = trainer.step >= config.train.steps
+                state = "already complete at" if done else "going on from"
+                log.info("%s step %d", state, trainer.step)
+            trainer.fit()
+        except FloatingPointError as error:  # DoPr saw inputs that are not finite too often
             raise TrainingFailed(f"{run.path}: {error}") from None
         finally:
             accelerator.free_memory()
     return run.path
 
 
-def build_model_and_optimizer(
-    config: Config, dataset: DatasetInfo
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The seeded model and its optimizer, after all settings proved to fit together.
+def build_components(
+    config: Config, dataset: DatasetInfo, device: torch.device | str = "cpu"
+) -> Components:
+    """The seeded model, its optimizer, and all else that training needs of the config.
+
+    What the sample grids need is loaded here too, on `device`: a guide or an autoencoder that is
+    missing must show now, and not at the first grid, after days of training.
 
     Raises:
-        ConfigError, ValueError: settings that do not; nothing has been written yet.
+        ConfigError, ValueError: settings that do not fit together; nothing has been written yet.
     """
-    for check in (build_objective, build_sampling, averages_of):
-        check(config)
+    objective, sampling = build_objective(config), build_sampling(config)
+    averages = averages_of(config)
     torch.manual_seed(config.seed)
     model = build_model(config, dataset.image_shape, dataset.num_classes)
-    # What the sample grids will need must be there now, and not only after days of training.
-    load_decoder(dataset.autoencoder)
-    load_guide(config, dataset)
+    decode = load_decoder(dataset.autoencoder, device)
+    guide = load_guide(config, dataset, device)
     settings = config.optimizer.model_dump()
     if settings["ns_dtype"] is not None:
         settings["ns_dtype"] = getattr(torch, settings["ns_dtype"])
-    return model, build_optimizer(model, **settings)
+    return Components(
+        model=model,
+        optimizer=build_optimizer(model, **settings),
+        objective=objective,
+        averages=averages,
+        sampling=sampling,
+        guide_model=guide.model,
+        decode=decode,
+    )
 
 
 def make_accelerator(config: Config) -> Accelerator:
     """The devices and processes of this launch.
 
     Raises:
-        ConfigError: a precision the device lacks, a batch that does not divide, or a way of
-            distributing that the trainer does not offer.
+        ConfigError: a precision that the device lacks, a batch size that does not divide, or a
+            kind of parallelism that the trainer does not support.
     """
     settings = config.train
-    AcceleratorState._reset_state()  # an earlier run of this Python process may have left another
+    AcceleratorState._reset_state()  # an earlier run in this process may have set it
     try:
-        # Told so, accelerate lets several processes without a GPU work together by gloo.
+        # With cpu=True, accelerate connects several processes without a GPU through gloo.
         cpu = not torch.accelerator.is_available()
         accelerator = Accelerator(mixed_precision=settings.precision, cpu=cpu)
     except ValueError as error:

@@ -1,11 +1,14 @@
 """What every model keeps, whatever its options."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from variants import SHAPE, VARIANTS, make
 
-from flowdopr.models.layers import FusedLinear
+from flowdopr.models.layers import EffectiveWeight, FusedLinear
+from flowdopr.optim import parameter_roles
 
 ALL = pytest.mark.parametrize("name", VARIANTS)
 
@@ -125,6 +128,30 @@ def test_layer_hooks_see_every_weight_run(name):
     model(*inputs())
     expected = {key.rpartition(".")[0] for key, p in model.named_parameters() if p.ndim > 1}
     assert expected <= seen
+
+
+@ALL
+def test_a_map_on_the_effective_weight_reaches_every_layer_and_leaves_the_raw_weight(
+    name, monkeypatch
+):
+    model = perturbed(make(name)).eval()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert all(isinstance(layer, EffectiveWeight) for layer in layers)
+    doubled = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in doubled.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                layer.weight.mul_(2)
+    expected, plain = doubled(*inputs()), model(*inputs())
+    monkeypatch.setattr(EffectiveWeight, "effective_weight", lambda self: 2 * self.weight)
+    assert not torch.allclose(model(*inputs()), plain)
+    torch.testing.assert_close(model(*inputs()), expected, rtol=1e-4, atol=1e-4)
+    roles = {role.name: role for role in parameter_roles(model)}
+    for key, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            role = roles[f"{key}.weight"]
+            assert role.parameter is layer.weight
+            assert role.kind == ("conv" if isinstance(layer, nn.Conv2d) else "matrix")
 
 
 @pytest.mark.parametrize("name", ["dit", "unet"])

@@ -39,11 +39,6 @@ def test_a_run_leaves_everything_its_readers_need(tmp_path):
     assert (path / "config.yaml").read_text() == to_yaml(run.config)
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    path = train(tiny(tmp_path, "train.checkpoint_every=2", "train.keep_checkpoints=2"))
-    assert RunFolder.open(path).steps() == [6, 8]
-
-
 def test_loaded_models_are_the_saved_weights(tmp_path):
     run = RunFolder.open(train(tiny(tmp_path)))
     for which, name in (("ema", "ema-0.9"), ("raw", "model")):
@@ -52,8 +47,6 @@ def test_loaded_models_are_the_saved_weights(tmp_path):
         assert not model.training
         saved = weights(run.path, 8, name)
         assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
-    with pytest.raises(ConfigError, match="no checkpoint at step 5; there are: 8"):
-        run.load_model(5)
     with pytest.raises(ConfigError, match=r"not a run folder: it has no config\.yaml"):
         RunFolder.open(tmp_path)
 
@@ -205,7 +198,6 @@ def test_every_form_of_dopr_is_reached_from_the_config(tmp_path):
         "optimizer.max_nonfinite=3",
         "optimizer.ns_dtype=bfloat16",
         "optimizer.ns_steps=4",
-        "optimizer.split_heads=true",
         "optimizer.damping=[1.0, 0.1, 100]",
         "optimizer.anneal=[10, 20]",
         "optimizer.rules=[{pattern: mlp, mode: blocks, max_side: 8}, {pattern: l$, mode: none}]",
@@ -214,7 +206,7 @@ def test_every_form_of_dopr_is_reached_from_the_config(tmp_path):
     modes = {line.split()[0]: line for line in log.splitlines() if ".weight" in line}
     assert "blocks" in modes["blocks.0.mlp.up.weight"]
     assert "none" in modes["final.weight"]
-    assert "muon in 6 blocks" in modes["blocks.0.attention.qkv.weight"]  # q, k, v of two heads
+    assert "muon in 3 blocks" in modes["blocks.0.attention.qkv.weight"]
 
 
 def test_the_schema_names_every_optimizer():

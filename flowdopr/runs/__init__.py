@@ -1,0 +1,18 @@
+"""Runs on disk: the run folder, weight averages, guide models from other runs, and provenance."""
+
+from flowdopr.runs.averages import Average, averages_of
+from flowdopr.runs.folder import RunFolder, check_same_run
+from flowdopr.runs.guide import Guide, load_guide
+from flowdopr.runs.provenance import commit, provenance, versions
+
+__all__ = [
+    "Average",
+    "Guide",
+    "RunFolder",
+    "averages_of",
+    "check_same_run",
+    "commit",
+    "load_guide",
+    "provenance",
+    "versions",
+]

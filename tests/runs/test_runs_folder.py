@@ -1,0 +1,160 @@
+"""The run folder: what it refuses, what it deletes, what it keeps, and what a crash may leave.
+
+No model is trained here: checkpoints hold one number, the step.
+"""
+
+import pytest
+import torch
+
+from flowdopr.config import ConfigError, apply_overrides
+from flowdopr.data import DatasetInfo
+from flowdopr.runs import RunFolder, averages_of
+from flowdopr.runs.provenance import with_earlier
+
+INFO = DatasetInfo("digits", (1, 8, 8), 2, ("a", "b"), 10, 5, fingerprint="0" * 64)
+
+
+@pytest.fixture
+def create(make_config, tmp_path):
+    """`create("train.keep_checkpoints=2", ...)` -> a run folder, new or to be resumed."""
+
+    def run(*overrides: str, resume: bool = False, info: DatasetInfo = INFO) -> RunFolder:
+        settings = [f"output={tmp_path}", "name=run", "train.steps=8", *overrides]
+        config = apply_overrides(make_config(name="digits"), settings)
+        return RunFolder.create(config, info, {"commit": "new"}, resume=resume)
+
+    return run
+
+
+def save(run: RunFolder, *steps: int) -> RunFolder:
+    for step in steps:
+        weights = {"w": torch.tensor([float(step)])}
+        averages = {average.name: weights for average in averages_of(run.config)}
+        run.save_checkpoint(step, model=weights, averages=averages, state={}, note={})
+        run.append_metrics({"step": step})
+    return run
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_only_the_newest_checkpoints_are_kept(create):
+    run = save(create("train.keep_checkpoints=2"), 1, 2, 3, 4)
+    assert run.steps() == [3, 4]
+    assert not (run.path / "averages").exists()
+
+
+LENGTHS = "train.ema_lengths=[0.05, 0.1]"
+
+
+def test_deleted_checkpoints_leave_their_power_averages_for_post_hoc_ones(create):
+    every = save(create(LENGTHS, "name=every"), *range(1, 9))
+    few = save(create(LENGTHS, "train.keep_checkpoints=2"), *range(1, 9))
+    assert few.steps() == [7, 8]
+    assert files_in(few.path / "averages") == {
+        f"step-{step:08d}/power-{length}.safetensors"
+        for step in range(1, 7)
+        for length in (0.05, 0.1)
+    }
+    found, expected = (run.load_weights(8, "posthoc-0.14")["w"] for run in (few, every))
+    assert torch.equal(found, expected)
+    with pytest.raises(ConfigError, match=r"weights posthoc-0\.02: 16 stored averages up to"):
+        few.load_weights(8, "posthoc-0.02")
+
+
+def test_a_deletion_that_a_crash_cut_short_is_completed(create):
+    run = save(create(LENGTHS, "train.keep_checkpoints=1"), 1)
+    (run.path / "checkpoints" / "step-00000001").rename(
+        run.path / "checkpoints" / "step-00000001.deleted"
+    )
+    assert run.steps() == []
+    save(run, 2)
+    assert [folder.name for folder in (run.path / "checkpoints").iterdir()] == ["step-00000002"]
+    assert [folder.name for folder in (run.path / "averages").iterdir()] == ["step-00000001"]
+
+
+def test_post_hoc_averages_need_stored_lengths(create):
+    with pytest.raises(ConfigError, match=r"posthoc-0.1 needs a run with train.ema_lengths"):
+        save(create(), 8).load_weights(8, "posthoc-0.1")
+
+
+def test_weights_and_checkpoints_that_are_not_there_are_named(create):
+    run = create()
+    with pytest.raises(ConfigError, match="this run has no checkpoint yet"):
+        run.load_model()
+    save(run, 4, 8)
+    with pytest.raises(ConfigError, match="no checkpoint at step 5; there are: 4, 8"):
+        run.load_model(5)
+    with pytest.raises(ConfigError, match=r"no weights 'ema-0\.5'; there are: raw, ema, ema-0"):
+        run.load_weights(8, "ema-0.5")
+    assert run.load_weights(4, "raw")["w"] == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optimizer.lr=0.25", r"optimizer\.lr was .*, now 0\.25; choose another folder by name="),
+        ("data.horizontal_flip=true", "data.horizontal_flip was False, now True"),
+    ],
+)
+def test_a_run_of_other_settings_is_not_resumed(create, change, message):
+    save(create(), 4)
+    with pytest.raises(ConfigError, match=message):
+        create(change, resume=True)
+
+
+def test_a_run_of_other_images_is_not_resumed(create):
+    save(create(), 4)
+    other = DatasetInfo.from_dict(INFO.to_dict() | {"fingerprint": "1" * 64})
+    with pytest.raises(
+        ConfigError, match=r"the images in .* are not those this run was trained on"
+    ):
+        create(resume=True, info=other)
+
+
+def test_settings_that_do_not_change_the_weights_may_change(create):
+    save(create(), 4)
+    run = create("train.steps=20", "train.log_every=3", "sample.num_images=4", resume=True)
+    assert RunFolder.open(run.path).config == run.config
+
+
+def test_a_run_with_a_checkpoint_is_not_overwritten(create):
+    create()
+    save(create("optimizer.lr=0.25"), 4)  # there was no checkpoint yet
+    with pytest.raises(ConfigError, match="a run is here already; go on with it by --resume"):
+        create("optimizer.lr=0.25")
+
+
+def test_a_folder_of_something_else_is_refused(create, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    with pytest.raises(ConfigError, match=r"run: the folder has files but is not a run; choose"):
+        create()
+    assert files_in(tmp_path) == {"run/thesis.tex"}
+
+
+def test_resuming_deletes_the_metrics_after_the_newest_checkpoint(create):
+    run = save(create(), 2, 4)
+    run.append_metrics({"step": 5})
+    with open(run.path / "metrics.jsonl", "a") as handle:
+        handle.write('{"step": 6, "lo')
+    assert [line["step"] for line in run.metrics()] == [2, 4, 5]
+    assert [line["step"] for line in create(resume=True).metrics()] == [2, 4]
+
+
+def test_versions_of_a_finished_run_stay(create):
+    run = save(create(), 8)
+    (run.path / "versions.json").write_text('{"commit": "old"}')
+    assert create(resume=True).made_by() == {"commit": "old"}
+
+
+def test_versions_name_what_each_range_of_steps_was_made_with():
+    first = with_earlier({"commit": "a"}, {}, 0)
+    assert first == {"commit": "a", "from_step": 0, "earlier": []}
+    second = with_earlier({"commit": "b"}, first, 3)
+    assert [entry["commit"] for entry in second["earlier"]] == ["a"]
+    # Resumed at step 3 again: nothing that the second one trained is left.
+    third = with_earlier({"commit": "c"}, second, 3)
+    assert (third["from_step"], [entry["commit"] for entry in third["earlier"]]) == (3, ["a"])
+    assert all("earlier" not in entry for entry in third["earlier"])

@@ -1,0 +1,33 @@
+"""Constructing a trainer loads the newest checkpoint and writes nothing."""
+
+import shutil
+
+import torch
+from tiny import tiny
+
+from flowdopr.latents import build_datasets
+from flowdopr.runs.folder import RunFolder
+from flowdopr.train import Trainer, train
+from flowdopr.train.log import run_log
+from flowdopr.train.start import build_components, make_accelerator
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_constructing_a_trainer_changes_no_file(tmp_path):
+    config = tiny(tmp_path, "train.checkpoint_every=4")
+    run = RunFolder.open(train(config))
+    shutil.rmtree(run.checkpoint_path(8))  # metrics.jsonl now goes beyond the newest checkpoint
+    before = contents(run.path)
+    datasets, accelerator = build_datasets(config), make_accelerator(config)
+    components = build_components(config, datasets.info)
+    with run_log(run.path / "log.txt"):
+        trainer = Trainer(config, accelerator, datasets, components, run)
+    assert trainer.step == 4
+    assert contents(run.path) == before
+    saved = run.load_weights(4, "raw")
+    assert all(
+        torch.equal(value, saved[key]) for key, value in components.model.state_dict().items()
+    )
