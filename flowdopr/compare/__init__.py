@@ -104,7 +104,7 @@ def _run_missing(config: Config, plans: Sequence[RunPlan], workers: int) -> list
 
 def _train_classifiers(plans: Sequence[RunPlan]) -> None:
     """Train the feature extractor of each data set once, before workers would race for it."""
-    chosen = [plan.config for plan in plans if plan.config.evaluate.extractor == "classifier"]
+    chosen = [plan.config for plan in plans if plan.config.evaluate.extractor.name == "classifier"]
     for config in {config.data.model_dump_json(): config for config in chosen}.values():
         print(f"feature extractor for {config.data.name}", file=sys.stderr)
         trained_classifier(build_pixel_datasets(config))

@@ -29,6 +29,7 @@ def _collect_run(study: Path, plan: RunPlan) -> RunResult:
         name=plan.name,
         path=plan.path,
         optimizer=plan.config.optimizer.name,
+        dopr=getattr(plan.config.optimizer, "dopr", None) is not None,
         setting=plan.setting,
         status=status,
         **(_training(plan) | _evaluations(plan) if status == "done" else {}),
@@ -105,13 +106,13 @@ def _evaluation(card: Card) -> Evaluation:
 
 def _sampling(card: Card) -> str:
     sampling = card["sampling"]
-    if "steps" in sampling:
-        accuracy = f"{sampling['steps']} steps"
-    elif isinstance(sampling["time_grid"], list):
-        accuracy = f"{len(sampling['time_grid']) - 1} steps"
+    solver, guidance = sampling["solver"], sampling["guidance"]
+    if "steps" in solver:
+        accuracy = f"{solver['steps']} steps"
     else:
-        accuracy = f"tolerances {sampling['atol']}, {sampling['rtol']}"
+        accuracy = f"tolerances {solver['atol']}, {solver['rtol']}"
+    guided = f"guidance scale {guidance['scale']:g}" if guidance else "no guidance"
     return (
-        f"{sampling['solver']}, {accuracy}, guidance scale {sampling['guidance_scale']:g}, "
+        f"{solver['name']}, {accuracy}, {guided}, "
         f"{card['weights']} weights, {sampling['labels']} labels, seed {sampling['seed']}"
     )

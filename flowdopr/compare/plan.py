@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowdopr.config import ArmConfig, CompareConfig, Config, ConfigError, apply_overrides
-from flowdopr.evaluate.card import sampling_settings
 
 OWNED = {"name": "name", "output": "output", "seed": "compare.seeds", "optimizer.lr": "lrs"}
 """Settings that an arm must not set, and where the study takes them from."""
@@ -76,13 +75,14 @@ def expand(config: Config) -> list[RunPlan]:
                 f"compare.arms '{name}': set: an arm must keep the study's data and evaluate "
                 "sections, or its numbers could not be compared; make it a study of its own"
             )
-        if study.nfe_steps and "steps" not in sampling_settings(base):
-            what = f"solver={base.sample.solver}"
-            what += " with a list as sample.time_grid" if base.sample.time_grid != "uniform" else ""
+        solver = base.sample.solver
+        listed = getattr(getattr(solver, "grid", None), "name", None) == "list"
+        if study.nfe_steps and (listed or not hasattr(solver, "steps")):
+            what = f"sample.solver={solver.name}" + (" with a list of times" if listed else "")
             raise ConfigError(
-                f"compare.nfe_steps: in arm '{name}' sample.{what} has its own times, so all "
-                "entries would be the same sampling; set compare.nfe_steps=[] or a fixed-step "
-                "solver with a named grid"
+                f"compare.nfe_steps: in arm '{name}' {what} has its own times, so all entries "
+                "would be the same sampling; set compare.nfe_steps=[] or a fixed-step solver with "
+                "a named grid"
             )
     plans = [
         RunPlan(arm.name, lr, seed, _run_config(bases[arm.name], arm, lr, seed), study.nfe_steps)

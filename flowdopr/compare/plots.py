@@ -40,7 +40,7 @@ def looks(summaries: Sequence[ArmSummary]) -> dict[str, Look]:
     for index, arm in enumerate(summaries):
         colour = COLOURS[index % len(COLOURS)]
         marker = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
-        found[arm.arm] = Look(colour, marker, "-" if arm.optimizer.startswith("dopr-") else "--")
+        found[arm.arm] = Look(colour, marker, "-" if arm.dopr else "--")
     return found
 
 

@@ -32,6 +32,8 @@ class RunResult:
     name: str = ""
     path: Path = Path()
     optimizer: str = ""
+    dopr: bool = False
+    """Whether activation preconditioning comes before the optimizer."""
     setting: str = ""
     """All settings outside `optimizer` and the seed, as JSON: arms that share it form pairs."""
     status: Status = "done"

@@ -55,6 +55,7 @@ class ArmSummary:
 
     arm: str
     optimizer: str
+    dopr: bool
     setting: str
     cells: tuple[Cell, ...]
     tuned: Cell | None
@@ -120,6 +121,7 @@ def _summarise_arm(runs: list[RunResult]) -> ArmSummary:
     return ArmSummary(
         arm=first.arm,
         optimizer=first.optimizer,
+        dopr=first.dopr,
         setting=first.setting,
         cells=tuple(cells),
         tuned=_lowest(eligible, lambda cell: cell.fd),
@@ -161,12 +163,13 @@ def t_interval(found: Spread) -> tuple[float | None, float | None]:
 def matched_pairs(summaries: Sequence[ArmSummary]) -> list[tuple[ArmSummary, ArmSummary]]:
     """Each arm with activation preconditioning beside the arm of the same optimizer without.
 
-    Two arms pair up when their optimizers are `dopr-X` and `X` and they share every setting outside
-    the section `optimizer`.
+    Two arms pair up when they have one optimizer, with DoPr and without, and share every setting
+    outside the section `optimizer`.
     """
     return [
         (first, second)
         for first in summaries
         for second in summaries
-        if first.optimizer == f"dopr-{second.optimizer}" and first.setting == second.setting
+        if (first.dopr, second.dopr) == (True, False)
+        and (first.optimizer, first.setting) == (second.optimizer, second.setting)
     ]

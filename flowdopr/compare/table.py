@@ -43,6 +43,7 @@ def _row(metric: str, arm: ArmSummary) -> Row:
     return {
         "arm": arm.arm,
         "optimizer": arm.optimizer,
+        "dopr": arm.dopr,
         "lr": cell.lr if first else None,
         "lr_grid_size": len(arm.cells),
         "lr_by_one_step_loss": arm.tuned_by_loss.lr if arm.tuned_by_loss else None,

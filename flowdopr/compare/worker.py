@@ -26,7 +26,7 @@ SAVING_SECONDS = 60.0  # that the worker of a study that was killed may still ta
 
 def work(study_file: str | Path, name: str) -> None:
     """Train and evaluate the run `name` of the study, going on where it was cut."""
-    plan = {plan.name: plan for plan in expand(load_config(study_file, resolved=True))}[name]
+    plan = {plan.name: plan for plan in expand(load_config(study_file))}[name]
     train(plan.config, resume=True, patience=SAVING_SECONDS)
     for request in missing_cards(plan):
         evaluate(plan.path, request.overrides, step=request.step)

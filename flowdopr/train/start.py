@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -80,10 +81,15 @@ def build_model_and_optimizer(
     # What the sample grids will need must be there now, and not only after days of training.
     load_decoder(dataset.autoencoder)
     load_guide(config, dataset)
+    return model, build_optimizer(model, **optimizer_arguments(config))
+
+
+def optimizer_arguments(config: Config) -> dict[str, Any]:
+    """Section `optimizer` as keyword arguments of `build_optimizer`."""
     settings = config.optimizer.model_dump()
-    if settings["ns_dtype"] is not None:
+    if settings.get("ns_dtype") is not None:
         settings["ns_dtype"] = getattr(torch, settings["ns_dtype"])
-    return model, build_optimizer(model, **settings)
+    return settings
 
 
 def make_accelerator(config: Config) -> Accelerator:

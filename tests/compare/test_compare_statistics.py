@@ -1,6 +1,7 @@
 """Means, deviations, tuned rates and paired intervals, against hand computation and scipy."""
 
 import math
+from pathlib import Path
 
 import pytest
 from scipy import stats
@@ -16,12 +17,11 @@ from flowdopr.compare.statistics import (
 from flowdopr.compare.verdict import verdict
 
 
-def result(arm, lr, seed, fd=None, loss=1.0, optimizer="adamw", **more):
+def result(arm, lr, seed, fd=None, loss=1.0, optimizer="adamw", dopr=False):
     status = "failed" if fd is None else "done"
     final = None if fd is None else Evaluation(step=10, fd=fd, one_step_loss=loss)
-    return RunResult(
-        arm, lr, seed, name=f"{arm}-{lr}-{seed}", optimizer=optimizer, status=status, final=final
-    )
+    name = f"{arm}-{lr}-{seed}"
+    return RunResult(arm, lr, seed, name, Path(), optimizer, dopr, status=status, final=final)
 
 
 def cell(arm, distances):
@@ -90,15 +90,21 @@ def test_no_shared_seed_no_difference():
 
 
 def test_pairs_are_an_optimizer_with_and_without_activation_preconditioning():
-    optimizers = ["adamw", "dopr-adamw", "muon", "dopr-muon", "dopr-sgd"]
-    summaries = summarise([result(name, 0.1, 0, 1.0, optimizer=name) for name in optimizers])
+    arms = {
+        "a": ("adamw", False),
+        "b": ("adamw", True),
+        "c": ("muon", False),
+        "d": ("muon", True),
+        "e": ("sgd", True),
+    }
+    summaries = summarise([result(arm, 0.1, 0, 1.0, 1.0, *kind) for arm, kind in arms.items()])
     pairs = [(first.arm, second.arm) for first, second in matched_pairs(summaries)]
-    assert pairs == [("dopr-adamw", "adamw"), ("dopr-muon", "muon")]
+    assert pairs == [("b", "a"), ("d", "c")]
 
 
 def study_of(pairs, seeds):
     return [
-        result(name, 0.1, seed, fd + 0.01 * seed, loss, optimizer=name)
+        result(name, 0.1, seed, fd + 0.01 * seed, loss, "adamw", name.startswith("dopr-"))
         for name, fd, loss in pairs
         for seed in range(seeds)
     ]
@@ -121,7 +127,7 @@ def test_verdict_names_winner_and_disagreement():
 
 def test_verdict_with_seeds_enough_gives_the_interval():
     runs = [
-        result(name, 0.1, seed, fd, optimizer=name)
+        result(name, 0.1, seed, fd, dopr=name.startswith("dopr-"))
         for name, distances in (("adamw", [5.0, 5.2, 5.4]), ("dopr-adamw", [4.0, 4.4, 4.3]))
         for seed, fd in enumerate(distances)
     ]

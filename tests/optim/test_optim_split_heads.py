@@ -64,8 +64,8 @@ def train(model, optimizer):
         ("muon", SETTINGS),
         ("muon", {"nesterov": False}),
         ("adamuon", {"weight_decay": 0.1}),
-        ("dopr-muon", {**SETTINGS, "refresh_every": 2}),
-        ("dopr-muon", {"form": "sandwich"}),
+        ("muon", {**SETTINGS, "dopr": {"refresh_every": 2}}),
+        ("muon", {"dopr": {"form": "sandwich"}}),
     ],
 )
 def test_heads_of_a_joint_projection_follow_linears_of_their_own(name, options):
