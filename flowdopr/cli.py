@@ -7,6 +7,7 @@ commands, so that `--help` does not wait for torch.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from importlib.metadata import version
@@ -154,11 +155,10 @@ def sample(
         "guidance.guide.step": guide_step,
         "batch_size": batch_size,
     }
-    given = [f"sample.{key}={value}" for key, value in options.items() if value is not None]
     _tell(
         run_sample(
             run,
-            [*given, *(overrides or ())],
+            [*_sample_overrides(options), *(overrides or ())],
             num=num,
             out=out,
             labels=_numbers(labels),
@@ -182,8 +182,6 @@ def evaluate(
 
     Only settings of the sections `sample` and `evaluate` can be changed.
     """
-    import json
-
     from flowdopr.evaluate import evaluate as run_evaluate
 
     path = run_evaluate(run, overrides or (), step=step, force=force)
@@ -283,6 +281,12 @@ def run_command(arguments: list[str] | None = None) -> int:
 def _tell(path: Path) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(path)
+
+
+def _sample_overrides(options: dict[str, object]) -> list[str]:
+    """The given options as overrides of the section `sample`."""
+    given = {key: value for key, value in options.items() if value is not None}
+    return [f"sample.{key}={json.dumps(value)}" for key, value in given.items()]
 
 
 def _numbers(text: str | None) -> list[int] | None:

@@ -54,7 +54,7 @@ def complaints(error: ValidationError) -> list[Complaint]:
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
-    """ "; did you mean 'x'?" where a known word is close to `word`, else what is known."""
+    """The remedy for an unknown `word`: the known one that is close to it, else all of them."""
     known = list(known)
     by_lower = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
@@ -150,12 +150,9 @@ def _unknown_name(name: str, field: FieldInfo | None) -> str:
     plain = name.lower().removeprefix("dopr-")
     near = {tag: prefix + tag for tag in known}
     close = difflib.get_close_matches(plain, near, n=1, cutoff=0.6)
-    hint = (
-        f"did you mean '{near[close[0]]}'?"
-        if close
-        else f"choose one of {', '.join(near.values())}"
-    )
-    return f"unknown name '{name}'; {hint}"
+    if close:
+        return f"unknown name '{name}'; did you mean '{near[close[0]]}'?"
+    return f"unknown name '{name}'; choose one of {', '.join(near.values())}"
 
 
 def _shown(value: Any) -> str:

@@ -168,9 +168,10 @@ def _overridden(values: dict[str, Any], overrides: Iterable[str], place: str) ->
     """The config of `values` from `place`, after `overrides`."""
     overrides = list(overrides)
     changed = _apply(values, overrides)
-    found = _complaints(changed)
-    if not found:
+    try:
         return _validated(changed)
+    except ValidationError as error:
+        found = complaints(error)
     lines_of_place = {complaint.line for complaint in _complaints(values)}
     by_place: dict[str, list[str]] = {}
     for complaint in found[:MOST_SHOWN]:

@@ -63,7 +63,7 @@ def renamed(values: Values, field: FieldInfo, name: Any) -> Values:
     """The settings of a tagged section for another `name`: those that differ from the defaults of
     the old name stay, and DoPr where the new name can have it."""
     old = values.get("name", default_name(field))
-    section, new = (choices(field).get(key) for key in (old, name))
+    section, new = (choices(field).get(str(key)) for key in (old, name))
     if section is None or name == old:
         return values | {"name": name}
     kept = {key: value for key, value in values.items() if not _is_default(section, key, value)}

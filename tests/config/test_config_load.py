@@ -2,7 +2,8 @@
 
 import pytest
 
-from flowdopr.config import ConfigError, apply_overrides, load_config, to_yaml
+from flowdopr.config import Config, ConfigError, apply_overrides, load_config, to_yaml
+from flowdopr.config.types import sections_in
 from flowdopr.config.yaml12 import dump_yaml, parse_yaml
 
 SMALL = """
@@ -148,6 +149,32 @@ def test_wrong_files_are_one_line(write, tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
     assert "cannot be read" in refused(tmp_path / "latin.yaml")
     assert "not a word" in refused(write("1: a\n"))
+
+
+def complaint(config, override):
+    try:
+        apply_overrides(config, [override])
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def dotted_keys(sections, prefix=""):
+    for section in sections:
+        for key, field in section.model_fields.items():
+            yield prefix + key
+            if "tuple" not in str(field.annotation):
+                yield from dotted_keys(sections_in(field), f"{prefix}{key}.")
+
+
+def test_any_value_of_any_setting_is_taken_or_refused_in_one_line(write):
+    config = load_config(write(SMALL))
+    keys = list(dict.fromkeys(dotted_keys([Config])))
+    assert len(keys) > 120
+    for key in keys:
+        for value in ("null", "[]", "{}", "3", "x", "[1]", "{name: 1}", "{name: [x]}", "true"):
+            said = complaint(config, f"{key}={value}")
+            assert said is None or (key.split(".")[0] in said and "\n" not in said)
 
 
 def test_a_folder_is_answered_with_the_file_in_it(write, tmp_path):
