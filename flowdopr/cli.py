@@ -7,6 +7,7 @@ commands, so that `--help` does not wait for torch.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from importlib.metadata import version
@@ -40,6 +41,14 @@ PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print the resolved config as YAML, do nothing else.")
 ]
 
+Solver = Annotated[
+    str | None, typer.Option(help="torchdiffeq method or SDE solver, with its defaults.")
+]
+Steps = Annotated[int | None, typer.Option(help="Steps of a fixed-step solver.")]
+Tolerance = Annotated[float | None, typer.Option(help="Tolerance of an adaptive solver.")]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="Guidance, classifier-free or by the guide.")
+]
 GuideRun = Annotated[
     str | None, typer.Option(help="Autoguidance by the model of this run folder, a worse one.")
 ]
@@ -109,13 +118,11 @@ def sample(
     out: Annotated[Path, typer.Option(help="Folder for the images; new or empty.")],
     overrides: Overrides = None,
     num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
-    solver: Annotated[str | None, typer.Option(help="torchdiffeq method or SDE solver.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of a fixed-step solver.")] = None,
-    atol: Annotated[float | None, typer.Option(help="Tolerance of an adaptive solver.")] = None,
-    rtol: Annotated[float | None, typer.Option(help="Tolerance of an adaptive solver.")] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(min=0, help="Classifier-free guidance; 1 is off.")
-    ] = None,
+    solver: Solver = None,
+    steps: Steps = None,
+    atol: Tolerance = None,
+    rtol: Tolerance = None,
+    guidance_scale: GuidanceScale = None,
     guide_run: GuideRun = None,
     guide_weights: GuideWeights = None,
     guide_step: GuideStep = None,
@@ -123,7 +130,7 @@ def sample(
     seed: Seed = 0,
     step: Checkpoint = None,
     ema: Weights = "ema",
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images at a time.")] = None,
     autoencoder: Annotated[
         str | None, typer.Option(help="Where the autoencoder of a run on latents lies now.")
     ] = None,
@@ -133,25 +140,25 @@ def sample(
 ) -> None:
     """Draw images from a run: numbered PNGs and grid.png. Options default to the run's config.
 
-    Settings of the section `sample` that have no option are given as sample.key=value.
+    Any setting of the section `sample` is given as sample.key=value, after the options' own.
     """
     from flowdopr.evaluate import sample as run_sample
 
-    changes = {
+    options = {
         "solver": solver,
-        "steps": steps,
-        "atol": atol,
-        "rtol": rtol,
-        "guidance_scale": guidance_scale,
-        "guide_run": guide_run,
-        "guide_weights": guide_weights,
-        "guide_step": guide_step,
+        "solver.steps": steps,
+        "solver.atol": atol,
+        "solver.rtol": rtol,
+        "guidance.scale": guidance_scale,
+        "guidance.guide.run": guide_run,
+        "guidance.guide.weights": guide_weights,
+        "guidance.guide.step": guide_step,
         "batch_size": batch_size,
     }
     _tell(
         run_sample(
             run,
-            overrides or (),
+            [*_sample_overrides(options), *(overrides or ())],
             num=num,
             out=out,
             labels=_numbers(labels),
@@ -160,7 +167,6 @@ def sample(
             weights=ema,
             npz=npz,
             autoencoder=autoencoder,
-            **{key: value for key, value in changes.items() if value is not None},
         )
     )
 
@@ -176,8 +182,6 @@ def evaluate(
 
     Only settings of the sections `sample` and `evaluate` can be changed.
     """
-    import json
-
     from flowdopr.evaluate import evaluate as run_evaluate
 
     path = run_evaluate(run, overrides or (), step=step, force=force)
@@ -277,6 +281,12 @@ def run_command(arguments: list[str] | None = None) -> int:
 def _tell(path: Path) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(path)
+
+
+def _sample_overrides(options: dict[str, object]) -> list[str]:
+    """The given options as overrides of the section `sample`."""
+    given = {key: value for key, value in options.items() if value is not None}
+    return [f"sample.{key}={json.dumps(value)}" for key, value in given.items()]
 
 
 def _numbers(text: str | None) -> list[int] | None:

@@ -76,14 +76,13 @@ BATCH_SIZES = {
 class Arm:
     """A model with its optimizer, taking steps of velocity regression on fixed random data."""
 
-    def __init__(self, setup: Setup, name: str, options: dict[str, Any]) -> None:
+    def __init__(self, setup: Setup, gp: str, dopr: dict[str, Any] | None) -> None:
         torch.manual_seed(0)
         self.setup = setup
         self.model = MODELS[setup.model]().to(setup.device)
-        given = dict(options)
-        if name.startswith("dopr-"):
-            given.setdefault("refresh_every", REFRESH_EVERY)
-        self.optimizer = build_optimizer(self.model, name, 1e-4, **given)
+        if dopr is not None:
+            dopr = {"refresh_every": REFRESH_EVERY} | dopr
+        self.optimizer = build_optimizer(self.model, gp, 1e-4, dopr=dopr)
         images = (setup.batch_size, *self.model.image_shape)
         self.x_t, self.dx_t = (torch.randn(images, device=setup.device) for _ in range(2))
         self.t = torch.rand(setup.batch_size, device=setup.device)
@@ -107,9 +106,9 @@ class Arm:
         return time.perf_counter()
 
 
-def arms_of(gp: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Arm: optimizer name and options."""
-    return {"gp": (gp, {}), "dopr": (f"dopr-{gp}", {}), "dopr exact": (f"dopr-{gp}", EXACT)}
+def arms_of(gp: str) -> dict[str, tuple[str, dict[str, Any] | None]]:
+    """Arm: optimizer name, and the options of DoPr around it."""
+    return {"gp": (gp, None), "dopr": (gp, {}), "dopr exact": (gp, EXACT)}
 
 
 def time_steps(setup: Setup, gp: str, windows: int) -> dict[str, list[float]]:
@@ -127,13 +126,15 @@ def time_steps(setup: Setup, gp: str, windows: int) -> dict[str, list[float]]:
     return {arm: values[1:] for arm, values in seconds.items()}
 
 
-def peak_memory(setup: Setup, name: str, options: dict[str, Any], steps: int) -> int:
+def peak_memory(setup: Setup, gp: str, dopr: dict[str, Any] | None, steps: int) -> int:
     """Bytes at the peak of `steps` steps; meant for a fresh process."""
-    Arm(Setup("dit-xxs-quick", 2, setup.device, setup.autocast), "sgd", {}).step()  # libraries load
+    Arm(
+        Setup("dit-xxs-quick", 2, setup.device, setup.autocast), "sgd", None
+    ).step()  # libraries load
     before = peak_resident()
     if setup.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    arm = Arm(setup, name, options)
+    arm = Arm(setup, gp, dopr)
     for _ in range(steps):
         arm.step()
     if setup.device == "cuda":

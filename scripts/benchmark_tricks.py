@@ -54,7 +54,7 @@ class TrickArm:
 
     def __init__(self, setup: Setup, trick: str) -> None:
         options, self.replaced = TRICKS[trick]
-        self.arm = Arm(setup, "dopr-adamw", options)
+        self.arm = Arm(setup, "adamw", options)
         self.cuda = setup.device == "cuda"
         self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         dopr: Any = self.arm.optimizer

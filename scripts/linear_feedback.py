@@ -109,14 +109,17 @@ class World:
         }
 
 
-def clone_behaviour(seed: int, name: str, lr: float, steps: int) -> list[dict[str, float]]:
-    """Train one policy with the optimizer `name`; its measures at 11 evenly spread steps."""
+def clone_behaviour(
+    seed: int, gp: str, dopr: bool, lr: float, steps: int
+) -> list[dict[str, float]]:
+    """Train one policy with the optimizer `gp`, inside DoPr or not; its measures at 11 evenly
+    spread steps."""
     world = World(seed)
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Linear(STATES, FEATURES, bias=False), nn.Linear(FEATURES, ACTIONS, bias=False)
     ).double()
-    optimizer = build_optimizer(model, name, lr)
+    optimizer = build_optimizer(model, gp, lr, dopr={} if dopr else None)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     history = [{"step": 0, **world.measure(model)}]
     for step in range(1, steps + 1):
@@ -133,16 +136,17 @@ def clone_behaviour(seed: int, name: str, lr: float, steps: int) -> list[dict[st
 
 
 def compare_arms(gps: list[str], seeds: int, steps: int) -> list[dict]:
-    """For each GP and its `dopr-` twin: all seeds at the learning rate of the lowest median
+    """For each GP, alone and inside DoPr: all seeds at the learning rate of the lowest median
     rollout cost, out of the same number of learning rates."""
     arms = []
     for gp in gps:
-        for name in (gp, f"dopr-{gp}"):
+        for dopr in (False, True):
+            arm = {"name": f"dopr-{gp}" if dopr else gp, "gp": gp, "dopr": dopr}
             tried = []
             for lr in LEARNING_RATES[gp]:
-                runs = [clone_behaviour(seed, name, lr, steps) for seed in range(seeds)]
+                runs = [clone_behaviour(seed, gp, dopr, lr, steps) for seed in range(seeds)]
                 cost = statistics.median(run[-1]["rollout_cost"] for run in runs)
-                tried.append({"name": name, "lr": lr, "median_rollout_cost": cost, "runs": runs})
+                tried.append(arm | {"lr": lr, "median_rollout_cost": cost, "runs": runs})
             arms.append(min(tried, key=lambda arm: arm["median_rollout_cost"]))
             print(describe(arms[-1]), flush=True)
     return arms
@@ -167,12 +171,11 @@ def plot(arms: list[dict], path: Path) -> None:
         for arm in arms:
             steps = [point["step"] for point in arm["runs"][0]]
             values = np.array([[point[measure] for point in run] for run in arm["runs"]])
-            with_ap = arm["name"].startswith("dopr-")
-            color = colors[arm["name"].removeprefix("dopr-")]
+            color = colors[arm["gp"]]
             axis.plot(
                 steps,
                 np.median(values, 0),
-                "-" if with_ap else "--",
+                "-" if arm["dopr"] else "--",
                 color=color,
                 label=arm["name"],
             )

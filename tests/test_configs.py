@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowdopr.config import load_config, to_dict, to_yaml
+from flowdopr.config import DoPrConfig, apply_overrides, load_config, to_dict, to_yaml
 from flowdopr.config.yaml12 import parse_yaml
 from flowdopr.flow import build_objective, build_sampling
 from flowdopr.models import build_model
 from flowdopr.optim import build_optimizer, format_roles
+from flowdopr.train.start import optimizer_arguments
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml"))
 RECIPES = Path(__file__).parent.parent / "configs" / "recipes"
@@ -61,11 +62,8 @@ def test_config_loads_and_builds(path):
     assert to_yaml(config)
     model = model_of(config)
     with torch.device("meta"):
-        for name in (config.optimizer.name, "dopr-adamw"):
-            options = config.optimizer.model_dump() | {"name": name}
-            if name != config.optimizer.name:
-                options = {"name": name, "lr": 1e-3}
-            optimizer = build_optimizer(model, **options)
+        for chosen in (config, apply_overrides(config, ["optimizer=dopr-adamw"])):
+            optimizer = build_optimizer(model, **optimizer_arguments(chosen))
             assert format_roles(model, optimizer)
     build_objective(config)
     build_sampling(config)
@@ -77,13 +75,9 @@ def test_a_recipe_has_its_sources_size_and_a_twin_with_dopr(name):
     count = sum(p.numel() for p in model_of(config).parameters())
     assert count == pytest.approx(PARAMETERS[name], rel=0.005)
     left, right = (to_dict(item) for item in (config, twin))
-    differ = {key for key in left if left[key] != right[key]}
-    assert differ == {"name", "optimizer"}
-    settings = {
-        key for key in left["optimizer"] if left["optimizer"][key] != right["optimizer"][key]
-    }
-    assert settings == {"name"}
-    assert right["optimizer"]["name"] == "dopr-adamw"
+    dopr = right["optimizer"]["dopr"]
+    assert dopr == DoPrConfig().model_dump(mode="json")
+    assert right == left | {"name": twin.name, "optimizer": left["optimizer"] | {"dopr": dopr}}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -99,7 +99,7 @@ def _execute(config: Config, plans: Sequence[RunPlan], done: int) -> list[str]:
 
 def _train_classifiers(plans: Sequence[RunPlan]) -> None:
     """Train the feature extractor of each data set once, so that no two workers train the same."""
-    chosen = [plan.config for plan in plans if plan.config.evaluate.extractor == "classifier"]
+    chosen = [plan.config for plan in plans if plan.config.evaluate.extractor.name == "classifier"]
     for config in {config.data.model_dump_json(): config for config in chosen}.values():
         print(f"feature extractor for {config.data.name}", file=sys.stderr)
         trained_classifier(build_pixel_datasets(config))

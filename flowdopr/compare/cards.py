@@ -16,7 +16,7 @@ from flowdopr.evaluate.card import answers, card_settings
 from flowdopr.runs.folder import RunFolder, check_same_run
 
 Card = dict[str, Any]
-FD_ONLY = "evaluate.metrics=[fd]"
+FD_ONLY = ("evaluate.metrics=[fd]", "evaluate.bpd=null", "evaluate.excess=null")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class WantedCards:
 
 
 def wanted_cards(plan: RunPlan) -> WantedCards:
-    train, own_steps = plan.config.train, plan.config.sample.steps
+    train, own_steps = plan.config.train, getattr(plan.config.sample.solver, "steps", None)
     final = CardRequest(train.steps)
     earlier = range(train.checkpoint_every or train.steps, train.steps, train.checkpoint_every or 1)
     kept = train.keep_checkpoints
@@ -51,11 +51,11 @@ def wanted_cards(plan: RunPlan) -> WantedCards:
         earlier = earlier[max(0, len(earlier) - kept + 1) :]
     return WantedCards(
         final=final,
-        curve=tuple(CardRequest(step, (FD_ONLY,)) for step in earlier),
+        curve=tuple(CardRequest(step, FD_ONLY) for step in earlier),
         by_nfe=tuple(
             final
             if steps == own_steps
-            else CardRequest(train.steps, (FD_ONLY, f"sample.steps={steps}"))
+            else CardRequest(train.steps, (*FD_ONLY, f"sample.solver.steps={steps}"))
             for steps in sorted(plan.nfe_steps)
         ),
     )

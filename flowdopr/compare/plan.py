@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowdopr.config import ArmConfig, CompareConfig, Config, ConfigError, apply_overrides
-from flowdopr.evaluate.card import sampling_settings
 
 SET_BY_STUDY = {"name": "name", "output": "output", "seed": "compare.seeds", "optimizer.lr": "lrs"}
 """Settings that an arm must not set, and where the study takes them from."""
@@ -45,17 +44,13 @@ class RunPlan:
 
     @property
     def optimizer(self) -> str:
+        """Such as `adamw`, with DoPr and without."""
         return self.config.optimizer.name
 
     @property
-    def preconditioned(self) -> bool:
-        """Whether DoPr preconditions this run's updates by the activations."""
-        return self.optimizer.startswith("dopr-")
-
-    @property
-    def gradient_preconditioner(self) -> str:
-        """The optimizer without DoPr: `adamw` for `adamw` and for `dopr-adamw`."""
-        return self.optimizer.removeprefix("dopr-")
+    def dopr(self) -> bool:
+        """Whether DoPr preconditions the gradients by the layers' inputs."""
+        return getattr(self.config.optimizer, "dopr", None) is not None
 
     @property
     def other_settings(self) -> str:
@@ -119,13 +114,14 @@ def _arm_config(config: Config, arm: ArmConfig) -> Config:
             f"{place}: an arm must keep the study's data and evaluate sections, or its numbers "
             "could not be compared; make it a study of its own"
         )
-    if study_settings(config).nfe_steps and "steps" not in sampling_settings(base):
-        what = f"solver={base.sample.solver}"
-        what += " with a list as sample.time_grid" if base.sample.time_grid != "uniform" else ""
+    solver = base.sample.solver
+    listed = getattr(getattr(solver, "grid", None), "name", None) == "list"
+    if study_settings(config).nfe_steps and (listed or not hasattr(solver, "steps")):
+        what = f"sample.solver={solver.name}" + (" with a list of times" if listed else "")
         raise ConfigError(
-            f"compare.nfe_steps: in arm '{arm.name}' sample.{what} has its own times, so all "
-            "entries would be the same sampling; set compare.nfe_steps=[] or a fixed-step "
-            "solver with a named grid"
+            f"compare.nfe_steps: in arm '{arm.name}' {what} has its own times, so all entries "
+            "would be the same sampling; set compare.nfe_steps=[] or a fixed-step solver with a "
+            "named grid"
         )
     return base
 

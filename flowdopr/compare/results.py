@@ -134,13 +134,13 @@ def _extractor(card: Card) -> str:
 
 def _sampling(card: Card) -> str:
     sampling = card["sampling"]
-    if "steps" in sampling:
-        accuracy = f"{sampling['steps']} steps"
-    elif isinstance(sampling["time_grid"], list):
-        accuracy = f"{len(sampling['time_grid']) - 1} steps"
+    solver, guidance = sampling["solver"], sampling["guidance"]
+    if "steps" in solver:
+        accuracy = f"{solver['steps']} steps"
     else:
-        accuracy = f"tolerances {sampling['atol']}, {sampling['rtol']}"
+        accuracy = f"tolerances {solver['atol']}, {solver['rtol']}"
+    guided = f"guidance scale {guidance['scale']:g}" if guidance else "no guidance"
     return (
-        f"{sampling['solver']}, {accuracy}, guidance scale {sampling['guidance_scale']:g}, "
+        f"{solver['name']}, {accuracy}, {guided}, "
         f"{card['weights']} weights, {sampling['labels']} labels, seed {sampling['seed']}"
     )

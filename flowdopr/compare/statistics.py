@@ -163,9 +163,9 @@ def matched_pairs(arms: Sequence[ArmSummary]) -> list[tuple[ArmSummary, ArmSumma
         (first, second)
         for first in arms
         for second in arms
-        if first.plan.preconditioned
-        and not second.plan.preconditioned
-        and first.plan.gradient_preconditioner == second.plan.gradient_preconditioner
+        if first.plan.dopr
+        and not second.plan.dopr
+        and first.plan.optimizer == second.plan.optimizer
         and first.plan.other_settings == second.plan.other_settings
     ]
 

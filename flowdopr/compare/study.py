@@ -66,5 +66,5 @@ def arm_styles(arms: Sequence[ArmSummary]) -> dict[str, ArmStyle]:
     for index, arm in enumerate(arms):
         colour = COLOURS[index % len(COLOURS)]
         marker = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
-        found[arm.name] = ArmStyle(colour, marker, "-" if arm.plan.preconditioned else "--")
+        found[arm.name] = ArmStyle(colour, marker, "-" if arm.plan.dopr else "--")
     return found

@@ -34,6 +34,7 @@ def _row(metric: str, arm: ArmSummary) -> Row:
     return {
         "arm": arm.name,
         "optimizer": arm.plan.optimizer,
+        "dopr": arm.plan.dopr,
         "lr": rate.lr if first else None,
         "lr_grid_size": len(arm.rates),
         "lr_by_one_step_loss": arm.tuned_by_loss.lr if arm.tuned_by_loss else None,
@@ -145,6 +146,7 @@ def _plain_run(run: RunResult) -> Row:
         "name": plan.name,
         "path": str(plan.path),
         "optimizer": plan.optimizer,
+        "dopr": plan.dopr,
         **numbers,
         "sample_grid": str(run.sample_grid) if run.sample_grid else None,
     }

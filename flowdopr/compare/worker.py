@@ -28,7 +28,7 @@ PATIENCE_SECONDS = 60.0
 
 def work(study_file: str | Path, name: str) -> None:
     """Train and evaluate the run `name` of the study, going on where it was stopped."""
-    plan = {plan.name: plan for plan in expand(load_config(study_file, resolved=True))}[name]
+    plan = {plan.name: plan for plan in expand(load_config(study_file))}[name]
     train(plan.config, resume=True, patience=PATIENCE_SECONDS)
     for request in read_run(plan).missing:
         evaluate(plan.path, request.overrides, step=request.step)

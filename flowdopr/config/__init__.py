@@ -1,7 +1,8 @@
 """Settings: the schema of every YAML file and the strict loader. Imports no other room."""
 
+from flowdopr.config.errors import ConfigError
+from flowdopr.config.flow import FlowConfig
 from flowdopr.config.load import (
-    ConfigError,
     apply_overrides,
     load_config,
     load_data_config,
@@ -9,15 +10,14 @@ from flowdopr.config.load import (
     to_yaml,
 )
 from flowdopr.config.model import DiTConfig, UNetConfig
-from flowdopr.config.optimizer import OptimizerConfig
+from flowdopr.config.optimizer import DoPrConfig, OptimizerConfig
+from flowdopr.config.sample import SampleConfig
 from flowdopr.config.schema import (
     ArmConfig,
     CompareConfig,
     Config,
     DataConfig,
     EvaluateConfig,
-    FlowConfig,
-    SampleConfig,
     TrainConfig,
 )
 
@@ -28,6 +28,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DiTConfig",
+    "DoPrConfig",
     "EvaluateConfig",
     "FlowConfig",
     "OptimizerConfig",

@@ -4,47 +4,38 @@
 
 A file's `base:` (a path beside the file) is loaded first and the file is merged over it, mapping by
 mapping. A section whose `name` changes starts afresh: its other settings belonged to the old name.
-A dotted override changes one value and nothing else.
+Naming an optimizer says the whole of it: without `dopr` beside it there is none.
+
+A dotted override changes one setting and nothing else. Of a section, `section.name=NEW` keeps what
+was set to other values than the old name's defaults, and `section=NEW` starts afresh.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable
-from functools import reduce
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from flowdopr.config.idle import idle_setting
-from flowdopr.config.model import MODEL_SECTIONS
+from flowdopr.config.errors import Complaint, ConfigError, complaints
 from flowdopr.config.schema import Config
+from flowdopr.config.short import complete, expand, expand_value, renamed, steps_of
+from flowdopr.config.types import choices, field_of, sections_in
 from flowdopr.config.yaml12 import dump_yaml, parse_yaml
 
+MOST_SHOWN = 5  # complaints in one message
+ROOT = (Config,)
 
-class ConfigError(ValueError):
-    """A setting that cannot be used. The message is one line: place, value and remedy."""
 
-
-def load_config(
-    path: str | Path, overrides: Iterable[str] = (), *, resolved: bool = False
-) -> Config:
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read `path`, its bases and `overrides` (`a.b=value`, the value in YAML) into a Config.
 
-    Args:
-        resolved: the file is what `to_yaml` wrote beside a run: a setting in it that does nothing
-            was left over there, and is no error.
-
     Raises:
-        ConfigError: a file is missing or is not YAML, a key, type or range is wrong, or a setting
-            does nothing beside the others (`idle.py`).
+        ConfigError: a file is missing or is not YAML, or a key, type or range is wrong.
     """
-    layers, overrides = _read(Path(path), ()), list(overrides)
-    config = _validate(_apply(reduce(_merge, layers, {}), overrides), str(path))
-    _refuse_idle(config, [*([] if resolved else layers), _apply({}, overrides)], str(path))
-    return config
+    return _overridden(_read_merged(Path(path)), overrides, str(path))
 
 
 def load_data_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -58,20 +49,19 @@ def load_data_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         "model": {"name": "dit"},
         "train": {"steps": 1, "global_batch_size": 1},
     }
-    values = reduce(_merge, _read(Path(path), ()), {})
-    return _validate(unused | _apply(values, overrides), str(path))
+    return _overridden(unused | _read_merged(Path(path)), overrides, str(path))
 
 
 def apply_overrides(config: Config, overrides: Iterable[str], place: str = "overrides") -> Config:
-    """A copy of `config` with `overrides` (`a.b=value`) applied; errors name `place`.
+    """A copy of `config` with `overrides` (`a.b=value`) applied.
+
+    Args:
+        place: what errors name that come from no single override.
 
     Raises:
-        ConfigError: as `load_config`; of the settings that do nothing, only overrides are refused.
+        ConfigError: as `load_config`.
     """
-    overrides = list(overrides)
-    changed = _validate(_apply(to_dict(config), overrides), place)
-    _refuse_idle(changed, [_apply({}, overrides)], place)
-    return changed
+    return _overridden(to_dict(config), overrides, place)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -84,13 +74,16 @@ def to_yaml(config: Config) -> str:
     return dump_yaml(to_dict(config))
 
 
-def _refuse_idle(config: Config, layers: list[dict[str, Any]], place: str) -> None:
-    if line := idle_setting(config, layers):
-        raise ConfigError(f"{place}: {line}")
+def _read_merged(path: Path) -> dict[str, Any]:
+    """The settings of the file at `path` over those of its bases, without short forms."""
+    values: dict[str, Any] = {}
+    for layer in _read(path, ()):
+        values = complete(_merge(values, layer), ROOT)
+    return values
 
 
 def _read(path: Path, opened: tuple[Path, ...]) -> list[dict[str, Any]]:
-    """The mappings of the bases of `path`, from the lowest, and its own; `opened` led here."""
+    """The settings in the bases of `path`, from the lowest, and its own; `opened` led here."""
     path = path.resolve() if opened else path
     if path.is_dir():
         inside = [path / name for name in ("config.yaml", "study.yaml") if (path / name).is_file()]
@@ -112,6 +105,10 @@ def _read(path: Path, opened: tuple[Path, ...]) -> list[dict[str, Any]]:
             f"{path}: a config is a mapping of sections, such as 'data:' and 'model:'"
         )
     base = values.pop("base", None)
+    try:
+        values = expand(values, ROOT)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if base is None:
         return [values]
     if not isinstance(base, str):
@@ -127,105 +124,93 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            renamed = "name" in value and value["name"] != old.get("name")
-            merged[key] = value if renamed else _merge(old, value)
+            changed = "name" in value and value["name"] != old.get("name")
+            merged[key] = value if changed else _merge(old, value)
         else:
             merged[key] = value
     return merged
 
 
-def _apply(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def _apply(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     values = json.loads(json.dumps(values))  # a deep copy of plain values
     for override in overrides:
         dotted, equals, text = override.partition("=")
         if not equals or not all(dotted.split(".")):
             raise ConfigError(f"override '{override}': write section.key=value")
         try:
-            value = parse_yaml(text)
+            _set(values, dotted.split("."), parse_yaml(text))
         except ValueError as error:
             raise ConfigError(f"override '{override}': {error}") from None
-        *sections, key = dotted.split(".")
-        node = values
-        for section in sections:
-            if node.get(section) is None:
-                node[section] = {}
-            node = node[section]
-            if not isinstance(node, dict):
-                raise ConfigError(f"override '{override}': '{section}' is a value, not a section")
-        node[key] = value
-    return values
+    return complete(values, ROOT)
 
 
-def _validate(values: dict[str, Any], place: str) -> Config:
-    try:
-        # Through JSON, because pydantic's strict mode takes a list for a tuple only from there.
-        return Config.model_validate_json(json.dumps(values))
-    except ValidationError as error:
-        # Of the branches of a union, the first is the usual one: its error is the one to show.
-        lines = dict(_one_line(dict(item)) for item in reversed(error.errors()))
-        # A wrong key explains a missing one, so it comes first.
-        first, *others = sorted(lines.values(), key=lambda line: "unknown key" not in line)
-        more = f" (and {len(others)} more)" if others else ""
-        raise ConfigError(f"{place}: {first}{more}") from None
-
-
-def _one_line(error: dict[str, Any]) -> tuple[str, str]:
-    """The dotted place of a pydantic error, and the error as `section.key: what is wrong`."""
-    location, section = _place(error["loc"], error["type"])
-    dotted = ".".join(str(part) for part in location)
-    message = " ".join(str(error["msg"]).removeprefix("Value error, ").split())
-    if error["type"] == "value_error":
-        return dotted, message
-    if error["type"] == "extra_forbidden":
-        said = f"unknown key{_did_you_mean(str(location[-1]), section)}"
-    elif error["type"] == "missing":
-        said = "missing; this setting has no default"
-    elif error["type"].startswith("union_tag"):
-        dotted, said = f"{dotted}.name", f"must be one of {', '.join(MODEL_SECTIONS)}"
-    elif error["type"] in ("tuple_type", "list_type"):
-        value = error["input"]
-        remedy = f"; write [{value}]" if isinstance(value, str | int | float) else ""
-        said = f"must be a list, got {_shown(value)}{remedy}"
+def _set(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Set the setting at `keys` in the nested mapping `values`; ValueError where it cannot be."""
+    node, parent, sections, field = values, values, ROOT, None
+    for key in keys[:-1]:
+        field = field_of(sections, key)
+        sections = sections_in(field)
+        if node.get(key) is None:
+            node[key] = {}
+        parent, node = node, node[key]
+        if not isinstance(node, dict):
+            raise ValueError(f"'{key}' is a value, not a section")
+    last = keys[-1]
+    if field is not None and choices(field) and last == "name":
+        given = expand_value({"name": value}, field)
+        parent[keys[-2]] = _merge(renamed(node, field, given["name"]), given)
     else:
-        said = f"{message[0].lower()}{message[1:]}, got {_shown(error['input'])}"
-    return dotted, f"{dotted}: {said}"
+        node[last] = expand_value(value, field_of(sections, last))
+        node.update(steps_of(node[last]))
 
 
-def _place(loc: tuple[Any, ...], kind: str) -> tuple[list[Any], type[BaseModel] | None]:
-    """The keys of an error's location without pydantic's marks of a union, and the last section."""
-    kept: list[Any] = []
-    section: type[BaseModel] | None = Config
-    inside: type[BaseModel] | None = None
-    for number, part in enumerate(loc):
-        last = number == len(loc) - 1
-        if kept == ["model"] and part in MODEL_SECTIONS:
-            section = inside = MODEL_SECTIONS[part]
-        elif section is not None and part in section.model_fields:
-            kept.append(part)
-            inside = section
-            section = _section_in(section.model_fields[part].annotation)
-        elif isinstance(part, int) or (last and kind == "extra_forbidden"):
-            kept.append(part)
-            inside = section
-    return kept, inside
+def _overridden(values: dict[str, Any], overrides: Iterable[str], place: str) -> Config:
+    """The config of `values` from `place`, after `overrides`."""
+    overrides = list(overrides)
+    changed = _apply(values, overrides)
+    try:
+        return _validated(changed)
+    except ValidationError as error:
+        found = complaints(error)
+    lines_of_place = {complaint.line for complaint in _complaints(values)}
+    by_place: dict[str, list[str]] = {}
+    for complaint in found[:MOST_SHOWN]:
+        override = _override_at(complaint.place, overrides)
+        if override is None or complaint.line in lines_of_place:
+            where = place
+        else:
+            where = f"override '{override}'"
+        by_place.setdefault(where, []).append(complaint.line)
+    said = "; ".join(f"{where}: {'; '.join(lines)}" for where, lines in by_place.items())
+    more = len(found) - MOST_SHOWN
+    raise ConfigError(f"{said}; and {more} more" if more > 0 else said)
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section class inside an annotation such as `tuple[ArmConfig, ...] | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    found = (_section_in(inner) for inner in getattr(annotation, "__args__", ()))
-    return next((section for section in found if section), None)
+def _validated(values: dict[str, Any]) -> Config:
+    # Through JSON, because pydantic's strict mode takes a list for a tuple only from there.
+    return Config.model_validate_json(json.dumps(values))
 
 
-def _did_you_mean(key: str, section: type[BaseModel] | None) -> str:
-    known = list(section.model_fields) if section else []
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean '{close[0]}'?"
-    return f"; known here: {', '.join(known)}" if known else ""
+def _complaints(values: dict[str, Any]) -> list[Complaint]:
+    try:
+        _validated(values)
+    except ValidationError as error:
+        return complaints(error)
+    return []
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _override_at(place: tuple[Any, ...], overrides: Sequence[str]) -> str | None:
+    """The last override of what is at `place`: of itself, of a part of it or of all around it; else
+    of the name of its section, else of anything in that section."""
+    words = tuple(str(part) for part in place)
+    keys = [(item, tuple(item.partition("=")[0].split("."))) for item in reversed(overrides)]
+    for override, key in keys:
+        if key[: len(words)] == words or words[: len(key)] == key:
+            return override
+    for length in range(len(words) - 1, 0, -1):
+        section = words[:length]
+        inside = [(override, key) for override, key in keys if key[:length] == section]
+        named = [override for override, key in inside if key == (*section, "name")]
+        if inside:
+            return (named or [inside[0][0]])[0]
+    return None

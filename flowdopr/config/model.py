@@ -11,6 +11,7 @@ from flowdopr.config.types import Count, Fraction, Positive, Section
 
 class DiTConfig(Section):
     name: Literal["dit"]
+    """Diffusion transformer."""
     class_conditional: bool = True
     """Feed class labels to the model; false trains an unconditional one."""
     size: Literal["XXS", "XS", "T", "S", "B", "L", "XL"] = "S"
@@ -37,6 +38,7 @@ class DiTConfig(Section):
 
 class UNetConfig(Section):
     name: Literal["unet"]
+    """Convolutional U-Net with attention."""
     class_conditional: bool = True
     """Feed class labels to the model; false trains an unconditional one."""
     channels: Count = 128
@@ -57,6 +59,3 @@ class UNetConfig(Section):
     """The condition scales and shifts the norm (FiLM) instead of being added."""
     resample: Literal["conv", "pool", "resblock"] = "conv"
     """What changes the resolution; `pool` has no weights."""
-
-
-MODEL_SECTIONS: dict[str, type[Section]] = {"dit": DiTConfig, "unet": UNetConfig}

@@ -1,90 +1,172 @@
-"""Settings of the optimizers, passed on by name; an optimizer refuses those it does not use."""
+"""Settings of the optimizers: each section's fields are the optimizer's keyword arguments.
+
+What a setting means is said once, in the docstring of the optimizer's class; docs/settings.md
+quotes it. Defaults are those of the classes.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from flowdopr.config.types import Count, CountOrZero, Fraction, NotNegative, Positive, Section
+from pydantic import Field
 
-# fmt: off
-OptimizerName = Literal[
-    "sgd", "adamw", "muon", "signum", "adamuon", "rownorm", "soap", "kfac",
-    "dopr-sgd", "dopr-adamw", "dopr-muon", "dopr-signum", "dopr-adamuon", "dopr-rownorm",
-    "dopr-soap",
-]
-# fmt: on
+from flowdopr.config.types import (
+    Count,
+    CountOrZero,
+    Fraction,
+    NotNegative,
+    Positive,
+    Section,
+    names_of,
+)
+
+Betas = tuple[Fraction, Fraction]
+ALL = Literal["all"]
 
 
 class RuleConfig(Section):
     pattern: str
     """Regular expression searched in a layer's name; the first rule that matches wins."""
-    mode: Literal[
-        "auto", "none", "full", "blocks", "diagonal", "dual", "offsets", "sua", "sua-mean"
-    ] = "auto"
+    mode: Literal["auto", "none", "full", "blocks", "diagonal", "sua", "sua-mean"] = "auto"
     """Form of the layer's second moment; docs/optim.md says when to use which."""
     bias: bool | None = None
-    """Take a Linear's bias as one more input coordinate. null: as `optimizer.bias`."""
+    """Take a Linear's bias as one more input coordinate. null: as `optimizer.dopr.bias`."""
     max_side: Count | None = None
-    """Widest full matrix of `auto` and `blocks`. null: as `optimizer.max_side`."""
-    max_rows: Count | Literal["all"] | None = None
-    """Input rows a forward contributes. null: as `optimizer.max_rows`."""
+    """Widest full matrix of `auto` and `blocks`. null: as `optimizer.dopr.max_side`."""
+    max_rows: Count | ALL | None = None
+    """Input rows a forward contributes. null: as `optimizer.dopr.max_rows`."""
 
 
-class OptimizerConfig(Section):
-    name: OptimizerName = "adamw"
-    """Gradient preconditioner (GP); `dopr-` adds activation preconditioning (AP) before it."""
+class DoPrConfig(Section):
+    damping: NotNegative | tuple[Positive, Positive, Count] = 0.1
+    cov_decay: Fraction = 0.95
+    refresh_every: Count = 16
+    form: Literal["inverse", "sandwich"] = "inverse"
+    power: Positive = 1.0
+    anneal: tuple[CountOrZero, Count] | None = None
+    max_rows: Count | ALL = 2048
+    max_side: Count = 1280
+    conv_mode: Literal["auto", "full", "sua", "sua-mean"] = "auto"
+    bias: bool = False
+    rules: tuple[RuleConfig, ...] = ()
+
+
+class OptimizerSection(Section):
+    """What all optimizers have."""
+
+    name: str
     lr: Positive = 1e-4
     """Peak learning rate, after warm-up."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay (sgd: added to the gradient), on matrices and convolutions only."""
-    betas: tuple[Fraction, Fraction] | None = None
-    """Adam's two decay rates (adamw, soap, and the AdamW part of muon, adamuon and kfac)."""
-    eps: Positive | None = None
-    """Adam's epsilon."""
-    momentum: Fraction | None = None
-    """Momentum (sgd, signum, muon, adamuon, kfac)."""
-    nesterov: bool | None = None
-    """Nesterov momentum (sgd, muon, adamuon)."""
-    adjust_lr: Literal["original", "match_rms_adamw"] | None = None
-    """Muon's scale by matrix shape: Keller Jordan's, or Moonshot's that matches AdamW's updates."""
-    ns_steps: Count | None = None
-    """Newton-Schulz iterations (muon, adamuon)."""
-    ns_dtype: Literal["float32", "bfloat16"] | None = None
-    """Precision of these iterations. null: bfloat16 on CUDA, the weights' own on the CPU."""
+
+
+class WithDoPr(OptimizerSection):
+    """An optimizer that activation preconditioning can be put before."""
+
+    dopr: DoPrConfig | None = None
+    """Activation preconditioning (AP) before this optimizer: its settings, `{}` for its defaults.
+    null: none. `optimizer.name=dopr-muon` is short for `muon` with `dopr: {}`."""
+
+
+class SGDConfig(WithDoPr):
+    name: Literal["sgd"]
+    momentum: Fraction = 0.0
+    nesterov: bool = False
+
+
+class AdamWConfig(WithDoPr):
+    name: Literal["adamw"]
+    betas: Betas = (0.9, 0.999)
+    eps: Positive = 1e-8
+
+
+class SignumConfig(WithDoPr):
+    name: Literal["signum"]
+    momentum: Fraction = 0.9
+
+
+class SOAPConfig(WithDoPr):
+    name: Literal["soap"]
+    betas: Betas = (0.95, 0.95)
+    eps: Positive = 1e-8
+    precondition_frequency: Count = 10
+
+
+class RowNormConfig(WithDoPr):
+    name: Literal["rownorm"]
+    momentum: Fraction = 0.95
+    betas: Betas = (0.9, 0.95)
+    eps: Positive = 1e-8
     adamw_lr: Positive | None = None
-    """Learning rate of the AdamW part of muon, adamuon and kfac. null: `lr`."""
-    adamw_for: tuple[str, ...] | None = None
-    """Names (regular expressions) of matrices that muon, adamuon and kfac leave to AdamW."""
-    split_heads: bool | None = None
-    """Treat each head of attention's q, k and v as a matrix of its own (muon, adamuon)."""
-    precondition_frequency: Count | None = None
-    """SOAP: steps between renewals of its basis."""
-    damping: NotNegative | tuple[Positive, Positive, Count] | None = None
-    """DoPr and kfac: gamma, relative to the mean eigenvalue of a layer's input second moment; or
-    [first, last, steps], which goes geometrically from first to last."""
-    cov_decay: Fraction | None = None
-    """DoPr and kfac: EMA decay of the second moment at each refresh; 0 uses the newest alone."""
-    refresh_every: Count | None = None
-    """DoPr and kfac: steps between refreshes of the statistics and their inverses."""
-    form: Literal["inverse", "sandwich"] | None = None
-    """DoPr: G S^-1 (the paper's), or the invariant GP(G L^-T) L^-1 with S = L L^T."""
-    power: Positive | None = None
-    """DoPr: alpha of G S^-alpha; 1 is the paper's."""
-    anneal: tuple[CountOrZero, Count] | None = None
-    """DoPr: [first, last] steps between which AP fades into the bare GP."""
-    max_rows: Count | Literal["all"] | None = None
-    """DoPr: rows of inputs one forward contributes to a layer's statistics, evenly spread."""
-    max_side: Count | None = None
-    """DoPr: side of the widest second moment; wider layers are treated in blocks."""
-    max_patch: Count | None = None
-    """DoPr: widest convolution patch with a full second moment; wider ones take `sua-mean`."""
-    conv_mode: Literal["auto", "full", "offsets", "sua", "sua-mean"] | None = None
-    """DoPr: second moment of convolutions that no rule decides."""
-    bias: bool | None = None
-    """DoPr: Linear biases as one more input coordinate, which centres the inputs."""
-    unit_scale: bool | None = None
-    """DoPr: divide the second moment by its mean eigenvalue before inverting it."""
-    max_nonfinite: Count | None = None
-    """DoPr: refreshes in a row with inputs that are not finite, after which training stops."""
-    rules: tuple[RuleConfig, ...] | None = None
-    """DoPr: what differs for layers chosen by name."""
+    adamw_for: tuple[str, ...] = ()
+
+
+class AdaMuonConfig(WithDoPr):
+    name: Literal["adamuon"]
+    momentum: Fraction = 0.95
+    nesterov: bool = True
+    ns_steps: Count = 5
+    ns_dtype: Literal["float32", "bfloat16"] | None = None
+    betas: Betas = (0.9, 0.95)
+    eps: Positive = 1e-8
+    adamw_lr: Positive | None = None
+    adamw_for: tuple[str, ...] = ()
+
+
+class MuonConfig(WithDoPr):
+    name: Literal["muon"]
+    momentum: Fraction = 0.95
+    nesterov: bool = True
+    adjust_lr: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
+    ns_steps: Count = 5
+    ns_dtype: Literal["float32", "bfloat16"] | None = None
+    betas: Betas = (0.9, 0.95)
+    eps: Positive = 1e-8
+    adamw_lr: Positive | None = None
+    adamw_for: tuple[str, ...] = ()
+
+
+class KFACConfig(OptimizerSection):
+    name: Literal["kfac"]
+    momentum: Fraction = 0.9
+    damping: Positive = 0.1
+    cov_decay: Fraction = 0.95
+    refresh_every: Count = 16
+    betas: Betas = (0.9, 0.95)
+    eps: Positive = 1e-8
+    adamw_lr: Positive | None = None
+    adamw_for: tuple[str, ...] = ()
+
+
+OptimizerConfig = Annotated[
+    SGDConfig
+    | AdamWConfig
+    | MuonConfig
+    | SignumConfig
+    | AdaMuonConfig
+    | RowNormConfig
+    | SOAPConfig
+    | KFACConfig,
+    Field(discriminator="name"),
+]
+DOPR_NAMES = tuple(name for section in WithDoPr.__subclasses__() for name in names_of(section))
+
+
+def expand_dopr(values: dict[str, Any]) -> dict[str, Any]:
+    """`name: dopr-muon` as `name: muon` with `dopr: {}`, and `name: muon` alone as bare Muon.
+
+    Raises:
+        ValueError: `dopr-muon` beside `dopr: null`.
+    """
+    name = values.get("name")
+    plain = name.removeprefix("dopr-") if isinstance(name, str) else None
+    if plain not in DOPR_NAMES:
+        return values
+    if name == plain:
+        return {"dopr": None} | values
+    if values.get("dopr", {}) is None:
+        raise ValueError(
+            f"optimizer.name is {name} and optimizer.dopr is null: write name: {plain}"
+        )
+    return {"dopr": {}} | values | {"name": plain}

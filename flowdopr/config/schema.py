@@ -1,8 +1,7 @@
 """Every setting of flowdopr: its type, default, range, unit and meaning.
 
-One class a section of the YAML file. Nothing here reads files (`load.py` does) and nothing here
-imports another room. A setting that a section does not use is refused, not ignored; `idle.py`
-lists those whose use depends on others.
+One class a section of the YAML file; where a section depends on its `name` there is one class for
+each, with exactly the settings that this name uses. Nothing here reads files (`load.py` does).
 """
 
 from __future__ import annotations
@@ -11,12 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from flowdopr.config.flow import FlowConfig
 from flowdopr.config.model import DiTConfig, UNetConfig
-from flowdopr.config.optimizer import OptimizerConfig
-from flowdopr.config.types import Count, CountOrZero, Fraction, NotNegative, Positive, Section
-
-WeightsName = Annotated[str, Field(pattern=r"^(ema|raw|ema-.+|power-.+|posthoc-.+)$")]
-
+from flowdopr.config.optimizer import AdamWConfig, OptimizerConfig
+from flowdopr.config.sample import SampleConfig
+from flowdopr.config.types import Count, CountOrZero, Fraction, Positive, Section, WeightsName
 
 PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # no part of a path leads out of its folder
 
@@ -75,42 +73,6 @@ class DataConfig(Section):
         return self
 
 
-class FlowConfig(Section):
-    path: Literal["linear", "trigonometric", "variance_preserving", "cosine", "polynomial"] = (
-        "linear"
-    )
-    """Path from noise x_0 to data x_1."""
-    path_options: dict[str, float] = Field(default_factory=dict)
-    """Numbers of that path: `beta_min`, `beta_max` (variance_preserving), `offset` (cosine),
-    `power` (polynomial)."""
-    prediction: Literal["velocity", "data", "noise"] = "velocity"
-    """What the model gives; rollouts convert it to the velocity exactly."""
-    weighting: Literal["uniform", "velocity", "likelihood", "edm"] = "uniform"
-    """Weight of the squared error over time: `uniform` in the predicted quantity, `velocity` and
-    `likelihood` as in SiT, `edm` as in EDM."""
-    sigma_data: Positive = 0.5
-    """Standard deviation of the data, for the weighting `edm`."""
-    time_distribution: Literal["uniform", "logit_normal", "edm"] = "uniform"
-    """Training times: uniform, logit-normal (Stable Diffusion 3), or EDM's noise levels."""
-    time_mean: Annotated[float, Field(allow_inf_nan=False)] = 0.0
-    """Mean of the logit-normal; positive leans towards the data."""
-    time_std: Positive = 1.0
-    """Standard deviation of the logit-normal."""
-    time_shift: Positive = 1.0
-    """Resolution shift towards the noise; 1 is none."""
-    time_stratified: bool = True
-    """One time in each of B equally likely bins of the global batch, rather than independent."""
-    coupling: Literal["independent", "exact", "entropic"] = "independent"
-    """Which noise goes with which image of a micro-batch: as drawn, or by optimal transport (exact
-    by scipy, entropic by Sinkhorn), within classes where the model has them."""
-    coupling_regularisation: Positive = 0.05
-    """Entropy of `entropic`, in units of the mean squared distance."""
-    coupling_iterations: Count = 100
-    """Sinkhorn's passes over rows and columns in `entropic`."""
-    class_dropout_prob: Fraction = 0.1
-    """Chance, for each sample on its own, that a training label is replaced by the null label."""
-
-
 class TrainConfig(Section):
     steps: Count
     """Optimizer steps in all."""
@@ -164,74 +126,50 @@ class TrainConfig(Section):
         return self
 
 
-class SampleConfig(Section):
-    solver: str = "midpoint"
-    """torchdiffeq method: euler, midpoint, heun2, rk4, ... (fixed) or dopri5, ... (adaptive); or
-    an SDE solver: euler_maruyama, sde_heun."""
-    steps: Count = 50
-    """Steps of a fixed-step solver."""
-    time_grid: Literal["uniform", "edm", "shifted"] | tuple[float, ...] = "uniform"
-    """Times of a one-step solver: equal steps, EDM's rho grid, shifted, or a list from 0 to 1."""
-    grid_shift: Positive = 3.0
-    """Shift of the grid `shifted`."""
-    grid_rho: Positive = 7.0
-    """rho of the grid `edm`."""
-    atol: Positive = 1e-5
-    """Absolute tolerance of an adaptive solver."""
-    rtol: Positive = 1e-5
-    """Relative tolerance of an adaptive solver."""
-    noise_scale: NotNegative = 1.0
-    """SDE solvers: w_t = 2 noise_scale sigma_t; 1 is SiT's default, 0 is the ODE."""
-    last_step: Literal["tweedie", "mean"] = "tweedie"
-    """SDE solvers: the step to the image, without fresh noise. `tweedie`: the posterior mean.
-    `mean`: the drift's, SiT's default."""
-    last_step_size: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """SDE solvers: its length in time (SiT: 0.04). null: the last interval of the time grid."""
-    guidance_scale: NotNegative = 1.0
-    """Classifier-free guidance; 1 is off."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Times between which there is guidance."""
-    guide_run: str | None = None
-    """Autoguidance: the folder of a run, worse than this one, whose model takes the place of the
-    unconditional branch."""
-    guide_weights: WeightsName = "ema"
-    """Which weights of `guide_run`, as `evaluate.weights`."""
-    guide_step: Count | None = None
-    """Checkpoint of `guide_run`; null: its newest."""
-    batch_size: Count = 256
-    """Images rolled out together. With fixed steps it does not change what image i looks like;
-    adaptive solvers and implicit Adams choose steps for a batch: there, only up to `atol`, `rtol`.
-    """
-    num_images: Count = 64
-    """Images in a training run's sample grids."""
+class ClassifierConfig(Section):
+    name: Literal["classifier"]
+    """Feature space: a classifier trained on the data set; gives FD."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> SampleConfig:
-        low, high = self.guidance_interval
-        if not 0 <= low < high <= 1:
-            raise ValueError(
-                f"sample.guidance_interval is [{low:g}, {high:g}]: need 0 <= low < high <= 1"
-            )
-        if self.guide_run is not None and self.guidance_scale == 1:
-            raise ValueError(
-                "sample.guide_run has no effect at sample.guidance_scale 1: set another scale"
-            )
-        if self.guide_run is None and (self.guide_step, self.guide_weights) != (None, "ema"):
-            raise ValueError(
-                "sample.guide_step and sample.guide_weights choose from sample.guide_run: set it"
-            )
-        return self
+
+class InceptionConfig(Section):
+    name: Literal["inception"]
+    """Feature space: torch-fidelity's Inception network; gives FID."""
+    weights: str | None = None
+    """Path of its weights. null: downloaded at first use."""
+
+
+class BitsPerDimConfig(Section):
+    num_images: Count = 64
+    """Held-out images, by dopri5 without guidance."""
+    trace: Literal["hutchinson", "exact"] = "hutchinson"
+    """Divergence: estimated by one backward pass a call, or exact by one a pixel."""
+    atol: Positive = 1e-5
+    """Absolute tolerance of dopri5."""
+    rtol: Positive = 1e-5
+    """Relative tolerance of dopri5."""
+
+
+class ExcessConfig(Section):
+    num_images: Count = 256
+    """Training images on the path, and as many rollouts. Each model call is compared with the
+    whole training set."""
+    space: Literal["velocity", "data"] = "velocity"
+    """Space of `rollout_excess`: that of the velocity, ruled by the last times, or of
+    E[x_1 | x_t]."""
 
 
 class EvaluateConfig(Section):
-    extractor: Literal["classifier", "inception"] = "classifier"
-    """Feature space: `classifier` (trained on the data set; gives FD) or `inception` (FID)."""
-    inception_weights: str | None = None
-    """Path of torch-fidelity's Inception weights; null: downloaded at first use."""
-    metrics: tuple[Literal["fd", "kid", "isc", "prc", "bpd", "excess"], ...] = ("fd", "kid", "prc")
-    """Of the rollouts: Frechet distance, kernel distance, inception score, precision and recall.
-    Of the model: bits per dimension, and its excess error over the training set's exact velocity.
-    """
+    extractor: Annotated[ClassifierConfig | InceptionConfig, Field(discriminator="name")] = (
+        ClassifierConfig(name="classifier")
+    )
+    metrics: tuple[Literal["fd", "kid", "isc", "prc"], ...] = ("fd", "kid", "prc")
+    """Of the rollouts: Frechet distance, kernel distance, inception score, precision and recall."""
+    bpd: BitsPerDimConfig | None = None
+    """Bits per dimension of held-out images: its settings, `{}` for the defaults. null: not
+    measured."""
+    excess: ExcessConfig | None = None
+    """The model's excess error over the training set's exact velocity: its settings, `{}` for the
+    defaults. null: not measured."""
     fid_num_images: Annotated[int, Field(ge=2)] = 10_000
     """Generated images; fewer than 50,000 is a labelled proxy."""
     labels: Literal["balanced", "data"] = "balanced"
@@ -241,15 +179,6 @@ class EvaluateConfig(Section):
     `ema-0.999` or `power-0.1`, or `posthoc-LENGTH`."""
     seed: CountOrZero = 0
     """Seed of the rollouts' noise and of the one-step loss's noise and times."""
-    bpd_num_images: Count = 64
-    """Held-out images of `bpd`, by dopri5 at `sample.atol` and `sample.rtol`, without guidance."""
-    bpd_trace: Literal["hutchinson", "exact"] = "hutchinson"
-    """Divergence in `bpd`: estimated by one backward pass a call, or exact by one a pixel."""
-    excess_num_images: Count = 256
-    """Training images of `excess` on the path, and as many rollouts. Each model call is compared
-    with the whole training set."""
-    excess_space: Literal["velocity", "data"] = "velocity"
-    """Of `rollout_excess`: that of the velocity, ruled by the last times, or of E[x_1 | x_t]."""
 
 
 class ArmConfig(Section):
@@ -291,7 +220,7 @@ class Config(Section):
     data: DataConfig
     model: Annotated[DiTConfig | UNetConfig, Field(discriminator="name")]
     flow: FlowConfig = FlowConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = AdamWConfig(name="adamw")
     train: TrainConfig
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -10,11 +10,35 @@ import re
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
+
+DEEPEST = 20  # mappings and lists inside each other; the schema needs 6
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without implicit dates, octals and yes/no; refuses a key given twice."""
+    """SafeLoader without implicit dates, octals and yes/no; refuses keys given twice, tags (`!x`),
+    anchors and aliases (`&x`, `*x`) and nesting that no config has."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        tag, anchor = getattr(event, "tag", None), getattr(event, "anchor", None)
+        message = None
+        if anchor or tag:
+            what = f"an anchor or alias '{anchor}'" if anchor else f"a tag '{tag}'"
+            message = f"{what} is not taken; write the value itself, in quotes if it is text"
+        elif self.depth >= DEEPEST:
+            message = f"more than {DEEPEST} mappings and lists inside each other"
+        elif any("\ud800" <= letter <= "\udfff" for letter in getattr(event, "value", "")):
+            message = "half of a surrogate pair, which is no character"
+        if message:
+            raise ComposerError(None, None, message, event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()

@@ -1,12 +1,12 @@
 """The card that goes with every number: what was measured, of what, against what, and how.
 
 run, step, weights, checkpoint {step, sha256}, settings {...}, metrics {...}, proxy,
-sampling {solver, steps | atol, rtol, ..., nfe, num_images, labels, seed},
+sampling {solver {name, ...}, guidance, nfe, num_images, labels, seed, ...},
 extractor {name, space, weights_sha256, held_out_accuracy}, one_step {times, seed},
 reference {name, fingerprint, num_images}, uint8, versions, commit, seconds
 
 `settings` are those that decide the numbers, for telling whether a card answers a question;
-`sampling` says in words of the solver what came of them.
+`sampling` repeats those of the rollouts with what came of them.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from flowdopr.config import Config
 from flowdopr.data import UINT8_RULE, DatasetInfo
 from flowdopr.disk import write_text
 from flowdopr.evaluate.classifier import RECIPE
-from flowdopr.flow import ADAPTIVE_SOLVERS, BATCH_DEPENDENT_SOLVERS, build_sampling
+from flowdopr.flow import BATCH_DEPENDENT_SOLVERS
 from flowdopr.models.weights import weights_sha256
 from flowdopr.runs.folder import RunFolder
 from flowdopr.runs.guide import Guide
@@ -51,22 +51,12 @@ def decoder_record(dataset: DatasetInfo, config: Config) -> dict[str, Any] | Non
 
 
 def sampling_settings(config: Config) -> dict[str, Any]:
-    """What decides the rollouts: section `sample` without what this solver ignores.
-
-    Raises:
-        ValueError: a solver or times that cannot be used.
-    """
-    settings, sampling = config.sample, build_sampling(config)
+    """What decides the rollouts: section `sample` without the number of images, and without the
+    batch size where images do not depend on it."""
     ignored = {"num_images"}
-    if settings.guide_run is None:
-        ignored |= {"guide_run", "guide_weights", "guide_step"}
-    if not sampling.stochastic:
-        ignored |= {"noise_scale", "last_step", "last_step_size"}
-    if settings.solver in ADAPTIVE_SOLVERS or not isinstance(settings.time_grid, str):
-        ignored |= {"steps"}
-    if settings.solver not in BATCH_DEPENDENT_SOLVERS:
-        ignored |= {"atol", "rtol", "batch_size"}
-    return settings.model_dump(mode="json", exclude=ignored)
+    if config.sample.solver.name not in BATCH_DEPENDENT_SOLVERS:
+        ignored |= {"batch_size"}
+    return config.sample.model_dump(mode="json", exclude=ignored)
 
 
 def guide_record(guide: Guide) -> dict[str, Any]:
@@ -82,7 +72,7 @@ def card_settings(config: Config, dataset: DatasetInfo, *, processes: int = 1) -
     Args:
         processes: that share the rollouts; it matters to solvers that depend on the batch alone.
     """
-    chosen, sample = config.evaluate, config.sample
+    chosen = config.evaluate
     sampling = sampling_settings(config)
     if "batch_size" in sampling:
         sampling["processes"] = processes
@@ -90,20 +80,23 @@ def card_settings(config: Config, dataset: DatasetInfo, *, processes: int = 1) -
     conditional = config.model.class_conditional and dataset.num_classes > 0
     sampling["labels"] = chosen.labels if conditional else None
     sampling["seed"] = chosen.seed
-    inception = chosen.extractor == "inception"
-    # The likelihood's solver is adaptive whatever the rollouts' is, so the batch counts.
-    tolerances = [sample.atol, sample.rtol, sample.batch_size]
-    exact = {
-        "bpd": [chosen.bpd_num_images, chosen.bpd_trace, *tolerances],
-        "excess": [chosen.excess_num_images, chosen.excess_space],
-    }
-    return {name: exact[name] for name in exact if name in chosen.metrics} | {
+    extractor = chosen.extractor.model_dump(mode="json")
+    if chosen.extractor.name == "classifier":
+        extractor["recipe"] = RECIPE
+    settings = {
         "weights": chosen.weights,
         "sampling": sampling,
         "metrics": sorted(chosen.metrics),
-        "extractor": [chosen.extractor, chosen.inception_weights if inception else RECIPE],
+        "extractor": extractor,
         "reference": dataset.fingerprint,
     }
+    if chosen.bpd is not None:
+        # Its solver is adaptive whatever the rollouts' is, so the batch size counts.
+        batch = {"batch_size": config.sample.batch_size}
+        settings["bpd"] = chosen.bpd.model_dump(mode="json") | batch
+    if chosen.excess is not None:
+        settings["excess"] = chosen.excess.model_dump(mode="json")
+    return settings
 
 
 def answers(card: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:

@@ -51,7 +51,6 @@ def sample(
     weights: str = "ema",
     npz: bool = False,
     autoencoder: str | None = None,
-    **settings: Any,
 ) -> Path:
     """Draw `num` images into the folder `out`, which is returned and appears whole or not at all.
 
@@ -61,11 +60,10 @@ def sample(
     steps for a batch as a whole, it is the same only up to their tolerance.
 
     Args:
-        overrides: `sample.key=value`.
+        overrides: `sample.key=value`, such as `sample.solver=dopri5`.
         labels: repeated over the images; None: all classes in turn.
         weights: "ema", "raw" or any other that `RunFolder.load_weights` knows.
         autoencoder: where the autoencoder of a run on latents lies now.
-        settings: the same as `overrides` by name: solver, steps, atol, ...
 
     Raises:
         ConfigError, ValueError: `out` holds files, no such run or checkpoint, unknown labels,
@@ -74,7 +72,7 @@ def sample(
     out, state = Path(out), this_process()
     _check(num, out)
     folder = RunFolder.open(run)
-    config = _changed(folder.config, overrides, autoencoder, settings)
+    config = _changed(folder.config, overrides, autoencoder)
     decoder = decoder_record(folder.dataset, config)
     guide = load_guide(config, folder.dataset, device_of(state))
     model, step = folder.load_model(step, weights, device_of(state))
@@ -108,12 +106,7 @@ def _check(num: int, out: Path) -> None:
         raise ValueError(f"{out}: holds files already; give a new or an empty folder")
 
 
-def _changed(
-    config: Config,
-    overrides: Iterable[str],
-    autoencoder: str | None,
-    settings: Mapping[str, Any],
-) -> Config:
+def _changed(config: Config, overrides: Iterable[str], autoencoder: str | None) -> Config:
     """The run's config with what was asked for, which may touch the section `sample` alone."""
     changes = list(overrides)
     for change in changes:
@@ -122,10 +115,6 @@ def _changed(
             raise ConfigError(f"override '{change}': only sample.* can change what a run draws")
         if key == "sample.num_images":
             raise ConfigError(f"override '{change}': it is of training's grids; give --num")
-        if (name := key.removeprefix("sample.")) in settings:
-            option = name.replace("_", "-")
-            raise ConfigError(f"override '{change}': --{option} sets it too; give one of them")
-    changes += [f"sample.{key}={json.dumps(value)}" for key, value in settings.items()]
     if autoencoder is not None:
         changes.append(f"data.autoencoder={json.dumps(autoencoder)}")
     return apply_overrides(config, changes)

@@ -44,61 +44,62 @@ def check_exact(config: Config, datasets: Datasets) -> None:
     Raises:
         ConfigError: in one line, with the remedy.
     """
-    chosen, latents = config.evaluate.metrics, datasets.info.autoencoder is not None
-    if "bpd" in chosen and latents:
+    chosen, latents = config.evaluate, datasets.info.autoencoder is not None
+    if chosen.bpd is not None and latents:
         raise ConfigError(
-            "evaluate.metrics: bpd is the likelihood of 8-bit pixels, a model of latents has none; "
-            "leave it out"
+            "evaluate.bpd is the likelihood of 8-bit pixels, a model of latents has none; set "
+            "evaluate.bpd=null"
         )
-    if "excess" not in chosen:
+    if chosen.excess is None:
         return
     if latents and getattr(datasets.train, "random", False):
         raise ConfigError(
-            "evaluate.metrics: excess needs a finite training set, these latents are drawn anew "
-            "each epoch; leave it out, or encode with --kept mean and train on that"
+            "evaluate.excess needs a finite training set, these latents are drawn anew each epoch; "
+            "set evaluate.excess=null, or encode with --kept mean and train on that"
         )
-    if config.flow.coupling != "independent":
+    if config.flow.coupling.name != "independent":
         raise ConfigError(
-            f"evaluate.metrics: excess is known in closed form for flow.coupling=independent, not "
-            f"{config.flow.coupling}; leave it out"
+            "evaluate.excess is known in closed form for flow.coupling=independent, not "
+            f"{config.flow.coupling.name}; set evaluate.excess=null"
         )
     if (total := _number_of_points(config, datasets)) > LARGEST_TRAINING_SET:
         raise ConfigError(
-            f"evaluate.metrics: excess compares each call with all {total} training images, more "
-            f"than {LARGEST_TRAINING_SET}; leave it out"
+            f"evaluate.excess compares each call with all {total} training images, more than "
+            f"{LARGEST_TRAINING_SET}; set evaluate.excess=null"
         )
 
 
 def likelihood(config: Config, model: nn.Module, datasets: Datasets, device: Any) -> Measured:
     """`bpd`, a mean over held-out images, and its standard error `bpd_se` over them."""
-    chosen, held_out = config.evaluate, datasets.held_out
-    num = min(chosen.bpd_num_images, len(held_out))
+    chosen, seed = config.evaluate.bpd, config.evaluate.seed
+    assert chosen is not None
+    held_out = datasets.held_out
+    num = min(chosen.num_images, len(held_out))
     images, labels = held_out.batch(picks_between(0, len(held_out), 0, num).indices)
-    sampling = _unguided(config, solver=LIKELIHOOD_SOLVER, time_grid="uniform")
+    solver = {"solver": LIKELIHOOD_SOLVER, "atol": chosen.atol, "rtol": chosen.rtol}
+    sampling = _unguided(config, time_grid="uniform", **solver)
     with full_float32():
         bits, nfe = bits_per_dim(
             model,
             images,
             labels,
-            seed=chosen.seed,
+            seed=seed,
             batch_size=config.sample.batch_size,
-            trace=chosen.bpd_trace,
+            trace=chosen.trace,
             device=device,
             sampling=sampling,
         )
     bits = bits.double()
     error = bits.std().item() / math.sqrt(num) if num > 1 else math.nan
-    span = sampling.likelihood_arguments()
+    times = sampling.likelihood_arguments()["grid"].tolist()
     settings = {
         "num_images": num,
-        "trace": chosen.bpd_trace,
-        "times": {"start": span["start"], "end": span["end"]},
-        "solver": sampling.solver,
-        "atol": sampling.atol,
-        "rtol": sampling.rtol,
+        "trace": chosen.trace,
+        "times": {"start": times[0], "end": times[-1]},
+        **solver,
         "nfe": nfe,
         "dequantisation": "uniform",
-        "seed": chosen.seed,
+        "seed": seed,
     }
     return Measured({"bpd": bits.mean().item(), "bpd_se": error}, settings)
 
@@ -108,11 +109,13 @@ def excess(config: Config, model: nn.Module, datasets: Datasets, device: Any) ->
     `train_one_step_loss` = `excess` + `irreducible` in expectation, and `rollout_excess` where its
     own rollouts go; of the velocity it grows without bound towards t = 1, so it is read by time or
     taken in the space of the data."""
+    chosen = config.evaluate.excess
+    assert chosen is not None
     images, labels = _training_points(config, datasets)
     oracle_labels = labels if num_classes_of(model) else None
     objective, seed = build_objective(config), config.evaluate.seed
     oracle = EmpiricalVelocity(images, oracle_labels, path=objective.path).to(device)
-    num = min(config.evaluate.excess_num_images, len(images))
+    num = min(chosen.num_images, len(images))
     points = picks_between(0, len(images), 0, num).indices
     batches = [
         (images[part].to(device), labels[part].to(device)) for part in points.split(POINTS_TOGETHER)
@@ -125,7 +128,7 @@ def excess(config: Config, model: nn.Module, datasets: Datasets, device: Any) ->
             None if oracle_labels is None else labels[points],
             num_images=num,
             seed=seed,
-            space=config.evaluate.excess_space,
+            space=chosen.space,
             sampling=_unguided(config),
             device=device,
         )
@@ -142,7 +145,7 @@ def excess(config: Config, model: nn.Module, datasets: Datasets, device: Any) ->
         "num_images": num,
         "training_images": len(images),
         "mirrored_copies": config.data.horizontal_flip,
-        "rollout_space": config.evaluate.excess_space,
+        "rollout_space": chosen.space,
         "guidance_scale": 1.0,
         "seed": seed,
     }

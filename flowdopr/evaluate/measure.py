@@ -53,7 +53,6 @@ from flowdopr.runs.folder import RunFolder
 from flowdopr.runs.guide import Guide, load_guide
 
 CLAIM = 50_000  # generated images below which a Frechet distance is a proxy
-FIDELITY = ("fd", "kid", "isc", "prc")
 PLACES = ("root", "held_out_root", "download", "num_workers", "autoencoder", "source_root")
 CHANGEABLE = ("sample.", "evaluate.", *(f"data.{key}=" for key in PLACES))
 
@@ -64,9 +63,10 @@ def build_extractor(config: Config, datasets: Datasets) -> Extractor:
     Raises:
         ValueError: no classes to train a classifier on, or no Inception weights.
     """
-    if config.evaluate.extractor == "classifier":
-        return classifier_extractor(datasets)
-    return inception_extractor(config.evaluate.inception_weights)
+    extractor = config.evaluate.extractor
+    if extractor.name == "inception":
+        return inception_extractor(extractor.weights)
+    return classifier_extractor(datasets)
 
 
 def evaluate(
@@ -166,7 +166,7 @@ class Measurement:
             ImageTensor(images, self.datasets.train.labels.new_zeros(len(images))),
             self.pixels.reference,
             self.extractor,
-            [name for name in settings.metrics if name in FIDELITY],
+            settings.metrics,
             reference_fingerprint=info.fingerprint,
             device=device_of(self.state),
         )
@@ -200,13 +200,15 @@ class Measurement:
 
     def _exact(self) -> Measured:
         """Bits per dimension and excess error, where asked for."""
-        known = {"bpd": ("likelihood", likelihood), "excess": ("oracle", excess)}
         metrics, how = {}, {}
-        for name in sorted(set(known) & set(self.config.evaluate.metrics)):
-            place, measure = known[name]
-            found = measure(self.config, self.model, self.datasets, device_of(self.state))
-            metrics |= found.metrics
-            how[place] = found.settings
+        for place, wanted, measure in (
+            ("likelihood", self.config.evaluate.bpd, likelihood),
+            ("oracle", self.config.evaluate.excess, excess),
+        ):
+            if wanted is not None:
+                found = measure(self.config, self.model, self.datasets, device_of(self.state))
+                metrics |= found.metrics
+                how[place] = found.settings
         return Measured(metrics, how)
 
     def _label_accuracy(self, images: Tensor, labels: Tensor) -> dict[str, float]:

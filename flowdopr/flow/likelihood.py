@@ -26,7 +26,7 @@ out alpha_s E[x_1], at most alpha_s^2 / 2 = 5e-5 nats a number.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -82,30 +82,28 @@ def hutchinson_divergence(probes: Tensor) -> Divergence:
 def log_likelihood(
     velocity: Velocity,
     x_1: Tensor,
+    grid: Tensor,
     *,
     probes: Tensor | None = None,
     solver: str = "dopri5",
-    steps: int = 50,
-    time_grid: str | Sequence[float] = "uniform",
     atol: float = 1e-5,
     rtol: float = 1e-5,
-    start: float = 0.0,
-    end: float = 1.0,
     path: Path | None = None,
 ) -> LogLikelihood:
     """Equation (9) for data `x_1` (B, ...).
 
-    >>> velocity = lambda x, t: 0 * x
-    >>> log_prob, x_0, nfe = log_likelihood(velocity, torch.zeros(2, 3), solver="euler", steps=1)
+    >>> velocity, grid = lambda x, t: 0 * x, torch.tensor([0.0, 1.0])
+    >>> log_prob, x_0, nfe = log_likelihood(velocity, torch.zeros(2, 3), grid, solver="euler")
     >>> [round(value, 3) for value in log_prob.tolist()]  # -3 log(2 pi) / 2
     [-2.757, -2.757]
 
     Args:
         velocity: v(x, t), differentiable in x; images must not influence each other.
+        grid: times as in `solve`, between the noise (0) and the data (1) in either order; narrower
+            where a prediction or a path is singular.
         probes: (B, ...) random signs, fixed along the rollout, for Hutchinson's estimate; without
             them the trace is exact, at D backward passes a call.
-        solver, steps, time_grid, atol, rtol: as in `solve`.
-        start, end: span of time, narrower where a prediction or a path is singular.
+        solver, atol, rtol: as in `solve`.
         path: of the velocity, by default linear: it says what the ends of a narrower span are.
 
     Raises:
@@ -116,17 +114,15 @@ def log_likelihood(
     counter = counted(velocity)
     before = calls_of(counter)
 
-    alpha, sigma = _scales(path or LinearPath(), start, end)
+    backwards = grid if grid[0] > grid[-1] else grid.flip(0)
+    alpha, sigma = _scales(path or LinearPath(), backwards)
     state = torch.cat([alpha * x_1.flatten(1), x_1.new_zeros(len(x_1), 1)], 1)
     with torch.no_grad():
         state, _ = solve(
             _augmented(counter, divergence, shape),
             state,
+            backwards,
             solver=solver,
-            steps=steps,
-            time_grid=time_grid,
-            start=end,
-            end=start,
             atol=atol,
             rtol=rtol,
         )
@@ -150,10 +146,10 @@ def _augmented(velocity: Velocity, divergence: Divergence, shape: torch.Size) ->
     return derivative
 
 
-def _scales(path: Path, start: float, end: float) -> tuple[float, float]:
-    """alpha_end and sigma_start."""
-    c = path(torch.tensor([start, end], dtype=torch.float64))
-    return c.alpha[1].item(), c.sigma[0].item()
+def _scales(path: Path, backwards: Tensor) -> tuple[float, float]:
+    """alpha at the first of these times, that of the data, and sigma at the last."""
+    c = path(backwards[[0, -1]].double())
+    return c.alpha[0].item(), c.sigma[1].item()
 
 
 def bits_per_dim(

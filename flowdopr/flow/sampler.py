@@ -72,13 +72,21 @@ class Sampling:
         if self.stochastic:
             check_sde(self.solver, self.path, self.noise_scale, self.coupling, self.last_step)
             self._check_last_step()
+            self.grid()
         else:
-            check_solver(self.solver, self.time_grid)
-        self.grid()
+            self._check_times()
 
     @property
     def stochastic(self) -> bool:
         return self.solver in SDE_SOLVERS
+
+    def _check_times(self) -> None:
+        if self.solver in ADAPTIVE_SOLVERS and self.time_grid != "uniform":
+            raise ValueError(
+                f"solver={self.solver!r} chooses its own times: set time_grid to uniform, and "
+                "atol, rtol"
+            )
+        check_solver(self.solver, self.grid())
 
     def _check_last_step(self) -> None:
         size = self.last_step_size
@@ -86,12 +94,12 @@ class Sampling:
             return
         if not isinstance(self.time_grid, str):
             raise ValueError(
-                f"sample.last_step_size={size}: the list of sample.time_grid says it, leave it out"
+                f"last_step_size={size}: the list of times says it already, leave it out"
             )
         if not 0 < size < 1 or self.steps < 2:
             raise ValueError(
-                f"sample.last_step_size={size}, sample.steps={self.steps}: need a size between 0 "
-                "and 1, and 2 steps or more"
+                f"last_step_size={size}, steps={self.steps}: need a size between 0 and 1, and 2 "
+                "steps or more"
             )
 
     def grid(self, level: float = ROLLOUT_LEVEL) -> Tensor:
@@ -116,22 +124,18 @@ class Sampling:
         times = time_grid(self.time_grid).tolist()
         if times[0] != 0:
             raise ValueError(
-                f"sample.time_grid={list(self.time_grid)}: rollouts start from noise, so the first "
-                "time must be 0"
+                f"times {list(self.time_grid)}: rollouts start from noise, so the first must be 0"
             )
         inner = [t for t in times if start < t < end]
         return time_grid([start, *inner, *([end] if times[-1] >= end else [])])
 
     def ode_arguments(self, level: float = ROLLOUT_LEVEL) -> dict[str, Any]:
-        """Keyword arguments for `solve`."""
-        times = self.grid(level).tolist()
-        arguments = {name: getattr(self, name) for name in ("solver", "steps", "atol", "rtol")}
-        # Adaptive and multistep solvers want to be told that the grid is uniform.
-        grid = "uniform" if self.time_grid == "uniform" else times
-        return arguments | {"time_grid": grid, "start": times[0], "end": times[-1]}
+        """Arguments of `solve` by name."""
+        settings = {name: getattr(self, name) for name in ("solver", "atol", "rtol")}
+        return settings | {"grid": self.grid(level)}
 
     def likelihood_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for `log_likelihood`: an adaptive solver can go nearer to the end."""
+        """Arguments of `log_likelihood` by name: an adaptive solver can go nearer to the end."""
         level = SAFE_LEVEL if self.solver in ADAPTIVE_SOLVERS else ROLLOUT_LEVEL
         return self.ode_arguments(level) | {"path": self.path}
 

@@ -4,14 +4,12 @@ A velocity is any function v(x, t) of a state (B, ...) and a scalar time. If it 
 `calls` (see guidance.py) this counts model calls; otherwise each evaluation is one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
-
-from flowdopr.flow.time import time_grid as make_time_grid
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -23,6 +21,7 @@ ODE_SOLVERS = (*CALLS_A_STEP, *MULTISTEP_SOLVERS, *ADAPTIVE_SOLVERS)
 # corrector iterations (implicit Adams) are chosen for the batch as a whole.
 BATCH_DEPENDENT_SOLVERS = (*ADAPTIVE_SOLVERS, "implicit_adams", "fixed_adams")
 
+ROUNDING = 1e-6  # by which the float32 times of a uniform grid may miss equal steps
 MAX_ADAPTIVE_STEPS = 10_000  # beyond this the tolerance is below the precision of the state
 SCIPY_STAGES = 6  # calls a step of scipy's RK45, whose steps have no limit of their own
 SOLVER_FAILURES = ("underflow in dt", "non-finite values", "max_num_steps exceeded")
@@ -47,38 +46,36 @@ class CountCalls:
         return self.velocity(x, t)
 
 
-def check_solver(solver: str, time_grid: str | Sequence[float] | Tensor = "uniform") -> None:
-    """Refuse an unknown solver, or a time grid the solver cannot follow.
+def check_solver(solver: str, grid: Tensor) -> None:
+    """Refuse an unknown solver, or times that a solver cannot follow.
 
     Raises:
         ValueError: in one line, with the remedy.
     """
     if solver not in ODE_SOLVERS:
         raise ValueError(f"solver={solver!r}: choose one of {', '.join(ODE_SOLVERS)}")
-    uniform = isinstance(time_grid, str) and time_grid == "uniform"
-    if solver in ADAPTIVE_SOLVERS and not uniform:
-        raise ValueError(
-            f"solver={solver!r} chooses its own times: set time_grid to uniform, and atol, rtol"
-        )
-    if solver in MULTISTEP_SOLVERS and not uniform:
-        raise ValueError(f"solver={solver!r} needs equal steps: set time_grid to uniform")
+    steps = grid.diff()
+    if grid.ndim != 1 or len(grid) < 2 or not (bool((steps > 0).all()) or bool((steps < 0).all())):
+        raise ValueError(f"grid {grid.tolist()}: need two or more increasing or decreasing times")
+    if solver in MULTISTEP_SOLVERS:
+        equal = torch.linspace(float(grid[0]), float(grid[-1]), len(grid), dtype=torch.float64)
+        if (grid.cpu().double() - equal).abs().max() > ROUNDING:
+            raise ValueError(f"solver={solver!r} needs equal steps: give it a uniform grid")
 
 
 def solve(
     velocity: Velocity,
     x_0: Tensor,
+    grid: Tensor,
     *,
     solver: str = "midpoint",
-    steps: int = 50,
-    time_grid: str | Sequence[float] = "uniform",
-    start: float = 0.0,
-    end: float = 1.0,
     atol: float = 1e-5,
     rtol: float = 1e-5,
 ) -> Rollout:
-    """Integrate `velocity` from `x_0` at `start` to `end` (which may be earlier: data to noise).
+    """Integrate `velocity` from `x_0` at the first of the times `grid` to the last.
 
-    >>> x_1, nfe = solve(lambda x, t: -x, torch.ones(2, 3), solver="rk4", steps=10)
+    >>> from flowdopr.flow import time_grid
+    >>> x_1, nfe = solve(lambda x, t: -x, torch.ones(2, 3), time_grid("uniform", 10), solver="rk4")
     >>> nfe
     40
 
@@ -87,21 +84,18 @@ def solve(
 
     Args:
         x_0: states (B, ...); half precision is integrated in float32.
+        grid: increasing or decreasing times (N + 1,): the N steps of a fixed-step solver. Adaptive
+            solvers use its ends alone; multistep solvers need equal steps.
         solver: any method of torchdiffeq by its own name, see ODE_SOLVERS.
-        steps: equal or gridded intervals of a fixed-step solver; adaptive ones ignore it.
-        time_grid: "uniform", "edm", "shifted" or increasing times: see `flow.time.time_grid`.
         atol, rtol: tolerances of adaptive solvers and of implicit Adams.
 
     Raises:
         ValueError: for an unknown solver, a grid that it cannot follow, or an adaptive solver that
             cannot reach its tolerances.
     """
-    check_solver(solver, time_grid)
-    low, high = min(start, end), max(start, end)
-    grid = make_time_grid(time_grid, steps, start=low, end=high)
+    check_solver(solver, grid)
     x_0 = x_0.to(torch.promote_types(x_0.dtype, torch.float32))
-    grid = grid.to(x_0)
-    grid = grid.flip(0) if end < start else grid
+    low, high = float(grid.min()), float(grid.max())
     counter = counted(velocity)
     before = calls_of(counter)
 
@@ -109,7 +103,7 @@ def solve(
         # A first trial step of an adaptive solver may reach beyond the span; models know only it.
         return counter(x, t.clamp(low, high))
 
-    x = _integrate(derivative, x_0, grid, solver, atol, rtol)
+    x = _integrate(derivative, x_0, grid.to(x_0), solver, atol, rtol)
     return Rollout(x, calls_of(counter) - before)
 
 

@@ -1,13 +1,13 @@
 """Optimizers by name, for a model: the one literal dict of the family.
 
-    build_optimizer(model, "dopr-muon", 1e-3, weight_decay=0.01, damping=0.1)
+    build_optimizer(model, "muon", 1e-3, weight_decay=0.01, dopr={"damping": 0.1})
 
-An option left at None is not given: the optimizer's own default holds. An option that the named
-optimizer does not use is refused, never ignored.
+An option that the named optimizer does not use is refused, never ignored.
 """
 
 import difflib
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,12 @@ def sgd(
     momentum: float = 0.0,
     nesterov: bool = False,
 ) -> torch.optim.SGD:
-    """torch's SGD; its weight decay is added to the gradient and so passes through the momentum."""
+    """torch's SGD; its weight decay is added to the gradient and so passes through the momentum.
+
+    Args:
+        momentum: decay rate of the momentum buffer; 0 is plain gradient descent.
+        nesterov: whether the momentum is Nesterov's.
+    """
     groups = parameter_groups(model, "sgd", weight_decay=weight_decay)
     return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=nesterov)
 
@@ -44,7 +49,12 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> torch.optim.AdamW:
-    """torch's AdamW, fused where it can be, weight decay for matrices and convolutions only."""
+    """torch's AdamW, fused where it can be, weight decay for matrices and convolutions only.
+
+    Args:
+        betas: decay rates of the averages of the gradient and of its square.
+        eps: added to the square root in the denominator.
+    """
     groups = parameter_groups(model, "adamw", weight_decay=weight_decay)
     fused = _can_fuse([parameter for group in groups for parameter in group["params"]])
     optimizer = torch.optim.AdamW(groups, lr, betas=betas, eps=eps, fused=fused or None)
@@ -78,7 +88,11 @@ def _lay_out_state(optimizer: torch.optim.Optimizer) -> None:
 def signum(
     model: nn.Module, lr: float, *, weight_decay: float = 0.0, momentum: float = 0.9
 ) -> Signum:
-    """Signum for every parameter, weight decay for matrices and convolutions only."""
+    """Signum for every parameter, weight decay for matrices and convolutions only.
+
+    Args:
+        momentum: decay rate of the momentum buffer; 0 gives signSGD.
+    """
     groups = parameter_groups(model, "signum", weight_decay=weight_decay)
     return Signum(groups, lr, momentum=momentum)
 
@@ -94,7 +108,13 @@ def soap(
 ) -> torch.optim.Optimizer:
     """SOAP (Vyas et al., arXiv 2409.11321) as the library pytorch-optimizer has it: Adam in the
     eigenbasis of Shampoo's factors, renewed every `precondition_frequency` steps. Its first step
-    only gathers the factors."""
+    only gathers the factors.
+
+    Args:
+        betas: decay rates of Adam's first average, and of its second and of the factors.
+        eps: of Adam's denominator.
+        precondition_frequency: steps between renewals of the eigenbasis.
+    """
     try:
         from pytorch_optimizer import SOAP
     except ImportError as error:
@@ -118,44 +138,39 @@ OPTIMIZERS = {
     "soap": soap,
     "kfac": KFAC,
 }
-OPTIMIZER_NAMES = (*OPTIMIZERS, *(f"dopr-{name}" for name in OPTIMIZERS if name != "kfac"))
+OPTIMIZER_NAMES = tuple(OPTIMIZERS)
 
 
 def build_optimizer(
-    model: nn.Module, name: str, lr: float, **options: Any
+    model: nn.Module, name: str, lr: float, *, dopr: Mapping[str, Any] | None = None, **options: Any
 ) -> torch.optim.Optimizer:
     """The optimizer called `name` on all trainable parameters of `model`.
 
     Args:
-        name: a key of `OPTIMIZERS`, alone or after "dopr-", which wraps it in `DoPr`.
+        name: a key of `OPTIMIZERS`.
         lr: learning rate.
-        options: keyword arguments of that optimizer (weight_decay, betas, eps, momentum, ...) and,
-            with "dopr-", of `DoPr` (damping, cov_decay, refresh_every, ...); None means not given.
-            `rules` may be `LayerRule`s or dicts of their fields.
+        dopr: keyword arguments of `DoPr`, which then wraps the optimizer: `{}` for its defaults.
+            `rules` may be `LayerRule`s or dicts of their fields. None: no `DoPr`.
+        options: keyword arguments of the optimizer (weight_decay, betas, eps, momentum, ...).
 
     Raises:
-        ValueError: an unknown name, an option that this optimizer does not use, or a value that
-            it refuses.
+        ValueError: an unknown name, an option that this optimizer or DoPr does not use, or a value
+            that it refuses.
     """
-    if name not in OPTIMIZER_NAMES:
-        near = difflib.get_close_matches(name, OPTIMIZER_NAMES, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"one of {', '.join(OPTIMIZER_NAMES)}"
+    if name not in OPTIMIZERS:
+        near = difflib.get_close_matches(name, OPTIMIZERS, n=1, cutoff=0.7)
+        hint = f"did you mean '{near[0]}'?" if near else f"one of {', '.join(OPTIMIZERS)}"
         raise ValueError(f"optimizer '{name}' is not known: {hint}")
-    wrapped = name.startswith("dopr-")
-    recipe = OPTIMIZERS[name.removeprefix("dopr-")]
-    given = {key: value for key, value in options.items() if value is not None}
-    gp_names = _option_names(recipe)
-    ap_names = _option_names(DoPr) if wrapped else []
-    for key in given:
-        if key not in gp_names and key not in ap_names:
-            uses = ", ".join(sorted([*gp_names, *ap_names]))
-            raise ValueError(f"optimizer '{name}' does not use '{key}': it uses {uses}")
-    optimizer = recipe(model, lr, **{k: v for k, v in given.items() if k in gp_names})
-    if not wrapped:
-        return optimizer
-    return DoPr(optimizer, model, **{k: v for k, v in given.items() if k in ap_names})
+    recipe = OPTIMIZERS[name]
+    _check_options(f"optimizer '{name}'", recipe, options)
+    _check_options("DoPr", DoPr, dopr or {})
+    optimizer = recipe(model, lr, **options)
+    return optimizer if dopr is None else DoPr(optimizer, model, **dopr)
 
 
-def _option_names(function: Any) -> list[str]:
+def _check_options(who: str, function: Any, options: Mapping[str, Any]) -> None:
     parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    uses = sorted(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    for key in options:
+        if key not in uses:
+            raise ValueError(f"{who} does not use '{key}': it uses {', '.join(uses)}")

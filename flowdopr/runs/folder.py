@@ -68,8 +68,7 @@ class RunFolder:
             if not (path / name).is_file():
                 raise ConfigError(f"{path}: not a run folder: it has no {name}")
         info = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
-        config = load_config(path / "config.yaml", resolved=True)
-        return cls(path, config, DatasetInfo.from_dict(info))
+        return cls(path, load_config(path / "config.yaml"), DatasetInfo.from_dict(info))
 
     @classmethod
     def create(

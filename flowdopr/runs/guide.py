@@ -1,7 +1,7 @@
-"""The guide model of autoguidance, from another run (Karras et al. 2024, arXiv 2406.02507).
+"""The model of a second run, for autoguidance (Karras et al. 2024, arXiv 2406.02507).
 
-A guide is a worse version of the model, smaller or less trained. It takes the place of the
-unconditional branch of guidance, so it must be trained on the same images and the same path.
+A guide is a worse version of the model: smaller, or trained less. It stands in place of the
+unconditional branch of guidance, so it must see the same images on the same path.
 """
 
 from __future__ import annotations
@@ -15,74 +15,70 @@ from flowdopr.config import Config, ConfigError
 from flowdopr.data import DatasetInfo
 from flowdopr.runs.folder import RunFolder
 
-SAME_FLOW = ("path", "path_options", "prediction")
+SAME_FLOW = ("path", "prediction")
 
 
 class Guide(NamedTuple):
-    """`model` in evaluation mode, and its `origin`: run, step and weights. Both None: no guide."""
+    """`model` in evaluation mode, and which one it is: run, step, weights."""
 
     model: nn.Module | None
     origin: dict[str, Any] | None
 
 
 def load_guide(config: Config, dataset: DatasetInfo, device: torch.device | str = "cpu") -> Guide:
-    """The guide that `config.sample` names, on `device`; Guide(None, None) if it names none.
+    """The guide that `config.sample.guidance` names for a model of `dataset`, if any.
 
-    A class-conditional model may have an unconditional guide.
-
-    Args:
-        dataset: what the guided model was trained on.
+    It may be unconditional though the model is not.
 
     Raises:
-        ConfigError: no such run, checkpoint or weights; a guide of another image shape, path,
-            prediction, autoencoder or number of classes; or, without a guide, classifier-free
-            guidance of a model whose unconditional branch was not trained.
+        ConfigError: no such run, checkpoint or weights, or a run of images, classes, a path or a
+            prediction that do not fit; or guidance without a guide, and the model has no trained
+            unconditional branch.
     """
-    chosen = config.sample
-    if chosen.guide_run is None:
-        _check_unguided(config, dataset)
+    guidance = config.sample.guidance
+    if guidance is None:
         return Guide(None, None)
-    run = RunFolder.open(chosen.guide_run)
+    if guidance.guide is None:
+        _check_own_branch(guidance.scale, config, dataset)
+        return Guide(None, None)
+    chosen = guidance.guide
+    run = RunFolder.open(chosen.run)
     _check_fits(run, config, dataset)
-    model, step = run.load_model(chosen.guide_step, chosen.guide_weights, device)
-    origin = {"run": run.config.name, "step": step, "weights": chosen.guide_weights}
-    return Guide(model, origin)
+    model, step = run.load_model(chosen.step, chosen.weights, device)
+    return Guide(model, {"run": run.config.name, "step": step, "weights": chosen.weights})
 
 
-def _check_unguided(config: Config, dataset: DatasetInfo) -> None:
+def _check_own_branch(scale: float, config: Config, dataset: DatasetInfo) -> None:
     """Check that a model that is guided without a guide has learned its null label."""
-    scale, dropout = config.sample.guidance_scale, config.flow.class_dropout_prob
-    if scale == 1:
-        return
     if not _classes(config, dataset):
         raise ConfigError(
-            f"sample.guidance_scale={scale:g} needs a class-conditional model: set it to 1, or "
-            "train on data with classes and model.class_conditional=true"
+            f"sample.guidance.scale={scale:g} needs a class-conditional model: set "
+            "sample.guidance=null, or train on data with classes and model.class_conditional=true"
         )
-    if dropout == 0:
+    if config.flow.class_dropout_prob == 0:
         raise ConfigError(
-            f"sample.guidance_scale={scale:g} needs an unconditional branch, which "
-            "flow.class_dropout_prob=0 leaves untrained: train with 0.1, set the scale to 1, or "
-            "give sample.guide_run"
+            f"sample.guidance.scale={scale:g} needs an unconditional branch, which "
+            "flow.class_dropout_prob=0 leaves untrained: train with 0.1, set sample.guidance=null, "
+            "or give sample.guidance.guide.run"
         )
 
 
 def _check_fits(run: RunFolder, config: Config, dataset: DatasetInfo) -> None:
-    """Check that the guide's output can be combined with the model's."""
-    place = f"sample.guide_run={config.sample.guide_run}"
+    place = f"sample.guidance.guide.run={run.path}"
     pairs: dict[str, tuple[Any, ...]] = {"image shape": _shapes(run.dataset, dataset)}
-    guide_classes = _classes(run.config, run.dataset)
-    if guide_classes:
-        pairs["number of classes"] = (guide_classes, _classes(config, dataset))
+    classes, guides = _classes(config, dataset), _classes(run.config, run.dataset)
+    if guides:
+        pairs["number of classes"] = (guides, classes)
+    flows = [found.flow.model_dump(mode="json") for found in (run.config, config)]
     for key in SAME_FLOW:
-        pairs[f"flow.{key}"] = (getattr(run.config.flow, key), getattr(config.flow, key))
+        pairs[f"flow.{key}"] = (flows[0][key], flows[1][key])
     decoders = ((found.autoencoder or {}) for found in (run.dataset, dataset))
     guide_sha, own_sha = (decoder.get("weights_sha256") for decoder in decoders)
     pairs["autoencoder"] = (guide_sha, own_sha)
-    for name, (guides, own) in pairs.items():
-        if guides != own:
+    for name, (theirs, ours) in pairs.items():
+        if theirs != ours:
             raise ConfigError(
-                f"{place}: its {name} is {guides}, this run's is {own}; give a run that fits"
+                f"{place}: its {name} is {theirs}, this run's is {ours}; give a run that fits"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -87,18 +88,23 @@ def build_components(
     model = build_model(config, dataset.image_shape, dataset.num_classes)
     decode = load_decoder(dataset.autoencoder, device)
     guide = load_guide(config, dataset, device)
-    settings = config.optimizer.model_dump()
-    if settings["ns_dtype"] is not None:
-        settings["ns_dtype"] = getattr(torch, settings["ns_dtype"])
     return Components(
         model=model,
-        optimizer=build_optimizer(model, **settings),
+        optimizer=build_optimizer(model, **optimizer_arguments(config)),
         objective=objective,
         averages=averages,
         sampling=sampling,
         guide_model=guide.model,
         decode=decode,
     )
+
+
+def optimizer_arguments(config: Config) -> dict[str, Any]:
+    """Section `optimizer` as keyword arguments of `build_optimizer`."""
+    settings = config.optimizer.model_dump()
+    if settings.get("ns_dtype") is not None:
+        settings["ns_dtype"] = getattr(torch, settings["ns_dtype"])
+    return settings
 
 
 def make_accelerator(config: Config) -> Accelerator:

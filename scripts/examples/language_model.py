@@ -96,15 +96,15 @@ def unknown_words(texts: list[str], vocabulary: set[str]) -> float:
     return sum(word not in vocabulary for word in words) / max(1, len(words))
 
 
-def train(name: str, lr: float, seed: int, steps: int, text: str) -> dict[str, float]:
+def train(gp: str, dopr: bool, lr: float, seed: int, steps: int, text: str) -> dict[str, float]:
     """One run: its held-out one-step loss and its rollout."""
     torch.manual_seed(seed)
     data = torch.tensor([LETTERS.index(letter) for letter in text])
     training, held_out = data[: int(0.9 * len(data))], data[int(0.9 * len(data)) :]
     model = CharacterModel()
     # a short run changes its layer inputs fast: statistics of the last refreshes serve best
-    options = {"cov_decay": 0.5} if name.startswith("dopr-") else {}
-    optimizer = build_optimizer(model, name, lr, weight_decay=0.01, **options)
+    ap = {"cov_decay": 0.5} if dopr else None
+    optimizer = build_optimizer(model, gp, lr, weight_decay=0.01, dopr=ap)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
@@ -131,12 +131,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     options = parser.parse_args()
     text = load_text()
-    for name in (options.gp, f"dopr-{options.gp}"):
+    for dopr in (False, True):
         tried = []
         for lr in options.lrs:
-            runs = [train(name, lr, seed, options.steps, text) for seed in range(options.seeds)]
+            runs = [
+                train(options.gp, dopr, lr, seed, options.steps, text)
+                for seed in range(options.seeds)
+            ]
             tried.append((statistics.mean(run["unknown words"] for run in runs), lr, runs))
         _, lr, runs = min(tried, key=lambda entry: entry[:2])
+        name = f"dopr-{options.gp}" if dopr else options.gp
         print(f"{name}, lr {lr:g} of {len(tried)}, {len(runs)} seeds")
         for measure in runs[0]:
             values = [run[measure] for run in runs]

@@ -120,14 +120,14 @@ def flight_error(policy: Policy, paths: Tensor) -> float:
     return torch.stack(distances).mean().item()
 
 
-def train(name: str, lr: float, seed: int, steps: int, flights: int) -> dict[str, float]:
+def train(gp: str, dopr: bool, lr: float, seed: int, steps: int, flights: int) -> dict[str, float]:
     """One run on `flights` flights of the expert."""
     torch.manual_seed(seed)
     data = record(make_paths(flights, 100 + seed), seed)
     policy = Policy(*data)
     # a short run changes its layer inputs fast: statistics of the last refreshes serve best
-    options = {"cov_decay": 0.5} if name.startswith("dopr-") else {}
-    optimizer = build_optimizer(policy, name, lr, weight_decay=1e-4, **options)
+    ap = {"cov_decay": 0.5} if dopr else None
+    optimizer = build_optimizer(policy, gp, lr, weight_decay=1e-4, dopr=ap)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for _ in range(steps):
         batch = torch.randint(len(data[0]), (BATCH,))
@@ -153,13 +153,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--flights", type=int, default=16, help="of the expert, to learn from")
     options = parser.parse_args()
-    for name in (options.gp, f"dopr-{options.gp}"):
+    for dopr in (False, True):
         tried = []
         for lr in options.lrs:
             settings = (options.steps, options.flights)
-            runs = [train(name, lr, seed, *settings) for seed in range(options.seeds)]
+            runs = [train(options.gp, dopr, lr, seed, *settings) for seed in range(options.seeds)]
             tried.append((statistics.mean(run["validation flight"] for run in runs), lr, runs))
         _, lr, runs = min(tried, key=lambda entry: entry[:2])
+        name = f"dopr-{options.gp}" if dopr else options.gp
         print(f"{name}, lr {lr:g} of {len(tried)}, {len(runs)} seeds")
         for measure in runs[0]:
             values = [run[measure] for run in runs]

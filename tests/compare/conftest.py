@@ -18,7 +18,7 @@ train:
   log_every: 2
   checkpoint_every: 4
   ema_decays: [0.9]
-sample: {{solver: euler, steps: 2, num_images: 16}}
+sample: {{solver: {{name: euler, steps: 2}}, num_images: 16}}
 evaluate: {{metrics: [fd], fid_num_images: 40}}
 compare:
   seeds: [0, 1]

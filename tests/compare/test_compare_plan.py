@@ -3,7 +3,7 @@
 import pytest
 
 from flowdopr.compare.plan import expand
-from flowdopr.config import ConfigError, apply_overrides
+from flowdopr.config import ConfigError, DoPrConfig, apply_overrides
 
 
 def arms(config, text):
@@ -19,7 +19,8 @@ def test_every_arm_rate_and_seed_once(study):
 
 def test_a_run_is_a_config_of_its_own(study):
     plan = next(plan for plan in expand(study) if plan.name == "DoPr-AdamW-lr0.001-s1")
-    assert plan.config.optimizer.name == "dopr-adamw"
+    assert plan.config.optimizer.name == "adamw"
+    assert plan.config.optimizer.dopr == DoPrConfig()
     assert (plan.config.optimizer.lr, plan.config.seed) == (1e-3, 1)
     assert plan.config.compare is None
     assert plan.path.parent.name == "tiny"
@@ -38,7 +39,7 @@ def test_an_override_takes_mappings_and_lists(study):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ("optimizer.nam: sgd", ["'a'", "optimizer.nam", "'name'"]),
+        ("optimizer.weight_deca: 1", ["'a'", "optimizer.weight_deca", "'weight_decay'"]),
         ("optimizer.name: adam", ["'a'", "optimizer.name"]),
         ("train.steps: -1", ["'a'", "train.steps"]),
         ("optimizer.lr: 1e-3", ["'a'", "optimizer.lr", "lrs"]),
@@ -66,9 +67,9 @@ def test_a_study_needs_a_rollout_metric(study):
         expand(apply_overrides(study, ["evaluate.metrics=[kid]"]))
 
 
-@pytest.mark.parametrize("times", ["solver: dopri5", "time_grid: [0.0, 0.4, 1.0]"])
+@pytest.mark.parametrize("times", ["dopri5", "{name: euler, grid: [0.0, 0.4, 1.0]}"])
 def test_numbers_of_steps_need_a_solver_that_heeds_them(study, times):
-    changed = arms(study, f"[{{name: a, lrs: [1e-3], set: {{sample.{times}}}}}]")
+    changed = arms(study, f"[{{name: a, lrs: [1e-3], set: {{sample.solver: {times}}}}}]")
     with pytest.raises(ConfigError, match=r"^compare\.nfe_steps: in arm 'a' sample\.solver="):
         expand(changed)
     assert expand(apply_overrides(changed, ["compare.nfe_steps=[]"]))

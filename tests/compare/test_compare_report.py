@@ -36,10 +36,9 @@ def card(plan, step, fd, config):
         "settings": json.loads(json.dumps(card_settings(config, DIGITS))),
         "metrics": {"one_step_loss": 0.5 + fd / 100, "fd": fd, "label_accuracy": 0.9},
         "sampling": {
-            "solver": "euler",
-            "steps": config.sample.steps,
-            "nfe": config.sample.steps,
-            "guidance_scale": 1.0,
+            "solver": config.sample.solver.model_dump(mode="json"),
+            "nfe": config.sample.solver.steps,
+            "guidance": None,
             "num_images": 40,
             "labels": "balanced",
             "seed": 0,
@@ -68,7 +67,7 @@ def make_run(plan, fd):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(run.path / "samples" / "step-00000008.png")
     for number, request in enumerate(wanted_cards(plan).all()):
         config = apply_overrides(plan.config, request.overrides)
-        scale = (8 / request.step) * (2 / config.sample.steps)
+        scale = (8 / request.step) * (2 / config.sample.solver.steps)
         text = json.dumps(card(plan, request.step, fd * scale, config))
         (run.path / "evaluation" / f"card-{number}.json").write_text(text)
 
@@ -86,8 +85,8 @@ def test_numbers_of_the_table(finished, capsys):
     assert str(folder / "report.html") in printed
     assert "DoPr-AdamW came closest" in printed
     plain, dopr = csv.DictReader(io.StringIO((folder / "table.csv").read_text()))
-    assert (plain["arm"], plain["optimizer"]) == ("AdamW", "adamw")
-    assert (dopr["arm"], dopr["optimizer"]) == ("DoPr-AdamW", "dopr-adamw")
+    assert (plain["arm"], plain["optimizer"], plain["dopr"]) == ("AdamW", "adamw", "False")
+    assert (dopr["arm"], dopr["optimizer"], dopr["dopr"]) == ("DoPr-AdamW", "adamw", "True")
     assert float(plain["fd_mean"]) == 5.5
     assert float(plain["fd_sd"]) == pytest.approx(0.5**0.5)
     assert float(dopr["one_step_loss_mean"]) == pytest.approx(0.5325)
@@ -215,24 +214,24 @@ def test_other_evaluation_settings_need_other_cards(finished):
     assert read_run(plan).missing == wanted_cards(plan).all()
     more = apply_overrides(finished, ["compare.nfe_steps=[1, 2, 4]"])
     assert [request.overrides[-1] for request in read_run(expand(more)[0]).missing] == [
-        "sample.steps=4"
+        "sample.solver.steps=4"
     ]
 
 
-EVERY_METRIC = "evaluate.metrics=[fd, kid, isc, prc, bpd, excess]"
+EVERY_METRIC = ["evaluate.metrics=[fd, kid, isc, prc]", "evaluate.bpd={}", "evaluate.excess={}"]
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        *("evaluate.bpd_num_images=65", "evaluate.bpd_trace=exact", "sample.batch_size=8"),
-        *("sample.rtol=1e-3", "evaluate.excess_num_images=9", "evaluate.seed=1"),
+        *("evaluate.bpd.num_images=65", "evaluate.bpd.trace=exact", "sample.batch_size=8"),
+        *("evaluate.bpd.rtol=1e-3", "evaluate.excess.num_images=9", "evaluate.seed=1"),
         *("evaluate.weights=raw", "evaluate.labels=data", "evaluate.extractor=inception"),
-        *("sample.steps=3", "sample.time_grid=edm", "sample.guidance_scale=2.0"),
+        *("sample.solver.steps=3", "sample.solver.grid=edm", "sample.guidance.scale=2.0"),
     ],
 )
 def test_no_number_of_other_settings_is_taken_for_the_final_one(study, change):
-    study = apply_overrides(study, [EVERY_METRIC])
+    study = apply_overrides(study, EVERY_METRIC)
     make_run(expand(study)[0], 1.0)
     assert read_run(expand(study)[0]).finished
     plan = expand(apply_overrides(study, [change]))[0]
@@ -243,7 +242,7 @@ def test_other_inception_weights_need_other_cards(study):
     study = apply_overrides(study, ["evaluate.extractor=inception"])
     make_run(expand(study)[0], 1.0)
     assert read_run(expand(study)[0]).finished
-    plan = expand(apply_overrides(study, ["evaluate.inception_weights=other.pth"]))[0]
+    plan = expand(apply_overrides(study, ["evaluate.extractor.weights=other.pth"]))[0]
     assert read_run(plan).missing == wanted_cards(plan).all()
 
 

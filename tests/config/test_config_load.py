@@ -2,7 +2,8 @@
 
 import pytest
 
-from flowdopr.config import ConfigError, apply_overrides, load_config, to_yaml
+from flowdopr.config import Config, ConfigError, apply_overrides, load_config, to_yaml
+from flowdopr.config.types import sections_in
 from flowdopr.config.yaml12 import dump_yaml, parse_yaml
 
 SMALL = """
@@ -26,6 +27,7 @@ def write(tmp_path):
 
 
 def refused(path, overrides=()):
+    """The one line that loading ends with."""
     with pytest.raises(ConfigError) as error:
         load_config(path, overrides)
     message = str(error.value)
@@ -85,7 +87,7 @@ def test_an_override_changes_one_value(write):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("optimizer.lrr=1", "optimizer.lrr: unknown key; did you mean 'lr'?"),
+        ("optimizer.lrr=1", "optimizer.lrr: adamw has no such setting; did you mean 'lr'?"),
         ("optimizer.lr=fast", 'optimizer.lr: input should be a valid number, got "fast"'),
         ("optimizer.lr=-1", "optimizer.lr: input should be greater than 0, got -1"),
         ("optimizer.lr=.nan", "optimizer.lr: "),
@@ -95,9 +97,13 @@ def test_an_override_changes_one_value(write):
         ("evaluate.metrics=fd", 'evaluate.metrics: must be a list, got "fd"; write [fd]'),
         ("train.ema_decays=null", "train.ema_decays: must be a list, got null"),
         ("train.compile=yes", "train.compile: "),
-        ("data.name=digitz", "data.name: input should be 'digits'"),
-        ("model.name=mlp", "model.name: must be one of dit, unet"),
-        ("model.patchsize=2", "model.patchsize: unknown key"),
+        ("data.name=digitz", "data.name: unknown value 'digitz'; did you mean 'digits'?"),
+        ("data.name=qqq", "data.name: unknown value 'qqq'; choose one of digits, mnist, fash"),
+        ("model.name=mlp", "model.name: unknown name 'mlp'; choose one of dit, unet"),
+        (
+            "model.patchsize=2",
+            "model.patchsize: dit has no such setting; did you mean 'patch_size'",
+        ),
         ("train.accumulation_steps=3", "not a multiple of train.accumulation_steps 3"),
         ("colour=red", "colour: unknown key"),
         ("train.steps", "override 'train.steps': write section.key=value"),
@@ -110,6 +116,26 @@ def test_an_override_changes_one_value(write):
 def test_wrong_values_are_one_line(write, override, words):
     message = refused(write(SMALL), [override])
     assert words in message
+    assert message.startswith(f"override '{override}': ")
+
+
+def test_an_error_names_where_it_is_from(write):
+    path = write(SMALL.replace("lr: 1e-3", "lrr: 1"))
+    assert refused(path) == f"{path}: optimizer.lrr: adamw has no such setting; did you mean 'lr'?"
+    assert refused(path, ["seed=3"]).startswith(f"{path}: optimizer.lrr")
+    both = refused(path, ["seed=x", "train.stepz=4"])
+    assert f"{path}: optimizer.lrr: " in both
+    assert "override 'seed=x': seed: input should be a valid integer" in both
+    assert "override 'train.stepz=4': train.stepz: unknown key; did you mean 'steps'?" in both
+    config = load_config(write(SMALL))
+    with pytest.raises(ConfigError, match=r"^override 'seed=-1': seed: .* got -1$"):
+        apply_overrides(config, ["seed=1", "seed=-1"])
+
+
+def test_of_many_errors_five_are_shown(write):
+    message = refused(write(SMALL), [f"train.a{number}=1" for number in range(7)])
+    assert message.count("unknown key") == 5
+    assert message.endswith("; and 2 more")
 
 
 def test_wrong_files_are_one_line(write, tmp_path):
@@ -125,6 +151,32 @@ def test_wrong_files_are_one_line(write, tmp_path):
     assert "not a word" in refused(write("1: a\n"))
 
 
+def complaint(config, override):
+    try:
+        apply_overrides(config, [override])
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def dotted_keys(sections, prefix=""):
+    for section in sections:
+        for key, field in section.model_fields.items():
+            yield prefix + key
+            if "tuple" not in str(field.annotation):
+                yield from dotted_keys(sections_in(field), f"{prefix}{key}.")
+
+
+def test_any_value_of_any_setting_is_taken_or_refused_in_one_line(write):
+    config = load_config(write(SMALL))
+    keys = list(dict.fromkeys(dotted_keys([Config])))
+    assert len(keys) > 120
+    for key in keys:
+        for value in ("null", "[]", "{}", "3", "x", "[1]", "{name: 1}", "{name: [x]}", "true"):
+            said = complaint(config, f"{key}={value}")
+            assert said is None or (key.split(".")[0] in said and "\n" not in said)
+
+
 def test_a_folder_is_answered_with_the_file_in_it(write, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -134,16 +186,45 @@ def test_a_folder_is_answered_with_the_file_in_it(write, tmp_path):
         assert refused(tmp_path / "run").endswith(f"give {tmp_path / 'run' / name}")
 
 
-def test_no_python_objects_from_yaml(write):
-    assert "line 1" in refused(write("name: !!python/object/apply:os.system [true]\n"))
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: !!python/object/apply:os.system [true]", "line 1, column 7: a tag '"),
+        ("name: !!str 3", "a tag '"),
+        ("name: ! x", "a tag '!' is not taken"),
+        ("a: &x {b: 1}", "an anchor or alias 'x' is not taken"),
+        ("a: *x", "an anchor or alias 'x' is not taken"),
+        ("a: " + "[" * 5000, "more than 20 mappings and lists inside each other"),
+        ("a: " + "{b: " * 100, "more than 20 mappings and lists inside each other"),
+        ("? [a, b]\n: 1", "is not a word; put it in quotes"),
+        ("? {a: 1}\n: 1", "is not a word; put it in quotes"),
+        ("null: 1", "the key None is not a word"),
+        ('"a\\nb": 1', "a b: unknown key"),
+        ('name: "\\uD800"', "surrogate"),
+        ("seed: " + "9" * 5000, "limit"),
+        ("a: b: c", "line 1, column 5: "),
+        ("--- a\n--- b", "line 2"),
+        ("a: \0", "special characters are not allowed"),
+    ],
+)
+def test_yaml_that_no_config_needs_ends_in_one_line(write, text, words):
+    message = refused(write(text))
+    assert words in message
+    assert len(message) < 500
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("optimizer.damping=-1", "optimizer.damping: input should be greater than or equal to 0"),
-        ("sample.time_grid=fast", "sample.time_grid: input should be 'uniform', 'edm'"),
-        ("optimizer.rules=[{patern: x}]", "optimizer.rules.0.patern: unknown key; did you mean"),
+        ("optimizer.dopr.damping=-1", "optimizer.dopr.damping: input should be greater than or eq"),
+        (
+            "sample.solver.grid=fast",
+            "sample.solver.grid.name: unknown name 'fast'; choose one of uni",
+        ),
+        (
+            "optimizer.dopr.rules=[{patern: x}]",
+            "optimizer.dopr.rules.0.patern: unknown key; did yo",
+        ),
         (
             "compare={arms: [{name: a, lrs: [1], st: 3}]}",
             "compare.arms.0.st: unknown key; did you mean 'set'?",

@@ -17,7 +17,7 @@ data: {name: latents}
 model: {name: dit, depth: 1, hidden_size: 16, num_heads: 2, patch_size: 2}
 optimizer: {name: adamw, lr: 1e-3}
 train: {steps: 4, global_batch_size: 4, ema_decays: [0.5], log_every: 2}
-sample: {solver: euler, steps: 2, num_images: 4}
+sample: {solver: {name: euler, steps: 2}, num_images: 4}
 evaluate: {metrics: [fd], fid_num_images: 12}
 """
 

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from untrained import make_config, save_random_checkpoint
 
 from flowdopr.cli import run_command
-from flowdopr.config import apply_overrides
 from flowdopr.evaluate import evaluate, sample
 from flowdopr.evaluate.draw import grid
-from flowdopr.runs.folder import RunFolder
+
+MIDPOINT = "sample.solver={name: midpoint, steps: 3}"
 
 
 def pixels(folder, index):
@@ -25,7 +24,7 @@ def pixels(folder, index):
 
 def test_a_folder_of_samples(make_run, tmp_path):
     run, out = make_run(), tmp_path / "deep" / "out"
-    assert sample(run.path, num=12, out=out, npz=True, steps=3, solver="midpoint") == out
+    assert sample(run.path, [MIDPOINT], num=12, out=out, npz=True) == out
     names = {path.name for path in out.iterdir()}
     assert names == {f"{i:06d}.png" for i in range(12)} | {
         *("grid.png", "sampling.json", "samples.npz")
@@ -42,10 +41,10 @@ def test_a_folder_of_samples(make_run, tmp_path):
 
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])  # dopri5: as its tolerance is small
 def test_image_i_depends_on_the_seed_and_i_alone(make_run, tmp_path, solver):
-    run = make_run()
-    many = sample(run.path, num=13, out=tmp_path / "many", batch_size=5, solver=solver)
-    few = sample(run.path, num=4, out=tmp_path / "few", batch_size=64, solver=solver)
-    other = sample(run.path, num=4, out=tmp_path / "other", seed=1, solver=solver)
+    run, solver = make_run(), f"sample.solver={solver}"
+    many = sample(run.path, [solver, "sample.batch_size=5"], num=13, out=tmp_path / "many")
+    few = sample(run.path, [solver, "sample.batch_size=64"], num=4, out=tmp_path / "few")
+    other = sample(run.path, [solver], num=4, out=tmp_path / "other", seed=1)
     for index in range(4):
         assert np.abs(pixels(many, index) - pixels(few, index)).max() <= 1
         assert np.abs(pixels(other, index) - pixels(few, index)).max() > 9
@@ -53,7 +52,13 @@ def test_image_i_depends_on_the_seed_and_i_alone(make_run, tmp_path, solver):
 
 def test_labels_weights_and_checkpoint_matter(make_run, tmp_path):
     run = make_run()
-    choices = [{}, {"labels": [3]}, {"weights": "raw"}, {"step": 1}, {"guidance_scale": 3.0}]
+    choices = [
+        {},
+        {"labels": [3]},
+        {"weights": "raw"},
+        {"step": 1},
+        {"overrides": ["sample.guidance.scale=3"]},
+    ]
     folders = [
         sample(run.path, num=1, out=tmp_path / str(number), **choice)
         for number, choice in enumerate(choices)
@@ -73,8 +78,8 @@ def test_a_folder_with_files_is_refused_and_an_empty_one_taken(make_run, tmp_pat
     ("wrong", "message"),
     [
         ({"labels": [10]}, "labels are 0 to 9"),
-        ({"solver": "nonsense"}, "solver"),
-        ({"steps": 0}, "sample.steps"),
+        ({"overrides": ["sample.solver=nonsense"]}, "unknown name 'nonsense'"),
+        ({"overrides": ["sample.solver.steps=0"]}, "sample.solver.steps"),
         ({"step": 7}, "no checkpoint at step 7; there are: 1, 2"),
         ({"num": 0}, "at least one image"),
     ],
@@ -88,22 +93,24 @@ def test_a_wrong_request_is_one_line_and_writes_nothing(make_run, tmp_path, wron
 
 
 def test_any_setting_of_the_section_can_be_overridden(make_run, tmp_path):
-    run, times = make_run(), "sample.time_grid=[0.0, 0.2, 1.0]"
+    run, times = make_run(), "sample.solver={name: euler, grid: [0.0, 0.2, 1.0]}"
     command = ["sample", str(run.path), "--num", "2", "--out"]
     assert run_command([*command, str(tmp_path / "cli"), times, "--guidance-scale", "2"]) == 0
     card = json.loads((tmp_path / "cli" / "sampling.json").read_text())["sampling"]
-    assert (card["time_grid"], card["guidance_scale"]) == ([0.0, 0.2, 1.0], 2.0)
-    plain = sample(run.path, num=2, out=tmp_path / "plain", guidance_scale=2.0)
+    assert card["solver"]["grid"]["times"] == [0.0, 0.2, 1.0]
+    assert card["guidance"]["scale"] == 2.0
+    plain = sample(run.path, ["sample.guidance.scale=2"], num=2, out=tmp_path / "plain")
     assert not np.array_equal(pixels(plain, 0), pixels(tmp_path / "cli", 0))
 
 
-def test_a_grid_of_the_run_is_no_dead_end_for_an_adaptive_solver(tmp_path, digits):
-    config = apply_overrides(make_config(tmp_path), ["sample.time_grid=edm"])
-    run = RunFolder.create(config, digits.info, {}, resume=False)
-    save_random_checkpoint(run, 1)
-    with pytest.raises(ValueError, match="set time_grid to uniform"):
-        sample(run.path, num=1, out=tmp_path / "out", solver="dopri5")
-    sample(run.path, ["sample.time_grid=uniform"], num=1, out=tmp_path / "out", solver="dopri5")
+def test_options_are_settings_with_the_overrides_after_them(make_run, tmp_path):
+    run, out = make_run(), tmp_path / "out"
+    command = ["sample", str(run.path), "--out", str(out), "--num", "1", "--batch-size", "3"]
+    options = ["--solver", "dopri5", "--rtol", "1e-2", "sample.solver.atol=0.1"]
+    assert run_command([*command, *options]) == 0
+    card = json.loads((out / "sampling.json").read_text())["sampling"]
+    assert card["solver"] == {"name": "dopri5", "atol": 0.1, "rtol": 0.01}
+    assert card["batch_size"] == 3
 
 
 @pytest.mark.parametrize(
@@ -112,9 +119,8 @@ def test_a_grid_of_the_run_is_no_dead_end_for_an_adaptive_solver(tmp_path, digit
         ("evaluate.seed=3", r"override 'evaluate.seed=3': only sample\.\* can change what a run"),
         ("flow.path=cosine", r"only sample\.\* can change"),
         ("sample.num_images=9", "it is of training's grids; give --num"),
-        ("sample.guidance_scale=3", "--guidance-scale sets it too; give one of them"),
-        ("sample.stepz=3", "sample.stepz: unknown key; did you mean 'steps'"),
-        ("sample.guidance_interval=[0.5, 0.2]", "need 0 <= low < high <= 1"),
+        ("sample.solver.stepz=3", "solver.stepz: euler has no such setting; did you mean 'steps'"),
+        ("sample.guidance.interval=[0.5, 0.2]", "need 0 <= low < high <= 1"),
     ],
 )
 def test_a_wrong_override_is_one_line(make_run, tmp_path, capsys, override, message):

@@ -32,17 +32,15 @@ def test_a_card_says_all_that_is_needed(make_run, digits):
     assert (
         card["sampling"].items()
         >= {
-            "solver": "euler",
-            "steps": 2,
-            "time_grid": "uniform",
-            "guidance_scale": 1.0,
+            "solver": {"name": "euler", "steps": 2, "grid": {"name": "uniform"}},
+            "guidance": None,
             "nfe": 2,
             "num_images": 40,
             "labels": "balanced",
             "seed": 0,
         }.items()
     )
-    assert not {"atol", "rtol", "batch_size", "noise_scale", "last_step"} & set(card["sampling"])
+    assert "batch_size" not in card["sampling"]
     assert card["extractor"]["name"] == "flowdopr-classifier"
     assert card["extractor"]["held_out_accuracy"] > 0.97
     assert len(card["extractor"]["weights_sha256"]) == 64
@@ -71,9 +69,9 @@ def test_the_one_step_loss_is_the_held_out_velocity_error(make_run, digits):
 
 def test_the_excess_of_rollouts_is_taken_in_the_space_asked_for(make_run):
     run = make_run()
-    wanted = ["evaluate.metrics=[excess]", "evaluate.excess_num_images=5", "evaluate.seed=3"]
+    wanted = ["evaluate.metrics=[]", "evaluate.excess.num_images=5", "evaluate.seed=3"]
     spaces = ("velocity", "data")
-    paths = [evaluate(run.path, [*wanted, f"evaluate.excess_space={name}"]) for name in spaces]
+    paths = [evaluate(run.path, [*wanted, f"evaluate.excess.space={name}"]) for name in spaces]
     cards = [read(path) for path in paths]
     assert paths[0] != paths[1]
     assert [card["oracle"]["rollout_space"] for card in cards] == list(spaces)
@@ -98,12 +96,13 @@ def test_the_same_question_is_answered_once_and_alike(make_run):
 
 def test_a_card_holds_the_settings_that_decided_it(make_run):
     run = make_run()
-    config = apply_overrides(run.config, ["evaluate.metrics=[fd]", "sample.time_grid=[0.0, 1.0]"])
-    card = read(evaluate(run.path, ["evaluate.metrics=[fd]", "sample.time_grid=[0.0, 1.0]"]))
+    wanted = ["evaluate.metrics=[fd]", "sample.solver={name: euler, grid: [0.0, 1.0]}"]
+    config = apply_overrides(run.config, wanted)
+    card = read(evaluate(run.path, wanted))
     assert card["settings"] == card_settings(config, run.dataset)
     assert answers(card, card_settings(config, run.dataset))
     assert not answers(card, card_settings(run.config, run.dataset))
-    assert "steps" not in card["sampling"]
+    assert card["sampling"]["solver"]["steps"] == 1
 
 
 def test_other_settings_and_checkpoints_get_other_cards(make_run):
@@ -111,8 +110,8 @@ def test_other_settings_and_checkpoints_get_other_cards(make_run):
     quick = "evaluate.metrics=[fd]"
     cards = {
         evaluate(run.path, [quick]),
-        evaluate(run.path, [quick, "sample.steps=3"]),
-        evaluate(run.path, [quick, "sample.guidance_scale=2.0"]),
+        evaluate(run.path, [quick, "sample.solver.steps=3"]),
+        evaluate(run.path, [quick, "sample.guidance.scale=2.0"]),
         evaluate(run.path, [quick, "evaluate.weights=raw"]),
         evaluate(run.path, [quick, "evaluate.fid_num_images=30"]),
         evaluate(run.path, [quick, "evaluate.seed=1"]),
@@ -135,10 +134,10 @@ def test_a_card_of_weights_that_have_changed_is_made_again(make_run):
 
 
 def test_an_adaptive_solver_is_told_by_its_tolerances_and_batches(make_run):
-    overrides = ["sample.solver=dopri5", "sample.rtol=1e-2", "sample.atol=1e-2"]
+    overrides = ["sample.solver={name: dopri5, rtol: 1e-2, atol: 1e-2}"]
     sampling = read(evaluate(make_run().path, [*overrides, "evaluate.metrics=[fd]"]))["sampling"]
-    assert "steps" not in sampling
-    assert (sampling["rtol"], sampling["batch_size"], sampling["processes"]) == (0.01, 256, 1)
+    assert sampling["solver"] == {"name": "dopri5", "atol": 0.01, "rtol": 0.01}
+    assert (sampling["batch_size"], sampling["processes"]) == (256, 1)
     assert sampling["nfe"] > 5
 
 

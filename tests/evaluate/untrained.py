@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from flowdopr.config import Config, DataConfig, DiTConfig, EvaluateConfig, SampleConfig, TrainConfig
+from flowdopr.config.sample import OneStepSolver
 from flowdopr.models import build_model
 from flowdopr.runs.averages import averages_of
 from flowdopr.runs.folder import RunFolder
@@ -19,7 +20,7 @@ def make_config(output: Path, *, class_conditional: bool = True) -> Config:
             name="dit", depth=1, hidden_size=16, num_heads=2, class_conditional=class_conditional
         ),
         train=TrainConfig(steps=2, global_batch_size=8),
-        sample=SampleConfig(solver="euler", steps=2),
+        sample=SampleConfig(solver=OneStepSolver(name="euler", steps=2)),
         evaluate=EvaluateConfig(fid_num_images=40),
     )
 

@@ -1,61 +1,90 @@
 """A config builds the parts it names, all of them."""
 
-from typing import Literal, get_args, get_origin
+from typing import get_args
 
 import pytest
 import torch
 
-from flowdopr.config import Config, FlowConfig, SampleConfig
+from flowdopr.config import FlowConfig, SampleConfig, load_config
+from flowdopr.config.sample import AdaptiveSolver, ImplicitAdamsSolver, SDESolver
+from flowdopr.config.types import choices, names_of
 from flowdopr.flow import (
+    ADAPTIVE_SOLVERS,
+    BATCH_DEPENDENT_SOLVERS,
     COUPLINGS,
     PATHS,
     PREDICTIONS,
+    SDE_SOLVERS,
+    SOLVERS,
     WEIGHTINGS,
     LinearPath,
+    Sampling,
     TimeSampler,
     build_coupling,
     build_objective,
     build_path,
     build_sampling,
     build_time_sampler,
+    make_coupling,
 )
 from flowdopr.flow.coupling import Entropic
 from flowdopr.flow.path import VariancePreservingPath
 from flowdopr.flow.sde import LAST_STEPS
 from flowdopr.flow.time import TIME_DISTRIBUTIONS, TIME_GRIDS
 
-
-def config_of(flow=None, sample=None):
-    return Config.model_validate(
-        {
-            "name": "built",
-            "data": {"name": "digits"},
-            "model": {"name": "dit"},
-            "train": {"steps": 1, "global_batch_size": 2},
-            "flow": flow or {},
-            "sample": sample or {},
-        }
-    )
+SMALL = """
+name: built
+data: {name: digits}
+model: {name: dit}
+train: {steps: 1, global_batch_size: 2}
+"""
 
 
-def literals(section, field):
-    """The names that a setting may take, also where it may be something else as well."""
-    annotation = section.model_fields[field].annotation
-    parts = [annotation, *get_args(annotation)]
-    return next(get_args(part) for part in parts if get_origin(part) is Literal)
+@pytest.fixture
+def config_of(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return lambda *overrides: load_config(path, overrides)
+
+
+def names(section, setting):
+    return set(choices(section.model_fields[setting]))
 
 
 def test_the_config_offers_exactly_what_there_is():
-    assert literals(FlowConfig, "path") == tuple(PATHS)
-    assert literals(FlowConfig, "prediction") == PREDICTIONS
-    assert literals(FlowConfig, "weighting") == tuple(WEIGHTINGS)
-    assert literals(FlowConfig, "time_distribution") == TIME_DISTRIBUTIONS
-    assert literals(FlowConfig, "coupling") == COUPLINGS
-    assert literals(SampleConfig, "time_grid") == TIME_GRIDS
-    assert literals(SampleConfig, "last_step") == LAST_STEPS
+    assert names(FlowConfig, "path") == set(PATHS)
+    assert get_args(FlowConfig.model_fields["prediction"].annotation) == PREDICTIONS
+    assert names(FlowConfig, "weighting") == set(WEIGHTINGS)
+    assert names(FlowConfig, "time") == set(TIME_DISTRIBUTIONS)
+    assert names(FlowConfig, "coupling") == set(COUPLINGS)
+    assert names(SampleConfig, "solver") == set(SOLVERS)
+    assert names(SDESolver, "grid") == {*TIME_GRIDS, "list"}
+    assert names_of(SDESolver) == SDE_SOLVERS
+    assert names_of(AdaptiveSolver) == ADAPTIVE_SOLVERS
+    assert {*names_of(AdaptiveSolver), *names_of(ImplicitAdamsSolver)} == set(
+        BATCH_DEPENDENT_SOLVERS
+    )
+    assert get_args(SDESolver.model_fields["last_step"].annotation) == LAST_STEPS
 
 
-def test_defaults_are_plain_flow_matching():
+@pytest.mark.parametrize("name", PATHS)
+def test_the_defaults_of_a_path_are_its_own(config_of, name):
+    assert vars(build_path(config_of(f"flow.path={name}"))) == vars(PATHS[name]())
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_the_defaults_of_a_coupling_are_its_own(config_of, name):
+    built, own = build_coupling(config_of(f"flow.coupling={name}")), make_coupling(name)
+    assert getattr(built, "__dict__", built) == getattr(own, "__dict__", own)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_defaults_of_a_solver_are_those_of_sampling(config_of, name):
+    built, own = build_sampling(config_of(f"sample.solver={name}")), Sampling(solver=name)
+    assert vars(built) | {"path": None} == vars(own) | {"path": None}
+
+
+def test_defaults_are_plain_flow_matching(config_of):
     objective = build_objective(config_of())
     assert isinstance(objective.path, LinearPath)
     assert objective.prediction == "velocity"
@@ -66,23 +95,14 @@ def test_defaults_are_plain_flow_matching():
     assert torch.equal(build_coupling(config_of())(x_0, x_0, None, torch.rand(4)), x_0)
 
 
-def test_objective_follows_the_section_flow():
+def test_objective_follows_the_section_flow(config_of):
     config = config_of(
-        {
-            "path": "variance_preserving",
-            "path_options": {"beta_max": 10.0},
-            "prediction": "noise",
-            "weighting": "edm",
-            "sigma_data": 0.3,
-            "time_distribution": "logit_normal",
-            "time_mean": 0.2,
-            "time_std": 0.7,
-            "time_shift": 2.0,
-            "time_stratified": False,
-            "coupling": "entropic",
-            "coupling_regularisation": 0.2,
-            "class_dropout_prob": 0.25,
-        }
+        "flow.path={name: variance_preserving, beta_max: 10}",
+        "flow.prediction=noise",
+        "flow.weighting={name: edm, sigma_data: 0.3}",
+        "flow.time={name: logit_normal, mean: 0.2, std: 0.7, shift: 2, stratified: false}",
+        "flow.coupling={name: entropic, regularisation: 0.2}",
+        "flow.class_dropout_prob=0.25",
     )
     objective = build_objective(config)
     assert isinstance(objective.path, VariancePreservingPath)
@@ -95,51 +115,57 @@ def test_objective_follows_the_section_flow():
     assert objective.class_dropout_prob == 0.25
 
 
-def test_sampling_follows_the_sections_sample_and_flow():
-    settings = {
-        "solver": "rk4",
-        "steps": 7,
-        "time_grid": "shifted",
-        "grid_shift": 2.0,
-        "atol": 1e-3,
-        "guidance_scale": 2.0,
-        "guidance_interval": (0.2, 0.8),
-        "noise_scale": 0.5,
-        "last_step": "mean",
-        "last_step_size": 0.04,
-    }
-    sampling = build_sampling(config_of({"path": "cosine", "prediction": "data"}, settings))
+@pytest.mark.parametrize(
+    ("solver", "settings"),
+    [
+        (
+            "{name: rk4, steps: 7, grid: {name: shifted, shift: 2}}",
+            {"solver": "rk4", "steps": 7, "time_grid": "shifted", "grid_shift": 2.0},
+        ),
+        (
+            "{name: heun2, grid: {name: edm, rho: 5}}",
+            {"solver": "heun2", "time_grid": "edm", "grid_rho": 5.0},
+        ),
+        ("{name: euler, grid: [0, 0.2, 1]}", {"time_grid": (0.0, 0.2, 1.0), "steps": 2}),
+        ("{name: dopri5, atol: 1e-3, rtol: 1e-4}", {"atol": 1e-3, "rtol": 1e-4}),
+        ("{name: fixed_adams, steps: 7, atol: 1e-3}", {"steps": 7, "atol": 1e-3}),
+        (
+            "{name: sde_heun, noise_scale: 0.5, last_step: mean, last_step_size: 0.04}",
+            {"noise_scale": 0.5, "last_step": "mean", "last_step_size": 0.04},
+        ),
+    ],
+)
+def test_sampling_follows_the_sections_sample_and_flow(config_of, solver, settings):
+    guidance = "sample.guidance={scale: 2, interval: [0.2, 0.8]}"
+    flow = ("flow.path=cosine", "flow.prediction=data")
+    sampling = build_sampling(config_of(f"sample.solver={solver}", guidance, *flow))
+    settings = settings | {"guidance_scale": 2.0, "guidance_interval": (0.2, 0.8)}
     assert {name: getattr(sampling, name) for name in settings} == settings
     assert isinstance(sampling.path, PATHS["cosine"])
     assert sampling.prediction == "data"
 
 
 @pytest.mark.parametrize(
-    ("build", "flow", "sample", "words"),
+    ("build", "overrides", "words"),
     [
-        (build_path, {"path_options": {"power": 2.0}}, {}, "it has none"),
-        (build_path, {"path": "polynomial", "path_options": {"beta_min": 1.0}}, {}, "it has power"),
-        (build_path, {"path": "polynomial", "path_options": {"power": 0.5}}, {}, "power=0.5"),
         (
             build_objective,
-            {"path": "variance_preserving", "path_options": {"beta_max": 500.0}},
-            {},
-            "flow.path_options: .*beta_max=500.0",
+            ["flow.path={name: variance_preserving, beta_max: 500}"],
+            "flow.path: .*beta_max=500.0",
         ),
         (
             build_objective,
-            {"path": "polynomial", "path_options": {"power": 8}, "prediction": "noise"}
-            | {"weighting": "edm"},
-            {},
+            [
+                "flow.path={name: polynomial, power: 8}",
+                "flow.prediction=noise",
+                "flow.weighting=edm",
+            ],
             "leaves float32",
         ),
-        (build_sampling, {}, {"time_grid": (0.5, 0.6)}, "sample.time_grid"),
-        (build_sampling, {}, {"solver": "ddim"}, "choose one of"),
-        (build_sampling, {}, {"solver": "dopri5", "time_grid": "edm"}, "chooses its own times"),
-        (build_sampling, {"coupling": "exact"}, {"solver": "sde_heun"}, "needs a score"),
+        (build_sampling, ["flow.coupling=exact", "sample.solver=sde_heun"], "needs a score"),
     ],
 )
-def test_wrong_combinations_are_refused_when_built(build, flow, sample, words):
+def test_wrong_combinations_are_refused_when_built(config_of, build, overrides, words):
     with pytest.raises(ValueError, match=words) as error:
-        build(config_of(flow, sample))
+        build(config_of(*overrides))
     assert "\n" not in str(error.value)

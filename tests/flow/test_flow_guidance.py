@@ -6,7 +6,7 @@ import pytest
 import torch
 from analytic import PATH_CASES
 
-from flowdopr.flow import PREDICTIONS, convert, guided_velocity, solve
+from flowdopr.flow import PREDICTIONS, convert, guided_velocity, solve, time_grid
 
 
 class Affine:
@@ -99,7 +99,7 @@ def test_the_ends_of_the_interval_are_guided_on_every_grid_of_ten_steps(dtype):
     """Euler's times are 0, 0.1, ..., 0.9: of each interval of tenths, ends included."""
     for low, high in combinations(range(11), 2):
         velocity = guided_velocity(Affine(), Y, 3.0, guidance_interval=(low / 10, high / 10))
-        nfe = solve(velocity, X.to(dtype), solver="euler", steps=10).nfe
+        nfe = solve(velocity, X.to(dtype), time_grid("uniform", 10), solver="euler").nfe
         assert nfe == 10 + len(range(low, min(high, 9) + 1)), (low, high)
 
 

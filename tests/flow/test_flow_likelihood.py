@@ -14,6 +14,7 @@ from flowdopr.flow import (
     guided_velocity,
     log_likelihood,
     rollout_span,
+    time_grid,
 )
 from flowdopr.flow.likelihood import exact_divergence, hutchinson_divergence
 
@@ -33,10 +34,10 @@ def test_gaussian_likelihood_is_the_closed_form(path, trace):
     result = log_likelihood(
         velocity,
         x_1,
+        torch.tensor(rollout_span(path, "velocity")),
         probes=signs(x_1.shape) if trace == "hutchinson" else None,
         atol=1e-7,
         rtol=1e-7,
-        end=rollout_span(path, "velocity")[1],
         path=path,
     )
     expected = torch.distributions.Normal(0.3, 0.4).log_prob(x_1).sum(1)
@@ -66,13 +67,12 @@ def test_bits_of_narrow_gaussians_on_every_path(path, prediction, deviation, tol
 def test_the_pieces_left_out_are_those_that_the_docstring_states(prediction):
     """A span that leaves out much, in float64, against the density of what it leaves in."""
     deviation, level, path = 0.02, 0.05, LinearPath()
-    start, end = rollout_span(path, prediction, level)
+    span = torch.tensor(rollout_span(path, prediction, level), dtype=torch.float64)
     x_1 = deviation * torch.linspace(-3, 3, 13, dtype=torch.float64)[:, None]
     velocity = guided_velocity(
         gaussian(0, deviation).model(path, prediction), prediction=prediction
     )
-    arguments = {"start": start, "end": end, "path": path, "atol": 1e-9, "rtol": 1e-9}
-    found = log_likelihood(velocity, x_1, **arguments).log_prob
+    found = log_likelihood(velocity, x_1, span, path=path, atol=1e-9, rtol=1e-9).log_prob
     left = level if prediction == "data" else 0.0
     exact = torch.distributions.Normal(0, math.hypot(deviation, left)).log_prob(x_1)[:, 0]
     assert torch.allclose(found, exact, atol=1e-5)
@@ -90,11 +90,12 @@ def test_correlated_gaussian_with_the_exact_trace_and_many_probes():
 
     normal = torch.distributions.MultivariateNormal(torch.zeros(4).double(), covariance)
     x_1 = normal.sample((3,))
-    exact = log_likelihood(velocity, x_1, solver="rk4", steps=60)
+    exact = log_likelihood(velocity, x_1, time_grid("uniform", 60), solver="rk4")
     assert torch.allclose(exact.log_prob, normal.log_prob(x_1), atol=1e-4)
     many = x_1.repeat_interleave(4000, 0)
-    estimate = log_likelihood(velocity, many, probes=signs(many.shape), solver="rk4", steps=10)
-    few_steps = log_likelihood(velocity, x_1, solver="rk4", steps=10).log_prob
+    few = time_grid("uniform", 10)
+    estimate = log_likelihood(velocity, many, few, probes=signs(many.shape), solver="rk4")
+    few_steps = log_likelihood(velocity, x_1, few.flip(0), solver="rk4").log_prob
     assert torch.allclose(estimate.log_prob.reshape(3, -1).mean(1), few_steps, atol=0.15)
 
 
@@ -102,7 +103,7 @@ def test_a_mixture_with_the_exact_trace():
     mixture, path = Mixture(), LinearPath()
     x_1 = torch.linspace(-1, 1, 21, dtype=torch.float64)[:, None]
     velocity = guided_velocity(mixture.model(path), path=path)
-    result = log_likelihood(velocity, x_1, atol=1e-7, rtol=1e-7)
+    result = log_likelihood(velocity, x_1, torch.tensor([0.0, 1.0]), atol=1e-7, rtol=1e-7)
     expected = mixture.log_density(x_1, torch.ones(()).double(), path)[:, 0]
     assert torch.allclose(result.log_prob, expected, atol=1e-3)
 

@@ -16,6 +16,7 @@ from flowdopr.flow import (
     one_step_loss,
     rollout_excess,
     solve,
+    time_grid,
 )
 from flowdopr.flow.oracle import SPACES
 
@@ -231,10 +232,10 @@ def test_excess_in_the_space_of_data_stays_finite_at_the_end():
 
 def test_likelihood_and_solver_take_it_as_any_velocity():
     oracle = EmpiricalVelocity(training_set()[0])
-    x, nfe = solve(lambda x, t: oracle(x, t), torch.randn(2, *SHAPE), solver="euler", steps=3)
+    x, nfe = solve(oracle, torch.randn(2, *SHAPE), time_grid("uniform", 3), solver="euler")
     assert nfe == 3
     assert x.isfinite().all()
-    assert log_likelihood(lambda x, t: -x, x, solver="euler", steps=2).nfe == 2
+    assert log_likelihood(lambda x, t: -x, x, time_grid("uniform", 2), solver="euler").nfe == 2
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,8 @@ def test_rollout_transports_a_mixture_exactly(path):
     start, end = 0.0, min(path.end, 0.999)
     x_start = torch.linspace(-2, 2, 33, dtype=torch.float64)[:, None]
     velocity = guided_velocity(mixture.model(path), path=path)
-    x_end, _ = solve(velocity, x_start, solver="dopri5", start=start, end=end, atol=1e-8, rtol=1e-8)
+    span = torch.tensor([start, end], dtype=torch.float64)
+    x_end, _ = solve(velocity, x_start, span, solver="dopri5", atol=1e-8, rtol=1e-8)
     before = mixture.cdf(x_start, torch.full_like(x_start, start), path)
     after = mixture.cdf(x_end, torch.full_like(x_end, end), path)
     assert torch.allclose(before, after, atol=2e-5)

@@ -200,7 +200,7 @@ def test_settings_by_name_take_precedence_over_sampling():
         ),
         ({"prediction": "score"}, "choose one of"),
         ({"time_grid": [0.5, 0.2]}, "increasing"),
-        ({"time_grid": [0.5, 0.6]}, r"sample.time_grid=\[0.5, 0.6\].* must be 0"),
+        ({"time_grid": [0.5, 0.6]}, r"times \[0.5, 0.6\].* must be 0"),
         ({"guidance_scale": 2.0}, "needs labels"),
         ({"guidance_interval": (0.5, 0.2)}, "guidance_interval"),
         ({"num_images": None}, "nothing to sample"),

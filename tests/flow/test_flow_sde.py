@@ -53,7 +53,7 @@ def test_without_noise_it_is_the_ode(solver, ode):
     x_1, _ = solve_sde(
         velocity, x_0, path, lambda: torch.randn(5, 2), grid=grid, solver=solver, noise_scale=0
     )
-    before_last, _ = solve(velocity, x_0, solver=ode, time_grid=grid[:-1].tolist())
+    before_last, _ = solve(velocity, x_0, grid[:-1], solver=ode)
     assert torch.allclose(x_1, posterior_mean(velocity, before_last, grid[-2], path), atol=1e-6)
 
 

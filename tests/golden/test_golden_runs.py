@@ -53,12 +53,13 @@ OPTIMIZERS = {
     "dopr-adamuon": "{name: dopr-adamuon, lr: 0.01}",
     "dopr-rownorm": "{name: dopr-rownorm, lr: 0.01}",
     "dopr-soap": "{name: dopr-soap, lr: 0.003}",
-    "sandwich": "{name: dopr-muon, lr: 0.02, form: sandwich, damping: 1.0, refresh_every: 4}",
-    "power": "{name: dopr-adamw, lr: 0.01, power: 0.5, refresh_every: 4}",
-    "bias": "{name: dopr-adamw, lr: 0.01, bias: true, anneal: [4, 16], refresh_every: 4}",
-    "rules": "{name: dopr-muon, lr: 0.02, damping: [1.0, 0.1, 10], max_rows: 64, max_side: 16, "
-    "refresh_every: 4, conv_mode: full, "
-    "rules: [{pattern: time, mode: none}, {pattern: qkv, mode: diagonal}]}",
+    "sandwich": "{name: dopr-muon, lr: 0.02, "
+    "dopr: {form: sandwich, damping: 1.0, refresh_every: 4}}",
+    "power": "{name: dopr-adamw, lr: 0.01, dopr: {power: 0.5, refresh_every: 4}}",
+    "bias": "{name: dopr-adamw, lr: 0.01, dopr: {bias: true, anneal: [4, 16], refresh_every: 4}}",
+    "rules": "{name: dopr-muon, lr: 0.02, dopr: {damping: [1.0, 0.1, 10], max_rows: 64, "
+    "max_side: 16, refresh_every: 4, conv_mode: full, "
+    "rules: [{pattern: time, mode: none}, {pattern: qkv, mode: diagonal}]}}",
 }
 # Other kernels (ATEN_CPU_CAPABILITY=avx2) move AdaMuon, which takes signs, by up to 1.5e-3 and the
 # others by up to 2e-5.

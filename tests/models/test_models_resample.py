@@ -45,19 +45,18 @@ def test_is_the_convolution_of_the_enlarged_image(size):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("dopr-sgd", {"conv_mode": "full"}),
-        ("dopr-sgd", {"conv_mode": "offsets"}),
-        ("dopr-sgd", {"conv_mode": "sua"}),
-        ("dopr-sgd", {"conv_mode": "sua-mean"}),
-        ("dopr-adamw", {"form": "sandwich"}),
-        ("kfac", {}),
+        ("sgd", {"dopr": {"refresh_every": 2, "conv_mode": "full"}}),
+        ("sgd", {"dopr": {"refresh_every": 2, "conv_mode": "sua"}}),
+        ("sgd", {"dopr": {"refresh_every": 2, "conv_mode": "sua-mean"}}),
+        ("adamw", {"dopr": {"refresh_every": 2, "form": "sandwich"}}),
+        ("kfac", {"refresh_every": 2}),
     ],
 )
 def test_optimizers_see_the_enlarged_image(name, options):
     """Three steps on the folded layer are three steps on the plain one."""
     weights = []
     for model in pair():
-        optimizer = build_optimizer(model, name, 0.05, refresh_every=2, **options)
+        optimizer = build_optimizer(model, name, 0.05, **options)
         for step in range(3):
             generator = torch.Generator().manual_seed(step)
             x = 1 + torch.randn(2, 3, 8, 9, dtype=torch.float64, generator=generator)

@@ -13,14 +13,18 @@ def network():
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW), ("muon", Muon), ("dopr-sgd", DoPr)],
+    [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW), ("muon", Muon)],
 )
 def test_builds_what_its_name_says(name, kind):
     assert type(build_optimizer(network(), name, 0.1)) is kind
+    wrapped = build_optimizer(network(), name, 0.1, dopr={"refresh_every": 3})
+    assert isinstance(wrapped, DoPr)
+    assert type(wrapped.optimizer) is kind
+    assert wrapped.refresh_every == 3
 
 
-def test_options_reach_the_optimizer_and_none_means_not_given():
-    options = {"weight_decay": 0.3, "betas": (0.5, 0.6), "eps": None, "momentum": None}
+def test_options_reach_the_optimizer():
+    options = {"weight_decay": 0.3, "betas": (0.5, 0.6)}
     optimizer = build_optimizer(network(), "adamw", 0.1, **options)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.0]
     assert all(g["betas"] == (0.5, 0.6) and g["eps"] == 1e-8 for g in optimizer.param_groups)
@@ -31,14 +35,17 @@ def test_options_reach_the_optimizer_and_none_means_not_given():
 )
 def test_all_rows_can_be_asked_for_by_name(options):
     model = network()
-    optimizer = build_optimizer(model, "dopr-sgd", 0.1, **options)
+    optimizer = build_optimizer(model, "sgd", 0.1, dopr=options)
     model(torch.zeros(5000, 3)).sum().backward()
     assert [s.unused.rows for s in optimizer.statistics.moments] == [5000, 5000]
 
 
 def test_rules_may_be_dicts():
     optimizer = build_optimizer(
-        network(), "dopr-sgd", 0.1, rules=[{"pattern": "^0$", "mode": "none"}, LayerRule("2")]
+        network(),
+        "sgd",
+        0.1,
+        dopr={"rules": [{"pattern": "^0$", "mode": "none"}, LayerRule("2")]},
     )
     modes = {name: mode for name, _, mode, _ in optimizer.roles()}
     assert modes["0.weight"] == "none"
@@ -53,8 +60,10 @@ def test_rules_may_be_dicts():
         ("adamw", {"momentum": 0.9}, "'adamw' does not use 'momentum'.*betas, eps, weight_decay"),
         ("adamw", {"damping": 0.1}, "'adamw' does not use 'damping'"),
         ("sgd", {"betas": (0.9, 0.99)}, "'sgd' does not use 'betas'"),
-        ("dopr-sgd", {"betas": (0.9, 0.99)}, "'dopr-sgd' does not use 'betas'"),
-        ("dopr-adamw", {"damping": -1.0}, "damping"),
+        ("sgd", {"dopr": {"betas": (0.9, 0.99)}}, "DoPr does not use 'betas': it uses anneal"),
+        ("dopr-sgd", {}, "'dopr-sgd' is not known: one of sgd, adamw"),
+        ("adamw", {"dopr": {"damping": -1.0}}, "damping"),
+        ("kfac", {"dopr": {}}, "is a KFAC, which preconditions by layer inputs"),
         ("kfac", {"damping": (1.0, 0.1, 100)}, "one number"),
     ],
 )

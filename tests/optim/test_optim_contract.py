@@ -4,11 +4,10 @@ import io
 
 import pytest
 import torch
+from labels import LABELS, build
 from layer_cases import FORMS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from flowdopr.optim import OPTIMIZER_NAMES, build_optimizer
 
 STEPS = 7
 LR = {"sgd": 0.05, "kfac": 0.01}
@@ -16,7 +15,7 @@ EVERY_FORM = pytest.mark.parametrize(
     ("name", "form"),
     [
         (name, form)
-        for name in OPTIMIZER_NAMES
+        for name in LABELS
         for form in (FORMS if name.startswith("dopr-") else ["inverse"])
     ],
 )
@@ -54,9 +53,7 @@ def make(name, **options):
     network = Network()
     if name == "kfac" or name.startswith("dopr-"):
         options = {"refresh_every": 2, **options}
-    return network, build_optimizer(
-        network, name, LR.get(name.removeprefix("dopr-"), 0.005), **options
-    )
+    return network, build(network, name, LR.get(name.removeprefix("dopr-"), 0.005), **options)
 
 
 def loss_at(network, step, **how):
@@ -92,7 +89,7 @@ def straight(name, form="inverse", **how):
     return weights(network)
 
 
-@pytest.fixture(params=OPTIMIZER_NAMES)
+@pytest.fixture(params=LABELS)
 def name(request):
     return request.param
 

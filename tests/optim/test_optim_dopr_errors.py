@@ -48,7 +48,7 @@ BAD: list[tuple[str, Callable[[nn.Module], DoPr]]] = [
     ("is a DoPr, which preconditions", lambda m: DoPr(adamw(m), m)),
     (
         "has no field 'mod'",
-        lambda m: build_optimizer(m, "dopr-sgd", 1, rules=[{"pattern": "", "mod": 1}]),
+        lambda m: build_optimizer(m, "sgd", 1, dopr={"rules": [{"pattern": "", "mod": 1}]}),
     ),
     ("layer '5' has no weight yet", lambda m: DoPr(adamw(m).optimizer, m.append(nn.LazyLinear(2)))),
     ("no trainable layer", lambda m: adamw(m, rules=[LayerRule("", mode="none")])),

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from labels import LABELS, build
 from torch import nn
-
-from flowdopr.optim import OPTIMIZER_NAMES, build_optimizer
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 LR = {"sgd": 0.05, "kfac": 0.01}
@@ -49,7 +48,7 @@ def losses(name, noise=0.0):
     for p in model.parameters():
         p.data *= 1 + noise * torch.randn(p.shape, dtype=p.dtype)
     lr = LR.get(name.removeprefix("dopr-"), 0.01)
-    optimizer = build_optimizer(model, name, lr, weight_decay=0.01)
+    optimizer = build(model, name, lr, weight_decay=0.01)
     scales = torch.tensor([3, 1, 0.3, 0.1], dtype=torch.float64)[:, None, None]
     images = torch.randn(64, 4, 8, 8, generator=generator, dtype=torch.float64) * scales
     targets = torch.stack([images[:, 3].mean((1, 2)) * 10, images[:, 0, 4, 4], images[:, 1, 2, 2]])
@@ -65,16 +64,16 @@ def losses(name, noise=0.0):
     return recorded
 
 
-@pytest.mark.parametrize("name", OPTIMIZER_NAMES)
+@pytest.mark.parametrize("name", LABELS)
 def test_losses_are_as_recorded(name):
     assert losses(name) == pytest.approx(json.loads(GOLDEN.read_text())[name], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", OPTIMIZER_NAMES)
+@pytest.mark.parametrize("name", LABELS)
 def test_rounding_does_not_move_the_losses(name):
     assert losses(name, noise=1e-12) == pytest.approx(losses(name), rel=1e-6)
 
 
 if __name__ == "__main__":
-    lines = [f'"{name}": {json.dumps(losses(name))}' for name in OPTIMIZER_NAMES]
+    lines = [f'"{name}": {json.dumps(losses(name))}' for name in LABELS]
     print("{\n  " + ",\n  ".join(lines) + "\n}")

@@ -55,9 +55,9 @@ def refusals_of_shards() -> list[str]:
     model = nn.Sequential(nn.Linear(4, 4))
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     said = []
-    for name in ("kfac", "soap", "dopr-soap"):
-        with pytest.raises(ValueError, match=name.removeprefix("dopr-")) as error:
-            build_optimizer(model, name, 0.1)
+    for name, dopr in (("kfac", None), ("soap", None), ("soap", {})):
+        with pytest.raises(ValueError, match=name) as error:
+            build_optimizer(model, name, 0.1, dopr=dopr)
         said.append(str(error.value))
     return said
 

@@ -29,8 +29,8 @@ def test_measures_are_zero_for_the_expert_and_its_states_are_ill_conditioned(scr
 
 def test_activation_preconditioning_learns_the_features_and_the_rollout(script):
     for seed in range(3):
-        plain = script.clone_behaviour(seed, "adamw", 0.1, 300)[-1]
-        dopr = script.clone_behaviour(seed, "dopr-adamw", 0.1, 300)[-1]
+        plain = script.clone_behaviour(seed, "adamw", False, 0.1, 300)[-1]
+        dopr = script.clone_behaviour(seed, "adamw", True, 0.1, 300)[-1]
         assert dopr["feature_distance"] < 0.5 * plain["feature_distance"]
         assert dopr["rollout_cost"] < 0.1 * plain["rollout_cost"]
 

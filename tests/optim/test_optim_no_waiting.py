@@ -157,7 +157,7 @@ SETTINGS = {
 def test_no_optimizer_makes_the_host_wait(gp: str, settings: dict) -> None:
     with cuda_without_waiting():
         model = nn.Sequential(small_model(), nn.LayerNorm(3))
-        optimizer = build_optimizer(model, f"dopr-{gp}", 1e-3, refresh_every=2, **settings)
+        optimizer = build_optimizer(model, gp, 1e-3, dopr={"refresh_every": 2, **settings})
         train(model, optimizer, torch.randn(6, 2, 4, 4), 5)
 
 
@@ -175,7 +175,7 @@ class Pair(nn.Module):
 def test_shared_statistics_do_not_make_the_host_wait() -> None:
     with cuda_without_waiting():
         model = Pair()
-        optimizer = build_optimizer(model, "dopr-adamw", 1e-3, refresh_every=2)
+        optimizer = build_optimizer(model, "adamw", 1e-3, dopr={"refresh_every": 2})
         train(model, optimizer, torch.randn(6, 4), 5)
         assert optimizer.statistics.moments[1].shared_with is optimizer.statistics.moments[0]
 
@@ -194,7 +194,7 @@ def test_of_several_processes_only_the_first_refresh_waits(gp: str) -> None:
     """It agrees with the others on which layers share a statistic."""
     with cuda_without_waiting():
         model = Pair()
-        optimizer = build_optimizer(model, f"dopr-{gp}", 1e-3, refresh_every=2)
+        optimizer = build_optimizer(model, gp, 1e-3, dopr={"refresh_every": 2})
         left, right = optimizer.statistics.moments
         optimizer.statistics.sharing_decided = True  # what the first refresh comes to
         right.shared_with = left
@@ -205,7 +205,7 @@ def test_powers_wait_for_eigenvalues() -> None:
     """The one documented exception; torch has no eigenvalues without a check."""
     with cuda_without_waiting():
         model = small_model()
-        optimizer = build_optimizer(model, "dopr-adamw", 1e-3, power=0.5)
+        optimizer = build_optimizer(model, "adamw", 1e-3, dopr={"power": 0.5})
         with pytest.raises(WaitError, match="eigh"):
             train(model, optimizer, torch.randn(6, 2, 4, 4), 1)
 
@@ -227,7 +227,7 @@ def test_each_rank_factors_its_share_of_each_size() -> None:
 def test_on_a_real_device_torch_finds_no_waiting_either(gp: str) -> None:
     equal = [nn.Linear(8, 8) for _ in range(3)]  # of one size: a batch of matrices
     model = nn.Sequential(small_model(), nn.Linear(3, 8), *equal).to("cuda")
-    optimizer = build_optimizer(model, f"dopr-{gp}", 1e-3, refresh_every=2)
+    optimizer = build_optimizer(model, gp, 1e-3, dopr={"refresh_every": 2})
     x = torch.randn(6, 2, 4, 4, device="cuda")
     for step in range(7):
         torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")

@@ -22,7 +22,7 @@ from flowdopr.optim import build_optimizer
 from flowdopr.optim.dopr import DoPr
 
 WHOLE = StateDictOptions(full_state_dict=True)
-NAMES = ("dopr-adamw", "dopr-muon")
+NAMES = ("adamw", "muon")
 
 
 def make(name: str, world: int) -> tuple[nn.Module, DoPr]:
@@ -34,7 +34,7 @@ def make(name: str, world: int) -> tuple[nn.Module, DoPr]:
             if isinstance(layer, nn.Linear):
                 fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = build_optimizer(model, name, 0.01, refresh_every=2, max_rows="all")
+    optimizer = build_optimizer(model, name, 0.01, dopr={"refresh_every": 2, "max_rows": "all"})
     assert isinstance(optimizer, DoPr)
     return model, optimizer
 
@@ -99,7 +99,7 @@ def test_two_ranks_resume_and_go_on_as_one(name: str, ranks: list[dict]) -> None
 
 
 def test_torchs_call_on_dopr_itself_is_refused_with_the_cause() -> None:
-    model, optimizer = make("dopr-adamw", 1)
+    model, optimizer = make("adamw", 1)
     train(model, optimizer, range(1), 0, 1)
     state = get_optimizer_state_dict(model, optimizer)
     with pytest.raises(ValueError, match="distributed checkpoint, which keeps the GP's part alone"):

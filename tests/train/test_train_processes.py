@@ -47,7 +47,7 @@ def test_two_processes_equal_one(tmp_path, optimizer):
 
 
 def test_two_processes_resume_bitwise(tmp_path):
-    settings = ["optimizer.name=dopr-muon", "optimizer.refresh_every=4"]
+    settings = ["optimizer.name=dopr-muon", "optimizer.dopr.refresh_every=4"]
     straight = train_on_two(tmp_path, *settings, "name=straight")
     train_on_two(tmp_path, *settings, "name=cut", "train.steps=3")
     assert_same_checkpoint(straight, train_on_two(tmp_path, *settings, "name=cut"), 8)
