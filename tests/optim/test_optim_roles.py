@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
+from flowdopr.optim import DoPr
 from flowdopr.optim.roles import (
     check_claimed,
     format_roles,
@@ -109,3 +111,38 @@ def test_table_lists_every_parameter():
 def test_a_model_without_trainable_parameters_is_refused():
     with pytest.raises(ValueError, match="no trainable parameter"):
         parameter_groups(nn.ReLU(), "sgd", weight_decay=0.0)
+
+
+PARAMETRIZED = {
+    "spectral_norm": (parametrizations.spectral_norm, "original"),
+    "orthogonal": (parametrizations.orthogonal, "original"),
+    "weight_norm": (parametrizations.weight_norm, "original1"),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETRIZED)
+@pytest.mark.parametrize("kind", ["matrix", "conv"])
+def test_a_parametrized_weight_has_the_role_of_its_layer(name, kind):
+    layer = nn.Linear(6, 6) if kind == "matrix" else nn.Conv2d(4, 6, 3, groups=2)
+    layer.fused_blocks = 3
+    parametrize_layer, leaf = PARAMETRIZED[name]
+    model = nn.Sequential(parametrize_layer(layer), nn.Flatten(), nn.LazyLinear(2))
+    model(torch.randn((4, 6) if kind == "matrix" else (4, 4, 5, 5)))
+    roles = {role.name: role for role in parameter_roles(model)}
+    inner = roles[f"0.parametrizations.weight.{leaf}"]
+    assert (inner.kind, inner.blocks) == (kind, 3 if kind == "matrix" else 6)
+    others = [r for n, r in roles.items() if n.startswith("0.param") and r is not inner]
+    assert all(role.kind in ("vector", "table") for role in others)
+    groups = parameter_groups(model, "muon", weight_decay=0.1, adamw_for=[])
+    by_muon = [p for group in groups if group["gp"] == "muon" for p in group["params"]]
+    assert any(p is inner.parameter for p in by_muon)
+
+
+def test_dopr_lists_a_parametrized_weight_with_the_reason_why_it_is_left_alone():
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 2))
+    optimizer = DoPr(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    reasons = {name: (mode, reason) for name, _, mode, reason in optimizer.roles()}
+    mode, reason = reasons["0.parametrizations.weight.original1"]
+    assert mode == "none"
+    assert "parametrized" in reason
+    assert reasons["1.weight"][0] == "full"
