@@ -6,21 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowdopr.flow import (
-    CosinePath,
-    LinearPath,
-    Path,
-    PolynomialPath,
-    TrigonometricPath,
-    VariancePreservingPath,
-)
+from flowdopr.flow import PATHS, Path, PolynomialPath
 
+# Every path with its defaults, so that a new one is tested as soon as it has a name.
 PATH_CASES: dict[str, Path] = {
-    "linear": LinearPath(),
-    "trigonometric": TrigonometricPath(),
-    "variance_preserving": VariancePreservingPath(),
-    "cosine": CosinePath(),
-    "polynomial_2": PolynomialPath(2.0),
+    **{name: path() for name, path in PATHS.items()},
     "polynomial_3": PolynomialPath(3.0),
 }
 
