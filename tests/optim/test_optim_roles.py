@@ -109,3 +109,11 @@ def test_table_lists_every_parameter():
 def test_a_model_without_trainable_parameters_is_refused():
     with pytest.raises(ValueError, match="no trainable parameter"):
         parameter_groups(nn.ReLU(), "sgd", weight_decay=0.0)
+
+
+def test_naming_roles_leaves_the_buffers_and_modes_of_parametrizations_alone():
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    parameter_roles(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
