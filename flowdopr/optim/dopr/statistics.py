@@ -316,7 +316,9 @@ class Statistics:
     def raise_damping(self, failed: Tensor) -> None:
         """Take ten times the damping from the next refresh on where `failed` (n,)."""
         numbers = self.numbers
-        more = (10 * numbers.damping).clamp_min(smallest_pivot(numbers.damping.dtype))
+        pivots = [smallest_pivot(moment.dtype) for moment in self.moments]
+        least = on_device(pivots, numbers.damping.device, numbers.damping.dtype)
+        more = torch.maximum(10 * numbers.damping, least)
         raised = torch.where(failed, more, numbers.least_damping)
         self._numbers = numbers._replace(least_damping=raised)
 
