@@ -87,7 +87,11 @@ def _parametrized(module: nn.Module) -> dict[nn.Parameter, tuple[str, int]]:
     shape of the tensor they make."""
     found = {}
     for leaf, inner in module.parametrizations.items():  # pyright: ignore
+        training = {part: part.training for part in inner.modules()}
+        inner.eval()  # spectral_norm changes its buffers whenever it runs in training mode
         whole = getattr(module, leaf)
+        for part, mode in training.items():
+            part.training = mode
         for parameter in inner.parameters(recurse=False):
             if parameter.shape == whole.shape:
                 found[parameter] = (_kind(module, leaf, whole), _blocks(module, leaf, whole))

@@ -198,8 +198,9 @@ def test_evaluation_leaves_no_trace(name):
     network, optimizer = make(name)
     for step in range(STEPS):
         train(network, optimizer, [step])
-        with torch.no_grad():
-            loss_at(network, 100 + step)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                loss_at(network, 100 + step)
         network.eval()
         loss_at(network, 200 + step)
         network.train()

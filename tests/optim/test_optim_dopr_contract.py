@@ -29,15 +29,6 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_two_runs_are_bitwise_equal() -> None:
-    runs = []
-    for _ in range(2):
-        model = small_model()
-        train(model, adamw(model), range(7))
-        runs.append(weights(model))
-    assert same(*runs)
-
-
 @pytest.mark.parametrize("stop", [1, 4, 5])
 @pytest.mark.parametrize("cov_decay", [0.0, 0.95])
 @pytest.mark.parametrize("form", FORMS)
@@ -82,27 +73,10 @@ def test_state_of_a_bare_optimizer_or_another_model_is_refused() -> None:
     renamed = nn.Sequential(nn.Sequential(small_model()))
     with pytest.raises(ValueError, match="which this model lacks"):
         adamw(renamed).load_state_dict(optimizer.state_dict())
-
-
-@pytest.mark.parametrize("mode", ["eval", "no_grad", "inference"])
-def test_evaluation_forwards_leave_no_trace(mode: str) -> None:
-    runs = []
-    for evaluate in (False, True):
-        model = small_model()
-        optimizer = adamw(model, refresh_every=2)
-        for step in range(6):
-            optimizer.zero_grad()
-            model(batch(step)).square().mean().backward()
-            if evaluate and mode == "eval":
-                model.eval()
-                model(batch(99))
-                model.train()
-            elif evaluate:
-                with torch.no_grad() if mode == "no_grad" else torch.inference_mode():
-                    model(batch(99))
-            optimizer.step()
-        runs.append(weights(model))
-    assert same(*runs)
+    state = optimizer.state_dict()
+    del state["dopr"]["shared"]
+    with pytest.raises(ValueError, match="another version of flowdopr"):
+        optimizer.load_state_dict(state)
 
 
 class Checkpointed(nn.Module):
@@ -125,12 +99,11 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("form", FORMS)
-def test_activation_checkpointing_counts_once(reentrant: bool, form: str) -> None:
+def test_activation_checkpointing_counts_once(reentrant: bool) -> None:
     runs = []
     for kind in (None, reentrant):
         model = Checkpointed(kind)
-        optimizer = adamw(model, refresh_every=2, **FORMS[form])
+        optimizer = adamw(model, refresh_every=2)
         for step in range(6):
             optimizer.zero_grad()
             for half in torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(step)):
@@ -214,39 +187,13 @@ def test_statistics_are_gathered_on_refresh_steps_only() -> None:
     assert weight_of[0] == weight_of[2] < weight_of[3] == weight_of[5] < weight_of[6]
 
 
-def test_schedulers_and_closures() -> None:
-    model = small_model()
-    optimizer = adamw(model)
+def test_a_scheduler_of_the_wrapper_sets_the_wrapped_optimizer() -> None:
+    optimizer = adamw(small_model())
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
-    gp = optimizer.optimizer
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = model(batch(0)).square().mean()
-        loss.backward()
-        return loss
-
-    losses = []
-    for _ in range(6):
-        losses.append(optimizer.step(closure).item())
-        scheduler.step()
-    assert losses[-1] < losses[0]
-    assert gp.param_groups[0]["lr"] == pytest.approx(scheduler.get_last_lr()[0])
-    assert gp.param_groups[0]["lr"] < 1e-2
-    assert optimizer.state is gp.state
-
-
-def test_several_groups_keep_their_settings() -> None:
-    model = small_model()
-    groups = [
-        {"params": list(model[0].parameters()), "lr": 0.0},
-        {"params": [p for layer in list(model)[1:] for p in layer.parameters()], "lr": 0.1},
-    ]
-    optimizer = DoPr(torch.optim.SGD(groups), model)
-    before = weights(model)
-    train(model, optimizer, range(2))
-    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
-    assert moved == [False, False, True, True, True, True]
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0] < 1e-2
+    assert optimizer.state is optimizer.optimizer.state
 
 
 def test_copies_of_the_optimizer_are_refused_and_of_the_model_are_inert() -> None:

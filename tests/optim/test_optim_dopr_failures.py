@@ -96,3 +96,15 @@ def test_an_overflowing_sigma_gives_no_nan() -> None:
     optimizer.step()
     assert torch.isfinite(optimizer.transforms[0]).all()
     assert torch.isfinite(layer.weight).all()
+
+
+def test_a_failed_float32_layer_is_damped_for_float32_beside_a_float64_one() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"narrow": nn.Linear(40, 2), "wide": nn.Linear(3, 2).double()})
+    optimizer = adamw(model, refresh_every=1, damping=0.0)
+    for step in range(2):
+        optimizer.zero_grad()
+        loss = model["narrow"](singular(step)).square().sum()
+        (loss + model["wide"](torch.randn(9, 3).double()).square().sum()).backward()
+        optimizer.step()
+    assert optimizer.diagnostics()["narrow"].damping >= 10 * torch.finfo(torch.float32).eps

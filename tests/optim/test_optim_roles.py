@@ -146,3 +146,11 @@ def test_dopr_lists_a_parametrized_weight_with_the_reason_why_it_is_left_alone()
     assert mode == "none"
     assert "parametrized" in reason
     assert reasons["1.weight"][0] == "full"
+
+
+def test_naming_roles_leaves_the_buffers_and_modes_of_parametrizations_alone():
+    model = parametrizations.spectral_norm(nn.Linear(4, 3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    parameter_roles(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())

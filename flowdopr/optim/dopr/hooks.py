@@ -80,8 +80,7 @@ class OutputGradientHook:
     """The forward hook of one module that gathers the gradient of its output, for K-FAC; it does
     nothing once copied or unpickled.
 
-    A checkpointed layer counts once, for only one of its two forwards has an output that receives a
-    gradient.
+    A checkpointed layer counts once: the output of only one of its two forwards gets a gradient.
     """
 
     def __init__(self, handle: int = -1, index: int = 0) -> None:

@@ -95,7 +95,7 @@ def is_count(value: object) -> bool:
 
 
 def row_limit(max_rows: int | str | None) -> int | None:
-    """None for "all". ValueError for what is no number of rows."""
+    """`max_rows` as a number, None for "all". Raises ValueError for any other value."""
     if max_rows is None or max_rows == "all":
         return None
     if not is_count(max_rows):
@@ -105,7 +105,7 @@ def row_limit(max_rows: int | str | None) -> int | None:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What DoPr was given for layers and fields that no rule decides."""
+    """DoPr's settings for layers, and for fields of rules, that no rule sets."""
 
     conv_mode: str
     bias: bool

@@ -10,6 +10,8 @@ The average of Sigma is an exponential moving average divided by the sum of its 
 it a weighted mean from the first refresh on (a "debiased EMA").
 """
 
+import itertools
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -51,8 +53,8 @@ class SecondMoment:
     unused, used: what this window has gathered, before and after a backward.
     sigma: the exponential moving average of the windows' second moments, not yet divided by the sum
         of its weights, which `Statistics.numbers` has.
-    shared_with: another layer that reads the same tensors, whose Sigma this layer uses; then
-        nothing is kept here.
+    shared_with: another layer that reads the same tensors, whose Sigma this layer uses instead of
+        gathering its own.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class SecondMoment:
         self.unused, self.used = WindowSum(), WindowSum()
         self.sigma: Tensor | None = None
         self.shared_with: SecondMoment | None = None
-        self.sources: list[SecondMoment | None] = []  # who read each input before, until decided
+        self.reads: list[int] = []  # numbers of the tensors that it read in this window
         self.number = -1  # its place in `Statistics.moments`
 
     @property
@@ -88,6 +90,7 @@ class SecondMoment:
         """End the window; returns all that it gathered."""
         self.unused.move_into(self.used)
         whole, self.used = self.used, WindowSum()
+        self.reads = []
         return whole if whole.rows else WindowSum()  # empty batches count as no forward
 
 
@@ -104,8 +107,8 @@ class Numbers(NamedTuple):
 
 
 def on_device(numbers: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(n,) of numbers that the host knows. A copy of them from the host would wait for the device,
-    which filling does not."""
+    """A tensor (n,) of numbers from the host. It is filled on the device, since a copy would make
+    the host wait."""
     return torch.stack([torch.full((), float(n), device=device, dtype=dtype) for n in numbers])
 
 
@@ -123,7 +126,9 @@ class Statistics:
         self._numbers: Numbers | None = None
         self._watched: list[tuple[SecondMoment, LayerView]] = []
         self._backward_ran = False
-        self._last_inputs: dict[tuple[object, ...], tuple[weakref.ref[Tensor], SecondMoment]] = {}
+        # The newest input that layers with one `SecondMoment.key` read, its version and number.
+        self._newest: dict[tuple[object, ...], tuple[weakref.ref[Tensor], int, int]] = {}
+        self._numbered = itertools.count()
         self._handle = register(self)
         self._removable: list[Any] = []
         weakref.finalize(self, _remove_all, self._removable)
@@ -161,15 +166,12 @@ class Statistics:
 
         Args:
             traced: torch.compile runs the module, and `x` is not the tensor that other modules see.
-
-        Raises:
-            ValueError: a layer that shares statistics reads another tensor now.
         """
         if not self.gathering or is_recomputation():
             return
         moment = self._take(index, x)
         if moment is not None and not traced:
-            self._compare_input(moment, x)
+            moment.reads.append(self._tensor_number(moment, x))
 
     @torch.no_grad()
     def gather_output_gradient(self, index: int, grad: Tensor) -> None:
@@ -178,7 +180,7 @@ class Statistics:
             self._take(index, grad)
 
     def _take(self, index: int, x: Tensor) -> SecondMoment | None:
-        """Gather `x`, unless the layer is frozen for a while, as a discriminator is."""
+        """Gather `x`, unless the layer is frozen now, as a discriminator in a generator's step."""
         self._note_backward()
         moment, view = self._watched[index]
         if not moment.weight.requires_grad:
@@ -187,40 +189,43 @@ class Statistics:
             moment.gather(x.detach(), view)
         return moment
 
-    def _compare_input(self, moment: SecondMoment, x: Tensor) -> None:
-        """Note which layer read the tensor `x` before `moment`'s; refuse a change of it."""
-        last = self._last_inputs.get(moment.key)
-        source = last[1] if last is not None and last[0]() is x else None
-        if source is None or source is moment:
-            self._last_inputs[moment.key] = (weakref.ref(x), moment)
-            source = None
-        if not self.sharing_decided:
-            moment.sources.append(source)
-        elif moment.shared_with is not None and source is not moment.shared_with:
-            raise ValueError(
-                f"layer {moment.name!r} read the same tensor as layer {moment.shared_with.name!r} "
-                "so far and shares its statistics, but reads another one now: give it a layer rule "
-                f"of its own, LayerRule('^{moment.name}$'), for statistics of its own"
-            )
+    def _tensor_number(self, moment: SecondMoment, x: Tensor) -> int:
+        """A number that layers which can share statistics have in common if they read the tensor
+        `x` one after another, unless it was changed in place in between."""
+        version = 0 if x.is_inference() else x._version
+        newest = self._newest.get(moment.key)
+        if newest is None or newest[0]() is not x or newest[1] != version:
+            newest = self._newest[moment.key] = weakref.ref(x), version, next(self._numbered)
+        return newest[2]
 
-    def decide_sharing(self) -> None:
+    def _decide_sharing(self) -> None:
         """After the first window: let layers that read the same tensors share one Sigma.
 
         All ranks must have seen the same. Under torch.compile tensors have no identity, and every
         layer keeps its own.
         """
-        if self.sharing_decided:
-            return
         self.sharing_decided = True
+        first: dict[tuple[object, ...], int] = {}
         leaders = []
-        for moment in self.moments:
-            leader = moment.sources[0] if moment.sources else None
-            same = leader is not None and set(moment.sources) == {leader}
-            leaders.append(leader.number if leader is not None and same else -1)
-            moment.sources.clear()
+        for i, moment in enumerate(self.moments):
+            leader = first.setdefault((moment.key, *sorted(moment.reads)), i)
+            leaders.append(leader if moment.reads and leader != i else -1)
         found = agreed(leaders, self.moments[0].device)
         for moment, number in zip(self.moments, found, strict=True):
             moment.shared_with = self.moments[number] if number >= 0 else None
+
+    def _check_sharing(self) -> None:
+        """ValueError for a layer that shares statistics and has read a tensor which their owner
+        has not."""
+        for moment in self.moments:
+            owner = moment.shared_with
+            if owner is not None and not set(moment.reads) <= set(owner.reads):
+                raise ValueError(
+                    f"layer {moment.name!r} shares the statistics of layer {owner.name!r}, which "
+                    "read the same tensors at first, but it has now read one that the other layer "
+                    "has not read, or not while training: give it a layer rule of its own, "
+                    f"LayerRule('^{re.escape(moment.name)}$'), for statistics of its own"
+                )
 
     def discard(self) -> None:
         """Forget what a backward has already used: its step was skipped."""
@@ -285,8 +290,10 @@ class Statistics:
         """What every layer gathered; nothing for those that share, and on several ranks zeros for
         layers that did not run here, since no rank knows whether they ran on another one."""
         self._backward_ran = False
+        self._check_sharing()
+        if not self.sharing_decided:
+            self._decide_sharing()
         windows = [moment.close_window() for moment in self.moments]
-        self.decide_sharing()
         for i, moment in enumerate(self.moments):
             if moment.shared_with is not None:
                 windows[i] = WindowSum()
@@ -308,20 +315,21 @@ class Statistics:
         return self._numbers
 
     def set_damping(self, damping: float) -> None:
-        """Take `damping` for the T to be made now, or what a failed factorisation has raised it
-        to."""
+        """Use `damping` for the next T, or the higher one that a failed factorisation asked for."""
         numbers = self.numbers
         self._numbers = numbers._replace(damping=numbers.least_damping.clamp_min(damping))
 
     def raise_damping(self, failed: Tensor) -> None:
-        """Take ten times the damping from the next refresh on where `failed` (n,)."""
+        """Multiply the damping by ten, from the next refresh on, where `failed` (n,) is true."""
         numbers = self.numbers
-        more = (10 * numbers.damping).clamp_min(smallest_pivot(numbers.damping.dtype))
+        pivots = [smallest_pivot(moment.dtype) for moment in self.moments]
+        least = on_device(pivots, numbers.damping.device, numbers.damping.dtype)
+        more = torch.maximum(10 * numbers.damping, least)
         raised = torch.where(failed, more, numbers.least_damping)
         self._numbers = numbers._replace(least_damping=raised)
 
     def known(self) -> list[int]:
-        """Numbers of the layers that have an average, be it one of skipped refreshes alone."""
+        """Numbers of the layers that have an average, even if all their refreshes were skipped."""
         return [i for i, moment in enumerate(self.moments) if moment.sigma is not None]
 
     def table(self) -> Tensor:
@@ -351,7 +359,12 @@ class Statistics:
         return {"averages": averages, "shared": shared}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Restore the averages. Raises ValueError for a layer or a shape that is not here."""
+        """Restore the averages. Raises ValueError for another layout, layer or shape than here."""
+        if not saved.keys() >= {"averages", "shared"}:
+            raise ValueError(
+                "the optimizer state's entry 'dopr' is of another version of flowdopr: load it "
+                "with the version that saved it, or start the run anew"
+            )
         known = {moment.name: moment for moment in self.moments}
         averages, shared = saved["averages"], saved["shared"]
         for name in (*averages, *shared, *shared.values()):
@@ -366,7 +379,6 @@ class Statistics:
             entry, leader = averages.get(moment.name), shared.get(moment.name)
             moment.shared_with = None if leader is None else known[leader]
             moment.close_window()
-            moment.sources.clear()
             moment.sigma = None if entry is None else _unpacked(entry["sigma"], moment)
             rows.append([0.0 if entry is None else entry[key] for key in Numbers._fields])
         self._numbers = None

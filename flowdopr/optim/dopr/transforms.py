@@ -122,8 +122,8 @@ def _laid_out(product: Tensor, parameter: Tensor) -> Tensor:
 def step_sandwich(optimizer: torch.optim.Optimizer, ready: Sequence[tuple[Layer, Tensor]]) -> None:
     """W <- (1 - lr wd) W - lr GP(G L^-T) L^-1, after `apply` has made G L^-T.
 
-    The GP steps from W = 0, where its weight decay does nothing, so that what it leaves in W is its
-    direction times -lr, exactly.
+    The GP steps from W = 0, where its weight decay does nothing. W then holds the GP's direction
+    times -lr, exactly.
     """
     held = [[p.clone() for p in layer.parameters] for layer, _ in ready]
     for layer, _ in ready:
