@@ -74,3 +74,10 @@ def test_optim_stands_alone():
         assert ours <= {"flowdopr.cpu", "flowdopr.linalg"}, path.name
     for name in ("cpu", "linalg"):
         assert not imports(PACKAGE / f"{name}.py")
+
+
+def test_dopr_knows_no_other_optimizer():
+    """The optimizers of the room above are built on it, or wrapped by it."""
+    for path in (PACKAGE / "optim" / "dopr").glob("*.py"):
+        ours = {name for name in imports(path) if not name.startswith("flowdopr.optim.dopr")}
+        assert ours <= {"flowdopr.cpu", "flowdopr.linalg"}, path.name
