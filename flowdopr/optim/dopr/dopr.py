@@ -44,7 +44,6 @@ from flowdopr.optim.dopr.transforms import (
     make_transforms,
     step_sandwich,
 )
-from flowdopr.optim.matrix import call_closure
 
 FORMS = ("inverse", "sandwich")
 # Optimizers, of torch and of other packages, whose steps depend on the weights themselves: on their
@@ -156,7 +155,10 @@ class DoPr(torch.optim.Optimizer):
             raise ValueError(
                 "this DoPr was closed: step the optimizer inside it, or build a new one"
             )
-        loss = call_closure(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         strength = self._schedule(self.steps)[1]
         if self.statistics.gathering:
             self._refresh()
