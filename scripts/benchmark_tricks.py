@@ -22,11 +22,13 @@ import torch
 from benchmark_optim import MODELS, REFRESH_EVERY, Arm, Setup, machine
 from torch import Tensor
 
+from flowdopr.optim.dopr import transforms
+
 PARTS = ("gather", "refresh", "apply")
 
 
 def whole_gram(sums: Tensor, rows: Tensor, weight: float = 1.0) -> None:
-    """`layers.add_gram` without the saving: both triangles of every matrix."""
+    """`views.add_second_moment` without the saving: both triangles of every matrix."""
     groups, blocks, side, _ = sums.shape
     stacked = rows.to(sums.dtype).reshape(-1, groups * blocks, side).transpose(0, 1)
     sums.view(-1, side, side).baddbmm_(stacked.mT, stacked, alpha=weight)
@@ -53,14 +55,15 @@ class TrickArm:
     """A model with DoPr, one trick switched off, and its own work timed by part."""
 
     def __init__(self, setup: Setup, trick: str) -> None:
-        options, self.replaced = TRICKS[trick]
+        options, replaced = TRICKS[trick]
         self.arm = Arm(setup, "adamw", options)
         self.cuda = setup.device == "cuda"
         self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         dopr: Any = self.arm.optimizer
-        dopr.statistics.gather = self._timed("gather", dopr.statistics.gather)
-        dopr.preconditioner.refresh = self._timed("refresh", dopr.preconditioner.refresh)
-        dopr._precondition = self._timed("apply", dopr._precondition)
+        dopr.statistics.gather_input = self._timed("gather", dopr.statistics.gather_input)
+        dopr._refresh = self._timed("refresh", dopr._refresh)
+        timed_apply = self._timed("apply", transforms.apply)
+        self.replaced = {"flowdopr.optim.dopr.dopr.apply": timed_apply, **replaced}
 
     def window(self) -> dict[str, float]:
         """Milliseconds a step of each part over one window."""
