@@ -232,7 +232,7 @@ def rollout_excess(
         if space == "velocity":
             bins.add(batch_times(t, x), squared_error(v, oracle(x, t, oracle_y)))
         elif not oracle.path.still_at_start or float(t) >= SAFE_TIME:
-            # The oracle's velocity at a later time than 1 - LAST is that of 1 - LAST.
+            # Times after 1 - LAST are treated as 1 - LAST, as they are in the oracle.
             x_1 = convert(v, x, t.clamp(max=1 - LAST), oracle.path, "velocity", "data")
             bins.add(batch_times(t, x), squared_error(x_1, oracle.posterior_mean(x, t, oracle_y)))
         return v
