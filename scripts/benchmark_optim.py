@@ -1,12 +1,12 @@
-"""What DoPr costs: training steps and peak memory against the bare gradient preconditioner (GP).
+"""The cost of DoPr: step time and peak memory relative to the gradient preconditioner (GP) alone.
 
     python scripts/benchmark_optim.py --json benchmark.json
 
-For each model and GP three arms take turns step by step in one process: the GP alone, DoPr at its
-defaults, and DoPr's exact mode (every step, from every row). A window of `refresh_every` steps
-holds one refresh; a ratio is the median over windows of the window's time against the GP's.
-Peak memory is measured in a process of its own per arm: on CUDA what the allocator peaked at, on
-the CPU how far the resident set rose above that of the imports.
+For each model and GP, three arms take turns step by step in one process: the GP alone, DoPr with
+its default settings, and DoPr's exact mode (refresh at every step, from every row). A window of
+`refresh_every` steps contains one refresh; a ratio is the median over windows of the arm's time
+divided by the GP's. Peak memory is measured in a separate process for each arm: on CUDA the peak of
+the allocator, on the CPU the growth of the resident set after the imports.
 """
 
 import argparse
@@ -64,7 +64,8 @@ MODELS: dict[str, Callable[[], DiT | UNet]] = {
     "unet-64": lambda: UNet((3, 32, 32), 10, channels=64),
     "unet-128": lambda: UNet((3, 32, 32), 10, channels=128),
 }
-# The sizes users train: MNIST on a CPU, CIFAR-10 on a GPU. The others are there by name.
+# The defaults are sizes that users train: MNIST on a CPU, CIFAR-10 on a GPU. "other" models are
+# measured only if named by --models.
 BATCH_SIZES = {
     "quick": {"dit-xxs-quick": 16, "unet-quick": 8},
     "cpu": {"dit-xs/2": 64, "unet-32": 64},
@@ -74,7 +75,7 @@ BATCH_SIZES = {
 
 
 class Arm:
-    """A model with its optimizer, taking steps of velocity regression on fixed random data."""
+    """A model and its optimizer, trained by velocity regression on fixed random data."""
 
     def __init__(self, setup: Setup, gp: str, dopr: dict[str, Any] | None) -> None:
         torch.manual_seed(0)
@@ -89,7 +90,7 @@ class Arm:
         self.y = torch.randint(10, (setup.batch_size,), device=setup.device)
 
     def step(self) -> float:
-        """One training step; its seconds."""
+        """Make one training step and return its seconds."""
         start = self._now()
         with torch.autocast(self.setup.device, torch.bfloat16, enabled=self.setup.autocast):
             velocity = self.model(self.x_t, self.t, self.y)
@@ -107,14 +108,15 @@ class Arm:
 
 
 def arms_of(gp: str) -> dict[str, tuple[str, dict[str, Any] | None]]:
-    """Arm: optimizer name, and the options of DoPr around it."""
+    """The optimizer's name and the options of DoPr around it, by arm."""
     return {"gp": (gp, None), "dopr": (gp, {}), "dopr exact": (gp, EXACT)}
 
 
 def time_steps(setup: Setup, gp: str, windows: int) -> dict[str, list[float]]:
-    """Seconds of each window of REFRESH_EVERY steps, by arm, the arms taking turns step by step.
+    """Seconds of each window of REFRESH_EVERY steps, by arm.
 
-    The first window warms up and is dropped; the arm that goes first changes with each step.
+    The arms take turns step by step, with another one first in each step. The first window is a
+    warm-up and is dropped.
     """
     arms = {arm: Arm(setup, *recipe) for arm, recipe in arms_of(gp).items()}
     seconds = {arm: [0.0] * (windows + 1) for arm in arms}
@@ -127,10 +129,9 @@ def time_steps(setup: Setup, gp: str, windows: int) -> dict[str, list[float]]:
 
 
 def peak_memory(setup: Setup, gp: str, dopr: dict[str, Any] | None, steps: int) -> int:
-    """Bytes at the peak of `steps` steps; meant for a fresh process."""
-    Arm(
-        Setup("dit-xxs-quick", 2, setup.device, setup.autocast), "sgd", None
-    ).step()  # libraries load
+    """Peak memory of `steps` steps in bytes; call it in a new process."""
+    # One step of a tiny model loads the libraries, which are not counted.
+    Arm(Setup("dit-xxs-quick", 2, setup.device, setup.autocast), "sgd", None).step()
     before = peak_resident()
     if setup.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -143,18 +144,18 @@ def peak_memory(setup: Setup, gp: str, dopr: dict[str, Any] | None, steps: int) 
 
 
 def peak_resident() -> int:
-    """Bytes of this process's largest resident set so far (Linux). `ru_maxrss` will not do: a new
-    process inherits it from the one that started it."""
+    """Bytes of this process's largest resident set so far (Linux). `ru_maxrss` is unsuitable: a new
+    process inherits it from its parent."""
     status = Path("/proc/self/status").read_text()
     return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
 
 
 def measure(setup: Setup, gp: str, windows: int) -> dict[str, object]:
-    """All numbers for one model and GP."""
+    """Times, memory and their ratios for one model and GP."""
     seconds = time_steps(setup, gp, windows)
     memory = {}
     for arm, (name, options) in arms_of(gp).items():
-        # a new process each time: the resident set of an old one never shrinks
+        # Each arm gets a new process, because the peak of the resident set never falls.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             memory[arm] = pool.apply(peak_memory, (setup, name, options, 3))
     arms = {}
@@ -171,9 +172,8 @@ def measure(setup: Setup, gp: str, windows: int) -> dict[str, object]:
 
 
 def describe(result: dict) -> str:
-    """The lines that the terminal shows for one result."""
-    head = f"{result['model']} batch {result['batch_size']} {result['device']} {result['gp']}"
-    lines = [head]
+    """The lines printed for one result."""
+    lines = [f"{result['model']} batch {result['batch_size']} {result['device']} {result['gp']}"]
     for arm, row in result["arms"].items():
         lines.append(
             f"  {arm:11s} {row['seconds_per_step'] * 1e3:9.2f} ms/step"
@@ -184,7 +184,7 @@ def describe(result: dict) -> str:
 
 
 def machine(device: str) -> dict[str, str | int]:
-    """What the figures were measured on."""
+    """Hardware and versions with which the figures were measured."""
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
         capture_output=True,
@@ -201,16 +201,16 @@ def machine(device: str) -> dict[str, str | int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What DoPr costs: time and memory.")
+    parser = argparse.ArgumentParser(description="The cost of DoPr in time and memory.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--gps", nargs="+", default=["adamw", "muon"])
-    parser.add_argument("--models", nargs="+", choices=MODELS, help="default: by device")
-    parser.add_argument("--batch-size", type=int, help="default: by model")
-    parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--windows", type=int, default=7, help=f"of {REFRESH_EVERY} steps each")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny models, one window: a smoke test"
-    )
+    parser.add_argument("--gps", nargs="+", default=["adamw", "muon"], help="optimizers to wrap")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="default: depends on device")
+    parser.add_argument("--batch-size", type=int, help="default: depends on model")
+    parser.add_argument("--autocast", action="store_true", help="train under bfloat16 autocast")
+    windows_help = f"timed windows of {REFRESH_EVERY} steps"
+    parser.add_argument("--windows", type=int, default=7, help=windows_help)
+    quick_help = "smoke test: tiny models, one window"
+    parser.add_argument("--quick", action="store_true", help=quick_help)
     parser.add_argument("--json", type=Path, help="write all ratios to this file")
     options = parser.parse_args()
     windows = 1 if options.quick else options.windows

@@ -1,10 +1,10 @@
-"""Sampling speed beside a bare hand-written Euler loop on the same model, interleaved.
+"""Sampling speed compared with a hand-written Euler loop on the same model.
 
     python scripts/benchmark_sample.py [--quick] [--json FILE] [--threads N]
 
-Both make the same images from the same noise, and the script checks that they agree. Ours is
-`flowdopr.flow.generate`: noise by image, calls counted, torchdiffeq's Euler. A ratio is the median
-over rounds of the loop's seconds / ours: above 1 we are faster.
+`flowdopr.flow.generate` with torchdiffeq's Euler method and the loop take turns. Both make the same
+images from the same noise, and the script checks that they agree. A ratio is the median over rounds
+of the loop's seconds divided by ours; above 1 we are faster.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from flowdopr.flow import generate, image_generator
 from flowdopr.models import DiT, UNet
 
-# In one batch; small models take more, so that a round is long enough to be timed.
+# Images in one batch; more for small models, so that a round is long enough to be timed.
 IMAGES = {"dit-xxs": 512, "dit-s": 16, "unet": 16}
 
 
@@ -41,27 +41,28 @@ def bare_loop(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
     return x
 
 
-def models() -> dict[str, nn.Module]:
-    """A small and a large DiT and a U-Net, away from their zero initialisation."""
-    made = {
+def build_models() -> dict[str, nn.Module]:
+    """A small DiT, a large DiT and a U-Net; all weights are random, so no output is zero."""
+    models = {
         "dit-xxs": DiT((1, 8, 8), 10, size="XXS"),
         "dit-s": DiT((4, 32, 32), 1000, size="S"),
         "unet": UNet((3, 32, 32), 10, channels=64, channel_multipliers=(1, 2, 2)),
     }
-    for model in made.values():
+    for model in models.values():
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.02)
-    return {name: model.eval() for name, model in made.items()}
+    return {name: model.eval() for name, model in models.items()}
 
 
-def timed(make: Callable[[], Tensor]) -> tuple[Tensor, float]:
+def seconds_of(sample: Callable[[], Tensor]) -> float:
+    """Seconds of one call of `sample`."""
     start = time.perf_counter()
-    images = make()
-    return images, time.perf_counter() - start
+    sample()
+    return time.perf_counter() - start
 
 
 def measure(model: nn.Module, number: int, steps: int, rounds: int) -> dict[str, float]:
-    """Interleave both samplers; the first round warms up and checks that they agree."""
+    """Time both samplers in turn, after a warm-up that checks that they agree."""
     y = torch.arange(number) % model.num_classes
 
     def ours() -> Tensor:
@@ -73,10 +74,10 @@ def measure(model: nn.Module, number: int, steps: int, rounds: int) -> dict[str,
     seconds: dict[str, list[float]] = {"ours": [], "bare": []}
     torch.testing.assert_close(ours(), bare(), rtol=1e-4, atol=1e-4)
     for i in range(rounds):
-        # Each goes first in every other round, so that neither profits from the order.
+        # The order alternates, so that it favours neither.
         pair = [("ours", ours), ("bare", bare)]
-        for name, make in pair if i % 2 else pair[::-1]:
-            seconds[name].append(timed(make)[1])
+        for name, sample in pair if i % 2 else pair[::-1]:
+            seconds[name].append(seconds_of(sample))
     ratios = [b / a for a, b in zip(seconds["ours"], seconds["bare"], strict=True)]
     return {
         "images": number,
@@ -92,9 +93,9 @@ def measure(model: nn.Module, number: int, steps: int, rounds: int) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds of few images")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--quick", action="store_true", help="smoke test: few rounds, few images")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -107,7 +108,7 @@ def main() -> None:
             "threads": torch.get_num_threads(),
         }
     }
-    for name, model in models().items():
+    for name, model in build_models().items():
         images = IMAGES[name] // 4 if arguments.quick else IMAGES[name]
         result = report[name] = measure(model, images, steps, rounds)
         print(

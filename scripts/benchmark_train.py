@@ -1,17 +1,17 @@
-"""Training speed beside the peers': whole steps in images a second, interleaved on one machine.
+"""Training speed compared with SiT and torchcfm, in images a second for whole training steps.
 
     python scripts/benchmark_train.py [--quick] [--compile] [--json FILE] [--threads N]
 
-Two pairs, float32, our default settings against each peer's own recipe:
+Two pairs are timed in float32, our default settings against the other project's recipe:
 
 - `dit`: our DiT-S/2 on 4 x 32 x 32 latents against SiT-S/2 (rebuilt from timm's parts), AdamW, EMA.
 - `unet`: our U-Net with torchcfm's CIFAR-10 settings against torchcfm's own class, Adam, clipping,
-  EMA. Needs `pip install --no-deps torchcfm`; without it the pair is left out, and said so. Before
-  it is timed, our U-Net is given torchcfm's weights and must give its outputs.
+  EMA. It needs `pip install --no-deps torchcfm`; without it the script skips the pair and says so.
+  Before the timing, our U-Net is given torchcfm's weights and must give the same outputs.
 
-A step is what a training loop does with a batch: noise and times, forward, backward, clipping,
-optimizer, EMA. `model` counts forward and backward alone. A ratio is the median over rounds of
-theirs / ours in seconds: above 1 we are faster. `--compile` puts torch.compile on our model.
+`step` is the time of a whole step: noise and times, forward, backward, clipping, optimizer, EMA.
+`model` is the time until the end of the backward pass. The two sides take turns. A ratio is the
+median over rounds of their seconds divided by ours; above 1 we are faster.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from flowdopr.optim import build_optimizer
 from flowdopr.runs.averages import Average
 from flowdopr.train.ema import EMA
 
-# One training step; it yields when the backward pass is done, to be timed in two parts.
+# One training step, a generator that yields once after the backward pass so that it can be timed.
 Step = Callable[[], Iterator[None]]
 
 
 def our_step(
     model: nn.Module, x_1: Tensor, y: Tensor | None, *, max_norm: float | None, compiled: bool
 ) -> Step:
-    """A step as `flowdopr.train` makes it."""
+    """A training step as in `flowdopr.train`."""
     objective = FlowMatching(class_dropout_prob=0.0 if y is None else 0.1)
     optimizer = build_optimizer(model, "adamw", lr=1e-4)
     ema = EMA(model, [Average(decay=0.9999)])
@@ -63,7 +63,7 @@ def our_step(
 
 
 def sit_step(model: nn.Module, x_1: Tensor, y: Tensor) -> Step:
-    """A step as SiT's training script makes it: AdamW, EMA one parameter after another."""
+    """A training step as in SiT's script: AdamW, and an EMA with a loop over parameters."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -85,7 +85,7 @@ def sit_step(model: nn.Module, x_1: Tensor, y: Tensor) -> Step:
 
 
 def torchcfm_step(model: nn.Module, x_1: Tensor) -> Step:
-    """A step as torchcfm's CIFAR-10 script makes it: Adam, clipping, EMA of the state dict."""
+    """A training step as in torchcfm's CIFAR-10 script: Adam, clipping, EMA of the state dict."""
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
     average = {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -115,7 +115,7 @@ def dit_pair(batch_size: int, compiled: bool) -> dict[str, Step]:
 
 
 def unet_pair(batch_size: int, compiled: bool) -> dict[str, Step]:
-    """Steps of both U-Nets of torchcfm's CIFAR-10 settings, proved equal first."""
+    """Steps of both U-Nets with torchcfm's CIFAR-10 settings, after a check that they are equal."""
     x_1 = torch.randn(batch_size, 3, 32, 32)
     theirs, ours = torchcfm_unet(), UNet((3, 32, 32), **TORCHCFM_CIFAR10)
     check_equal(ours, theirs)
@@ -127,10 +127,10 @@ def unet_pair(batch_size: int, compiled: bool) -> dict[str, Step]:
 
 @torch.no_grad()
 def check_equal(ours: UNet, theirs: nn.Module) -> None:
-    """Give both the same random weights and compare outputs.
+    """Give both U-Nets the same random weights and compare their outputs.
 
     Raises:
-        RuntimeError: they differ by more than rounding.
+        RuntimeError: if the outputs differ by more than rounding.
     """
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.03)
@@ -145,7 +145,7 @@ def check_equal(ours: UNet, theirs: nn.Module) -> None:
 
 
 def time_step(step: Step) -> tuple[float, float]:
-    """Seconds of the model's part and of the whole step."""
+    """Seconds until the end of the backward pass, and of the whole step."""
     start = time.perf_counter()
     parts = step()
     next(parts)
@@ -155,10 +155,10 @@ def time_step(step: Step) -> tuple[float, float]:
 
 
 def measure(pair: dict[str, Step], batch_size: int, rounds: int) -> dict[str, float]:
-    """Interleave the two and summarise; the first round only warms up."""
+    """Time both sides in turn and summarise; the first round is a warm-up and is dropped."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in pair}
     for i in range(rounds + 1):
-        # Each goes first in every other round, so that neither profits from the order.
+        # The order alternates, so that it favours neither.
         for name in sorted(pair, reverse=bool(i % 2)):
             seconds[name].append(time_step(pair[name]))
     result = {"batch_size": batch_size, "rounds": rounds}
@@ -187,11 +187,14 @@ def environment() -> dict[str, str | int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds of small batches")
-    parser.add_argument("--compile", action="store_true", help="torch.compile our model")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--pairs", nargs="+", choices=["dit", "unet"], default=["dit", "unet"])
+    pairs = ["dit", "unet"]
+    parser.add_argument(
+        "--quick", action="store_true", help="smoke test: few rounds, small batches"
+    )
+    parser.add_argument("--compile", action="store_true", help="apply torch.compile to our model")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--pairs", nargs="+", choices=pairs, default=pairs, help="pairs to time")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -201,7 +204,7 @@ def main() -> None:
         try:
             pair = {"dit": dit_pair, "unet": unet_pair}[name](batch_size, arguments.compile)
         except ValueError as error:
-            print(f"{name}: left out: {error}")
+            print(f"{name}: skipped: {error}")
             continue
         result = report[name] = measure(pair, batch_size, rounds)
         for part in ("model", "step"):

@@ -1,11 +1,12 @@
-"""What each trick saves of DoPr's own work: one arm with every trick, and one without each of them.
+"""What each optimisation of the code saves of DoPr's own time, by switching it off.
 
     python scripts/benchmark_tricks.py --threads 1 --json tricks.json
 
-DoPr's work is timed where it is done: gathering statistics in the forward, refreshing (averages,
-factorisations, inverses) and applying T. The arms take turns window by window, a window being
-`refresh_every` steps with one refresh; the figures are medians over windows, in milliseconds a
-step. `total` over that of the first arm says how much more DoPr costs without the trick.
+One arm uses every trick, and each other arm lacks one of them. Three parts of DoPr's work are
+timed: gathering statistics in the forward pass, refreshing (averages, factorisations, inverses) and
+applying the transforms. The arms take turns in windows of `refresh_every` steps with one refresh;
+the figures are medians over windows, in milliseconds a step. The ratio of an arm's total to that of
+the first arm is the extra cost of DoPr without the trick.
 """
 
 import argparse
@@ -28,13 +29,13 @@ PARTS = ("gather", "refresh", "apply")
 
 
 def whole_gram(sums: Tensor, rows: Tensor, weight: float = 1.0) -> None:
-    """`views.add_second_moment` without the saving: both triangles of every matrix."""
+    """`add_second_moment` that computes both triangles of every symmetric matrix."""
     groups, blocks, side, _ = sums.shape
     stacked = rows.to(sums.dtype).reshape(-1, groups * blocks, side).transpose(0, 1)
     sums.view(-1, side, side).baddbmm_(stacked.mT, stacked, alpha=weight)
 
 
-# Trick: DoPr's options without it, and what is replaced in the code.
+# By trick: the options of DoPr and the replaced functions that switch it off.
 TRICKS: dict[str, tuple[dict[str, Any], dict[str, object]]] = {
     "all": ({}, {}),
     "no refresh interval": ({"refresh_every": 1}, {}),
@@ -52,7 +53,7 @@ TRICKS: dict[str, tuple[dict[str, Any], dict[str, object]]] = {
 
 
 class TrickArm:
-    """A model with DoPr, one trick switched off, and its own work timed by part."""
+    """A model trained with DoPr, with one trick switched off and DoPr's work timed by part."""
 
     def __init__(self, setup: Setup, trick: str) -> None:
         options, replaced = TRICKS[trick]
@@ -66,7 +67,7 @@ class TrickArm:
         self.replaced = {"flowdopr.optim.dopr.dopr.apply": timed_apply, **replaced}
 
     def window(self) -> dict[str, float]:
-        """Milliseconds a step of each part over one window."""
+        """Milliseconds a step for each part, averaged over one window."""
         self.seconds = dict.fromkeys(PARTS, 0.0)
         with self._without_trick():
             for _ in range(REFRESH_EVERY):
@@ -101,26 +102,27 @@ class TrickArm:
 
 
 def measure(setup: Setup, windows: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds a step by trick and part; a first window warms up and is dropped."""
+    """Median milliseconds a step by trick and part, without the first window, a warm-up."""
     arms = {trick: TrickArm(setup, trick) for trick in TRICKS}
-    seen: dict[str, list[dict[str, float]]] = {trick: [] for trick in TRICKS}
+    windows_of: dict[str, list[dict[str, float]]] = {trick: [] for trick in TRICKS}
     for _ in range(windows + 1):
         for trick, arm in arms.items():
-            seen[trick].append(arm.window())
+            windows_of[trick].append(arm.window())
     return {
         trick: {part: statistics.median(w[part] for w in rows[1:]) for part in (*PARTS, "total")}
-        for trick, rows in seen.items()
+        for trick, rows in windows_of.items()
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What each trick saves of DoPr's work.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["dit-xs/2", "unet-32"])
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--windows", type=int, default=3, help=f"of {REFRESH_EVERY} steps each")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--quick", action="store_true", help="tiny models: a smoke test")
+    windows_help = f"timed windows of {REFRESH_EVERY} steps"
+    parser.add_argument("--windows", type=int, default=3, help=windows_help)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--quick", action="store_true", help="smoke test: tiny models, one window")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,12 +1,12 @@
-"""DoPr's small example: behaviour cloning in a linear dynamical system (arXiv 2606.06418).
+"""A small example of DoPr: behaviour cloning in a linear dynamical system (arXiv 2606.06418).
 
     python scripts/linear_feedback.py --out linear_feedback
 
-A linear quadratic regulator u = K* s drives s' = A s + B u + w. A policy K = F G with as many
-features as K* has rank learns to imitate it from pairs (s, u + noise), with a gradient
-preconditioner (GP) alone and with activation preconditioning (AP) before it. The regulator holds
-the unstable directions of the state so tightly that they hardly vary: the states are
-ill-conditioned, and what the one-step loss sees least is what the closed loop feels most.
+The expert is a linear quadratic regulator u = K* s of the system s' = A s + B u + w. A policy
+K = F G, with as many features as the rank of K*, learns to imitate it from pairs (s, u + noise),
+with a gradient preconditioner (GP) alone and with activation preconditioning (AP) before it. The
+regulator keeps the unstable directions of the state so small that the states are ill-conditioned:
+errors of K in these directions hardly change the one-step loss but dominate the closed loop.
 
 Shapes: s (n, STATES), u (n, ACTIONS), K (ACTIONS, STATES), G (FEATURES, STATES).
 """
@@ -39,10 +39,10 @@ MEASURES = {
 
 
 class World:
-    """The system, its regulator and data from it, in float64; all drawn from one seed.
+    """The system, its regulator and training data in float64, all drawn from one seed.
 
-    `A` has FEATURES unstable modes, which the actions reach and the cost counts, and slow stable
-    modes of larger and larger noise, which push the unstable ones; a rotation hides which is which.
+    A has FEATURES unstable modes, which alone are controlled and enter the cost, and stable modes
+    with increasing noise, which drive the unstable ones. A random rotation mixes the coordinates.
     """
 
     def __init__(self, seed: int, train_size: int = 512, action_noise: float = 0.05) -> None:
@@ -68,7 +68,7 @@ class World:
         self.states, self.actions = torch.from_numpy(states), torch.from_numpy(actions)
 
     def _states(self, policy: np.ndarray) -> list[np.ndarray]:
-        """Second moments of the state over the closed loop's horizon, from rest."""
+        """Second moments of the state in the closed loop at steps 1 to HORIZON, from s = 0."""
         loop, moment, moments = self.a + self.b @ policy, np.zeros_like(self.w), []
         for _ in range(HORIZON):
             moment = loop @ moment @ loop.T + self.w
@@ -76,7 +76,7 @@ class World:
         return moments
 
     def rollout_cost(self, policy: np.ndarray) -> float:
-        """Expected quadratic cost of the closed loop, relative to the regulator's, minus 1."""
+        """Expected quadratic cost of the closed loop divided by the regulator's, minus 1."""
 
         def cost(k: np.ndarray) -> float:
             return sum(float(np.trace((self.q + k.T @ self.r @ k) @ m)) for m in self._states(k))
@@ -84,7 +84,7 @@ class World:
         return cost(policy) / cost(self.expert) - 1
 
     def one_step_loss(self, policy: np.ndarray) -> float:
-        """Expected squared error on the expert's own states, relative to predicting 0."""
+        """Expected squared error on the expert's states, relative to that of predicting 0."""
         gap = policy - self.expert
         return float(np.trace(gap @ self.sigma @ gap.T)) / float(
             np.trace(self.expert @ self.sigma @ self.expert.T)
@@ -97,7 +97,7 @@ class World:
         return float(np.linalg.norm(learned - true @ (true.T @ learned), 2))
 
     def measure(self, model: nn.Sequential) -> dict[str, float]:
-        """All of MEASURES for the policy of `model`; infinite once training has diverged."""
+        """All MEASURES of the policy of `model`; infinite if training has diverged."""
         features, readout = (layer.weight.detach().numpy() for layer in model)
         policy = readout @ features
         if not np.abs(policy).max() < 1e3:
@@ -112,8 +112,8 @@ class World:
 def clone_behaviour(
     seed: int, gp: str, dopr: bool, lr: float, steps: int
 ) -> list[dict[str, float]]:
-    """Train one policy with the optimizer `gp`, inside DoPr or not; its measures at 11 evenly
-    spread steps."""
+    """Train one policy with the optimizer `gp`, in DoPr or alone, and measure it at 11 evenly
+    spaced steps."""
     world = World(seed)
     torch.manual_seed(seed)
     model = nn.Sequential(
@@ -125,7 +125,7 @@ def clone_behaviour(
     for step in range(1, steps + 1):
         batch = torch.randint(len(world.states), (BATCH,))
         loss = (model(world.states[batch]) - world.actions[batch]).square().mean()
-        if loss < 1e6:  # a run that has diverged stays where it is
+        if loss < 1e6:  # stop updating after divergence
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -136,8 +136,8 @@ def clone_behaviour(
 
 
 def compare_arms(gps: list[str], seeds: int, steps: int) -> list[dict]:
-    """For each GP, alone and inside DoPr: all seeds at the learning rate of the lowest median
-    rollout cost, out of the same number of learning rates."""
+    """For each GP, alone and in DoPr: the runs of all seeds at the learning rate with the lowest
+    median rollout cost. Both try the same learning rates."""
     arms = []
     for gp in gps:
         for dopr in (False, True):
@@ -153,7 +153,7 @@ def compare_arms(gps: list[str], seeds: int, steps: int) -> list[dict]:
 
 
 def describe(arm: dict) -> str:
-    """One line: median and range over the seeds of each measure at the last step."""
+    """One line with the median and range over seeds of each measure at the last step."""
     cells = [f"{arm['name']:12s} lr {arm['lr']:<6g}"]
     for measure in MEASURES:
         values = sorted(run[-1][measure] for run in arm["runs"])
@@ -164,7 +164,7 @@ def describe(arm: dict) -> str:
 
 
 def plot(arms: list[dict], path: Path) -> None:
-    """Each measure over training, GP dashed and DoPr solid; bands span the seeds."""
+    """Plot each measure over training: GP dashed, DoPr solid, bands from minimum to maximum."""
     figure, axes = plt.subplots(1, len(MEASURES), figsize=(13, 4), layout="constrained")
     colors = {name: f"C{i}" for i, name in enumerate(LEARNING_RATES)}
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
@@ -190,9 +190,12 @@ def plot(arms: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gps", nargs="+", default=["adamw", "muon"], choices=LEARNING_RATES)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1000)
+    gps = ["adamw", "muon"]
+    parser.add_argument(
+        "--gps", nargs="+", default=gps, choices=LEARNING_RATES, help="optimizers to compare"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of each run")
     parser.add_argument("--out", type=Path, default=Path("linear_feedback"), help="output folder")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

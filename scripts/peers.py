@@ -1,7 +1,7 @@
-"""The peers' models for benchmarks and tests, and how their weights become ours.
+"""Models of other projects for benchmarks and tests, and functions that copy their weights to ours.
 
-`SiT` is SiT's network (arXiv 2401.08740) rebuilt from timm's parts, with its head of twice the
-channels of which half are thrown away. `torchcfm_unet` is torchcfm's own class from its package.
+`SiT` is the network of SiT (arXiv 2401.08740) rebuilt from timm's parts; its head has twice the
+channels and drops half of its outputs. `torchcfm_unet` builds torchcfm's own class.
 
 Shapes: x (B, C, H, W), t (B,), y (B,) int64, c (B, D) condition.
 """
@@ -44,7 +44,7 @@ class SiTBlock(nn.Module):
 
 
 class SiT(nn.Module):
-    """SiT for square inputs, with the sin-cos table, an embedding for the null label and all."""
+    """SiT for square inputs, including the sin-cos positions and the null label's embedding."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class SiT(nn.Module):
 
 @torch.no_grad()
 def copy_layer(ours: Any, theirs: Any, rows: Tensor | None = None) -> None:
-    """Weight and bias of one layer, whatever axes of length 1 it has; `rows` picks outputs."""
+    """Copy weight and bias, reshaped to ours; `rows` (optional) reorders or selects outputs."""
     for name in ("weight", "bias"):
         value = getattr(theirs, name)
         value = value if rows is None else value[rows]
@@ -93,7 +93,7 @@ def copy_layer(ours: Any, theirs: Any, rows: Tensor | None = None) -> None:
 
 
 def load_sit(dit: DiT, sit: SiT) -> None:
-    """Give `dit` the weights of `sit`, without the half of the head that SiT throws away."""
+    """Give `dit` the weights of `sit`, without the half of the head that SiT does not use."""
     copy_layer(dit.embed, sit.patches.proj)
     copy_layer(dit.condition.time_1, sit.time[0])
     copy_layer(dit.condition.time_2, sit.time[2])
@@ -106,7 +106,7 @@ def load_sit(dit: DiT, sit: SiT) -> None:
         copy_layer(ours.modulation, theirs.ada[1])
     copy_layer(dit.final_modulation, sit.ada[1])
     rows = torch.arange(sit.patch**2 * 2 * sit.channels).reshape(-1, 2 * sit.channels)
-    # SiT's head gives pixels of channels, ours channels of pixels.
+    # Channels are the last axis of the outputs of SiT's head, and the first of ours.
     copy_layer(dit.final, sit.linear, rows[:, : sit.channels].T.flatten())
 
 
@@ -124,14 +124,15 @@ TORCHCFM_CIFAR10: dict[str, Any] = {
 def torchcfm_unet() -> nn.Module:
     """torchcfm's U-Net with the settings of its CIFAR-10 example; called with (t, x).
 
-    Only the U-Net's folder is imported: the package's own `__init__` wants a dozen dependencies.
+    Only the folder of the U-Net is imported, because the package's `__init__` needs a dozen other
+    packages.
 
     Raises:
-        ValueError: the package torchcfm is not installed.
+        ValueError: if the package torchcfm is not installed.
     """
     spec = PathFinder.find_spec("torchcfm")
     if spec is None or spec.origin is None:
-        raise ValueError("the U-Net's peer is missing: pip install --no-deps torchcfm")
+        raise ValueError("torchcfm is not installed: pip install --no-deps torchcfm")
     folder = Path(spec.origin).parent / "models"
     package = types.ModuleType("torchcfm_models")
     package.__path__ = [str(folder)]
@@ -164,7 +165,7 @@ def load_torchcfm(unet: UNet, peer: Any) -> None:
 
 
 def copy_block(ours: Any, theirs: Any) -> None:
-    """One residual, attention or resampling block of torchcfm's."""
+    """Copy the weights of one residual, attention or resampling block of torchcfm."""
     if hasattr(theirs, "in_layers"):
         copy_layer(ours.norm_1, theirs.in_layers[0])
         copy_layer(ours.conv_1, theirs.in_layers[2])
@@ -176,7 +177,7 @@ def copy_block(ours: Any, theirs: Any) -> None:
     elif hasattr(theirs, "qkv"):
         heads = ours.attention.num_heads
         rows = torch.arange(theirs.qkv.weight.shape[0])
-        # torchcfm splits heads before queries, keys and values, we after.
+        # torchcfm splits the output into heads before queries, keys and values; we do so after.
         rows = rearrange(rows, "(h s e) -> (s h e)", h=heads, s=3)
         copy_layer(ours.norm, theirs.norm)
         copy_layer(ours.attention.qkv, theirs.qkv, rows)

@@ -1,4 +1,4 @@
-"""The mathematics of flow matching: paths, objectives, solvers, guidance. No files, no models."""
+"""The mathematics of flow matching: paths, objectives, solvers, guidance, likelihood."""
 
 from flowdopr.flow.build import (
     build_coupling,

@@ -1,4 +1,4 @@
-"""From a resolved config to the parts of this room: the only file here that sees `Config`."""
+"""Builds the objects of this package from a config; its other files take plain arguments."""
 
 from flowdopr.config import Config
 from flowdopr.flow.coupling import Coupling, make_coupling
@@ -9,10 +9,10 @@ from flowdopr.flow.time import TimeSampler
 
 
 def build_path(config: Config) -> Path:
-    """The path of `flow.path`.
+    """The path of section `flow.path`.
 
     Raises:
-        ValueError: a value that this path refuses.
+        ValueError: for a value that this path does not allow.
     """
     options = config.flow.path.model_dump()
     try:
@@ -22,13 +22,13 @@ def build_path(config: Config) -> Path:
 
 
 def build_time_sampler(config: Config) -> TimeSampler:
-    """Training times: `flow.time`."""
+    """The sampler of training times of section `flow.time`."""
     options = config.flow.time.model_dump()
     return TimeSampler(options.pop("name"), **options)
 
 
 def build_coupling(config: Config) -> Coupling:
-    """Which noise goes with which image: `flow.coupling`."""
+    """The coupling of noise and images of section `flow.coupling`."""
     options = config.flow.coupling.model_dump()
     return make_coupling(options.pop("name"), **options)
 
@@ -48,7 +48,7 @@ def build_objective(config: Config) -> FlowMatching:
 
 
 def build_sampling(config: Config) -> Sampling:
-    """Section `sample` with what the model was trained on, for `generate(..., sampling=...)`."""
+    """Settings of rollouts from section `sample`, and from `flow` for how the model was trained."""
     solver, guidance = config.sample.solver.model_dump(), config.sample.guidance
     grid = solver.pop("grid", {"name": "uniform"})
     settings = {f"grid_{key}": grid[key] for key in ("rho", "shift") if key in grid}

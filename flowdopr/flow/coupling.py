@@ -1,16 +1,16 @@
-"""Couplings: which noise x_0 goes with which image x_1.
+"""Couplings: which noise x_0 is paired with which image x_1.
 
-A coupling reorders the noise of one batch; images, labels and times stay where they are. It sees
-the slice of the global batch that one call of the objective gets, that is one micro-batch of one
-process, so with optimal transport the result depends on how the global batch is divided.
+A coupling reorders the noise of one batch; images, labels and times keep their order. It acts
+within one call of the objective, that is one micro-batch of one process, so with optimal transport
+the result depends on how the global batch is divided.
 
-With labels, noise moves only between images of one class. Moving it across classes would make the
-noise tell the class during training and not at sampling, which harms conditional models.
+With labels, noise moves only between images of one class. Otherwise noise would be correlated with
+the class in training but not in sampling, which harms conditional models.
 
-Cost for a batch of B images of D numbers: B^2 D for the distances; then `exact` copies (B, B)
-numbers to the CPU and needs up to B^3 steps there (it waits for the device), while `entropic`
-stays on the device, with `iterations` passes over (B, B) numbers and no wait. On one CPU core with
-D = 3072 and B = 128, 256, 512: exact 11, 36, 109 ms; entropic 15, 53, 266 ms.
+For B images of D numbers the distances cost B^2 D operations. `exact` then copies (B, B) numbers to
+the CPU, for which it waits, and needs up to B^3 steps there; `entropic` makes `iterations` passes
+over (B, B) numbers on the device. On one CPU core with D = 3072 and B = 128, 256, 512, `exact`
+takes 11, 36, 109 ms and `entropic` 15, 53, 266 ms.
 """
 
 import math
@@ -26,7 +26,7 @@ COUPLINGS = ("independent", "exact", "entropic")
 
 
 def independent(x_0: Tensor, x_1: Tensor, y: Tensor | None, u: Tensor) -> Tensor:
-    """Each image keeps the noise it was drawn with."""
+    """Image i keeps noise i."""
     return x_0
 
 
@@ -39,7 +39,7 @@ def squared_distances(x_1: Tensor, x_0: Tensor, y: Tensor | None) -> Tensor:
 def exact(x_0: Tensor, x_1: Tensor, y: Tensor | None, u: Tensor) -> Tensor:
     """Minibatch optimal transport (Tong et al. 2024; Pooladian et al. 2023).
 
-    The permutation of x_0 with the least total squared distance to x_1, by the Hungarian algorithm.
+    Returns the permutation of x_0 with the least total squared distance to x_1 (Hungarian method).
 
     >>> x_0, x_1, y = torch.randn(8, 2), torch.randn(8, 2), torch.tensor([0, 1] * 4)
     >>> exact(x_0, x_1, y, torch.rand(8)).shape
@@ -51,21 +51,21 @@ def exact(x_0: Tensor, x_1: Tensor, y: Tensor | None, u: Tensor) -> Tensor:
 
 
 class Entropic:
-    """Minibatch optimal transport with entropy: Sinkhorn's iteration in the log domain.
+    """Entropic minibatch optimal transport, by Sinkhorn's iteration in the log domain.
 
-    Image i takes noise j drawn from row i of the plan, so one noise may serve several images; in
-    expectation each serves one.
+    The noise of image i is drawn from row i of the transport plan, so several images may get the
+    same noise; the expected number of images for each noise is one.
 
     >>> coupling = Entropic(regularisation=0.05)
     >>> x_0 = coupling(torch.randn(8, 2), torch.randn(8, 2), None, torch.rand(8))
 
     Args:
-        regularisation: strength of the entropy in units of the mean squared distance; towards 0
-            the plan becomes the exact one, towards infinity the independent one.
-        iterations: of Sinkhorn, each a pass over rows and columns.
+        regularisation: strength of the entropy term in units of the mean squared distance; the
+            limit 0 is exact optimal transport, the limit infinity the independent coupling.
+        iterations: number of Sinkhorn iterations, each over rows and columns.
 
     Raises:
-        ValueError: when either is not positive.
+        ValueError: if either is not positive.
     """
 
     def __init__(self, regularisation: float = 0.05, iterations: int = 100) -> None:
@@ -76,7 +76,7 @@ class Entropic:
         self.regularisation, self.iterations = regularisation, iterations
 
     def plan(self, x_0: Tensor, x_1: Tensor, y: Tensor | None = None) -> Tensor:
-        """The transport plan (B, B) of images against noises, its rows summing to one."""
+        """The transport plan (B, B): row i holds the probabilities of each noise for image i."""
         cost = squared_distances(x_1.detach(), x_0, y)
         allowed = cost.isfinite()
         mean = cost.masked_fill(~allowed, 0).sum() / allowed.sum()
@@ -88,10 +88,10 @@ class Entropic:
         return log_plan.exp()
 
     def __call__(self, x_0: Tensor, x_1: Tensor, y: Tensor | None, u: Tensor) -> Tensor:
-        """`x_0` reordered; `u` (B,) uniform numbers choose within the rows of the plan."""
+        """Noise drawn from the rows of the plan by the uniform numbers `u` (B,)."""
         cumulative = self.plan(x_0, x_1, y).cumsum(1)
-        # Within (0, sum of the row] whatever the rounding, so that a column without mass, such as
-        # one of another class, is never chosen.
+        # The target stays within (0, sum of the row] despite rounding, so that noise of probability
+        # 0, such as that of another class, is never chosen.
         target = u.to(cumulative).clamp(min=1e-7)[:, None] * cumulative[:, -1:]
         return x_0[torch.searchsorted(cumulative, target).squeeze(1)]
 

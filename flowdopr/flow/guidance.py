@@ -1,12 +1,14 @@
-"""Velocities of models, with classifier-free guidance or autoguidance, counting model calls.
+"""The velocity that a model predicts, with classifier-free guidance or autoguidance.
 
     v = v_guide + guidance_scale (v_model - v_guide)                                      (7)
 
-where v_guide is the same model without label (classifier-free: Ho & Salimans 2022) or a worse model
-with the same label (autoguidance: Karras et al. 2024). A scale of 1 is no guidance. All channels
-are guided. At fixed (x_t, t) the predictions are affine in each other with the same offset, so (7)
-is the same whether velocities, data or noises are combined.
+where v_guide is the velocity of the same model without label (classifier-free guidance: Ho &
+Salimans 2022) or of a worse model with the same label (autoguidance: Karras et al. 2024). A scale
+of 1 is no guidance. All channels are guided. At fixed (x_t, t) the velocity, the data and the noise
+are affine functions of each other, so (7) gives the same whichever of the three is combined.
 """
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,46 +20,45 @@ from flowdopr.flow.prediction import check_prediction, convert
 ALWAYS = (0.0, 1.0)
 
 
+@dataclass(eq=False)
 class ModelVelocity:
-    """v(x, t) of a model at fixed labels; `calls` counts model calls of one image.
+    """v(x, t) of a model at fixed labels, made by `guided_velocity`, which explains the fields.
 
-    The doubled batch of classifier-free guidance counts as two calls, for it costs two.
+    `calls` counts model calls for one image. Classifier-free guidance counts as two calls, because
+    its batch is twice as large.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        y: Tensor | None,
-        *,
-        path: Path,
-        prediction: str,
-        guidance_scale: float,
-        guidance_interval: tuple[float, float],
-        guide_model: Model | None,
-    ) -> None:
-        self.model, self.guide_model = model, guide_model
-        self.y = labels_for(model, y)
-        self.path, self.prediction = path, prediction
-        self.scale, self.interval = guidance_scale, guidance_interval
-        self.calls = 0
+    model: Model
+    y: Tensor | None
+    path: Path
+    prediction: str
+    guidance_scale: float
+    guidance_interval: tuple[float, float]
+    guide_model: Model | None
+    calls: int = field(default=0, init=False)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Velocity (B, ...) in float32 at the scalar time `t` (or times (B,) without interval)."""
         times = batch_times(t, x)
-        if self.scale == 1.0 or not self._within_interval(t):
+        if self.guidance_scale == 1 or not self._within_interval(t):
             return self._velocity(self.model, x, times, self.y)
         if self.guide_model is not None:
             main = self._velocity(self.model, x, times, self.y)
             guide = self._velocity(self.guide_model, x, times, self.y)
         else:
-            main, guide = self._both_branches(x, times)
-        return guide + self.scale * (main - guide)
+            assert self.y is not None
+            y = torch.cat([self.y, torch.full_like(self.y, null_label(self.model))])
+            both = self._velocity(self.model, torch.cat([x, x]), torch.cat([times, times]), y)
+            self.calls += 1
+            main, guide = both.chunk(2)
+        return guide + self.guidance_scale * (main - guide)
 
     def _within_interval(self, t: Tensor) -> bool:
-        if self.interval == ALWAYS:
+        if self.guidance_interval == ALWAYS:
             return True
-        # All rounded alike: times of a grid are float32, and 0.3 of it must be the end 0.3.
-        low, high, time = torch.tensor([*self.interval, float(t)], dtype=torch.float32).tolist()
+        # Grids are float32, so the interval is rounded too: a time of 0.3 must equal an end of 0.3.
+        rounded = torch.tensor([*self.guidance_interval, float(t)], dtype=torch.float32)
+        low, high, time = rounded.tolist()
         return low <= time <= high
 
     def _velocity(self, model: Model, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
@@ -65,42 +66,6 @@ class ModelVelocity:
         output = model(x, t, y)
         output = output.to(torch.promote_types(output.dtype, torch.float32))
         return convert(output, x, t, self.path, self.prediction, "velocity")
-
-    def _both_branches(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.y is not None
-        y = torch.cat([self.y, torch.full_like(self.y, null_label(self.model))])
-        both = self._velocity(self.model, torch.cat([x, x]), torch.cat([t, t]), y)
-        self.calls += 1
-        main, guide = both.chunk(2)
-        return main, guide
-
-
-def check_guidance(
-    model: Model,
-    y: Tensor | None,
-    guidance_scale: float,
-    guidance_interval: tuple[float, float] = ALWAYS,
-    guide_model: Model | None = None,
-) -> None:
-    """Refuse guidance that cannot work.
-
-    Raises:
-        ValueError: for classifier-free guidance without labels or classes, a guide without a scale,
-            or an interval that is not within [0, 1].
-    """
-    low, high = guidance_interval
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"guidance_interval={guidance_interval}: need 0 <= low < high <= 1")
-    if guide_model is not None:
-        if guidance_scale == 1:
-            raise ValueError("guide_model has no effect at guidance_scale=1: set another scale")
-    elif guidance_scale != 1:
-        if labels_for(model, y) is None:
-            raise ValueError(
-                f"guidance_scale={guidance_scale} needs labels: set it to 1 for an unconditional "
-                "model, or give a guide_model"
-            )
-        null_label(model)
 
 
 def guided_velocity(
@@ -122,22 +87,28 @@ def guided_velocity(
     Args:
         model: model(x, t, y) -> (B, ...), giving what `prediction` names, as does `guide_model`.
         y: labels (B,), or None for an unconditional model.
-        guidance_scale: equation (7); 1 is off.
-        guidance_interval: times (low, high) outside of which there is no guidance
-            (Kynkaanniemi et al. 2024), its ends included; calls outside count once.
+        guidance_scale: factor in (7); 1 turns guidance off.
+        guidance_interval: guidance acts only at times from low to high, both included
+            (Kynkaanniemi et al. 2024); calls at other times count once.
         guide_model: a second model for autoguidance, in place of the unconditional branch.
-        path: of the model's training, by default linear.
+        path: path with which the model was trained, by default linear.
 
     Raises:
-        ValueError: see `check_guidance`; an unknown prediction.
+        ValueError: for classifier-free guidance without labels or classes, a guide at scale 1, an
+            interval that is not within [0, 1], or an unknown prediction.
     """
-    check_guidance(model, y, guidance_scale, guidance_interval, guide_model)
-    return ModelVelocity(
-        model,
-        y,
-        path=path or LinearPath(),
-        prediction=check_prediction(prediction),
-        guidance_scale=guidance_scale,
-        guidance_interval=guidance_interval,
-        guide_model=guide_model,
-    )
+    y = labels_for(model, y)
+    low, high = guidance_interval
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"guidance_interval={guidance_interval}: need 0 <= low < high <= 1")
+    if guide_model is not None and guidance_scale == 1:
+        raise ValueError("guide_model has no effect at guidance_scale=1: set another scale")
+    if guide_model is None and guidance_scale != 1:
+        if y is None:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs labels: set it to 1 for an unconditional "
+                "model, or give a guide_model"
+            )
+        null_label(model)  # raises for a model without classes
+    path, prediction = path or LinearPath(), check_prediction(prediction)
+    return ModelVelocity(model, y, path, prediction, guidance_scale, guidance_interval, guide_model)

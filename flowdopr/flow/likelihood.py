@@ -11,18 +11,17 @@ uniform in [0, 1) (each level fills the interval that rounds to it, of width 1 /
 
 an upper bound, in expectation over U, of the cost of the discrete image (Theis et al. 2016).
 
-Where the velocity is not known up to t = 1 or down to t = 0, the rollout goes from t_e to t_s, and
-the pieces left out are their mean given the data, x_e = alpha_e x_1, or the noise,
-x_s = sigma_s x_0:
+Where the velocity is unknown near t = 1 or t = 0, the rollout goes from t_e < 1 to t_s > 0. It
+starts at the mean given the data, x_e = alpha_e x_1, and its end is read as x_s = sigma_s x_0:
 
     log p_1(x_1) = log p_e(x_e) + D log alpha_e       log p_s(x_s) = log N(x_0) - D log sigma_s
 
-The first is exactly the density of x_e / alpha_e, the data with Gaussian noise of the level s =
-sigma_e / alpha_e: what is left out is real only in what varies less than s. For Gaussian data of
-standard deviation d it adds (s / d)^4 / 4 nats a number in expectation: with s = 0.001 (adaptive
-solvers) and d = 0.02, 0.005: 2e-6, 4e-4; with s = 0.01 (fixed steps): 0.012, 0.40. The edges of
-(10) in a pixel that never varies are blurred likewise: 0.08 nats with s = 0.001. The second leaves
-out alpha_s E[x_1], at most alpha_s^2 / 2 = 5e-5 nats a number.
+The first equation gives the density of the data blurred by Gaussian noise of level s =
+sigma_e / alpha_e. For Gaussian data of standard deviation d the error is (s / d)^4 / 4 nats a
+number in expectation: 2e-6 for d = 0.02 and 4e-4 for d = 0.005 with s = 0.001 (adaptive solvers),
+0.012 and 0.40 with s = 0.01 (fixed steps). In a pixel that never varies the blur also softens the
+edges of the interval in (10): 0.08 nats with s = 0.001. The second equation ignores
+alpha_s E[x_1], which changes at most alpha_s^2 / 2 = 5e-5 nats a number.
 """
 
 import math
@@ -36,7 +35,7 @@ from flowdopr.flow.noise import ImageNoise
 from flowdopr.flow.objective import Model
 from flowdopr.flow.path import LinearPath, Path
 from flowdopr.flow.sampler import Sampling, device_of
-from flowdopr.flow.solver import Velocity, calls_of, counted, solve
+from flowdopr.flow.solver import CountCalls, Velocity, solve
 
 HALF_RANGE = 127.5
 TRACES = ("hutchinson", "exact")
@@ -44,8 +43,8 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
 class LogLikelihood(NamedTuple):
-    """log_prob: (B,) in nats. x_0: the noise (B, ...) that the data came from. nfe: model calls,
-    each with one backward pass more (Hutchinson) or D more (exact)."""
+    """log_prob: (B,) in nats. x_0: the noise (B, ...) at the other end of the rollout. nfe: model
+    calls, each followed by one backward pass (Hutchinson) or by D of them (exact)."""
 
     log_prob: Tensor
     x_0: Tensor
@@ -53,7 +52,7 @@ class LogLikelihood(NamedTuple):
 
 
 class BitsPerDim(NamedTuple):
-    """bits: (N,) bits per dimension on the CPU. nfe: model calls an image, a mean over batches."""
+    """bits: (N,) bits per dimension, on the CPU. nfe: mean number of model calls for an image."""
 
     bits: Tensor
     nfe: float
@@ -62,11 +61,11 @@ class BitsPerDim(NamedTuple):
 def exact_divergence(v: Tensor, x: Tensor) -> Tensor:
     """div v (B,) by one backward pass for each of the D numbers of an image."""
     flat = v.flatten(1)
-    rows = (
+    rows = [
         torch.autograd.grad(flat[:, i].sum(), x, retain_graph=True)[0].flatten(1)[:, i]
         for i in range(flat.shape[1])
-    )
-    return torch.stack(list(rows)).sum(0)
+    ]
+    return torch.stack(rows).sum(0)
 
 
 def hutchinson_divergence(probes: Tensor) -> Divergence:
@@ -99,37 +98,30 @@ def log_likelihood(
 
     Args:
         velocity: v(x, t), differentiable in x; images must not influence each other.
-        grid: times as in `solve`, between the noise (0) and the data (1) in either order; narrower
+        grid: times as in `solve`, from noise to data or back; the ends may stay clear of 0 and 1,
             where a prediction or a path is singular.
-        probes: (B, ...) random signs, fixed along the rollout, for Hutchinson's estimate; without
-            them the trace is exact, at D backward passes a call.
+        probes: (B, ...) random signs for Hutchinson's estimate, fixed along the rollout; without
+            them the divergence is exact, at D backward passes a call.
         solver, atol, rtol: as in `solve`.
-        path: of the velocity, by default linear: it says what the ends of a narrower span are.
+        path: path of the velocity, by default linear; gives alpha and sigma at the ends of `grid`.
 
     Raises:
         ValueError: as `solve`.
     """
     shape, size = x_1.shape, x_1[0].numel()
     divergence = exact_divergence if probes is None else hutchinson_divergence(probes)
-    counter = counted(velocity)
-    before = calls_of(counter)
-
-    backwards = grid if grid[0] > grid[-1] else grid.flip(0)
-    alpha, sigma = _scales(path or LinearPath(), backwards)
+    counter = CountCalls(velocity)
+    backwards = grid.sort(descending=True).values
+    ends = (path or LinearPath())(backwards[[0, -1]].double())
+    alpha, sigma = ends.alpha[0].item(), ends.sigma[1].item()
     state = torch.cat([alpha * x_1.flatten(1), x_1.new_zeros(len(x_1), 1)], 1)
+    derivative = _augmented(counter, divergence, shape)
     with torch.no_grad():
-        state, _ = solve(
-            _augmented(counter, divergence, shape),
-            state,
-            backwards,
-            solver=solver,
-            atol=atol,
-            rtol=rtol,
-        )
+        state, _ = solve(derivative, state, backwards, solver=solver, atol=atol, rtol=rtol)
     x_0, minus_integral = state[:, :size] / sigma, state[:, size]
     log_prior = -(x_0.square().sum(1) + size * math.log(2 * math.pi)) / 2
     log_prob = log_prior + minus_integral + size * (math.log(alpha) - math.log(sigma))
-    return LogLikelihood(log_prob, x_0.reshape(shape), calls_of(counter) - before)
+    return LogLikelihood(log_prob, x_0.reshape(shape), counter.calls)
 
 
 def _augmented(velocity: Velocity, divergence: Divergence, shape: torch.Size) -> Velocity:
@@ -139,17 +131,11 @@ def _augmented(velocity: Velocity, divergence: Divergence, shape: torch.Size) ->
         with torch.enable_grad():
             x = state[:, :-1].detach().reshape(shape).requires_grad_()
             v = velocity(x, t)
-            # Adding 0 x keeps a velocity that ignores x differentiable in it.
+            # 0 * x makes the result depend on x for autograd, even where the velocity ignores x.
             trace = divergence(v + 0 * x, x)
         return torch.cat([v.detach().flatten(1), trace.detach()[:, None]], 1)
 
     return derivative
-
-
-def _scales(path: Path, backwards: Tensor) -> tuple[float, float]:
-    """alpha at the first of these times, that of the data, and sigma at the last."""
-    c = path(backwards[[0, -1]].double())
-    return c.alpha[0].item(), c.sigma[1].item()
 
 
 def bits_per_dim(
@@ -174,10 +160,10 @@ def bits_per_dim(
         model: model(x, t, y) -> (B, C, H, W).
         images: (N, C, H, W) uint8.
         y: labels (N,) or None.
-        seed: dequantisation and probes of image i depend on (seed, first_index + i) alone.
+        seed: dequantisation and probes of image i depend only on (seed, first_index + i).
         trace: "hutchinson" (one backward pass a call) or "exact" (C H W of them).
-        device: where to compute; by default where the model's parameters are.
-        sampling: the ODE; by default dopri5, linear path, velocity, no guidance.
+        device: where to compute; by default the device of the model's parameters.
+        sampling: settings of the ODE; by default dopri5, linear path, velocity, no guidance.
 
     Raises:
         ValueError: for images that are not uint8, an unknown trace, or a stochastic solver.
@@ -205,11 +191,7 @@ def bits_per_dim(
 
 
 def check_likelihood(images: Tensor, trace: str, sampling: Sampling) -> None:
-    """Refuse a likelihood that cannot be computed.
-
-    Raises:
-        ValueError: in one line, with the remedy.
-    """
+    """Raise ValueError for images or settings whose likelihood cannot be computed."""
     if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
         raise ValueError(
             f"likelihood of images {tuple(images.shape)} {images.dtype}: need (N, C, H, W) uint8"
@@ -217,4 +199,6 @@ def check_likelihood(images: Tensor, trace: str, sampling: Sampling) -> None:
     if trace not in TRACES:
         raise ValueError(f"trace={trace!r}: choose one of {', '.join(TRACES)}")
     if sampling.stochastic:
-        raise ValueError(f"likelihood needs an ODE, solver={sampling.solver!r} is stochastic")
+        raise ValueError(
+            f"likelihood: solver={sampling.solver!r} is stochastic, choose an ODE solver"
+        )

@@ -1,4 +1,4 @@
-"""Random numbers of image i from a seed and i alone, whatever batch the image is in."""
+"""Random numbers for image i that depend only on a seed and i, whatever batch the image is in."""
 
 import numpy as np
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def image_generator(seed: int, index: int) -> torch.Generator:
-    """The CPU generator of image `index`, a function of (seed, index) alone.
+    """The CPU generator of image `index`, determined by (seed, index).
 
     >>> torch.equal(*(torch.rand(3, generator=image_generator(0, 7)) for _ in range(2)))
     True
@@ -21,9 +21,9 @@ def image_generator(seed: int, index: int) -> torch.Generator:
 
 
 class ImageNoise:
-    """Streams of random numbers (B, *shape) for images first .. first + count - 1.
+    """Streams of random numbers (count, *shape) for images first to first + count - 1.
 
-    Each call continues every stream, so that call k of image i is the same in any batch.
+    Each call continues every stream, so call k gives image i the same numbers in any batch.
 
     >>> noise = ImageNoise(0, 5, 2, (1, 4, 4))
     >>> noise.normal().shape
@@ -50,7 +50,7 @@ class ImageNoise:
         return self._stack([torch.rand(self.shape, generator=g) for g in self.streams])
 
     def signs(self) -> Tensor:
-        """-1 or 1 with equal chances (Rademacher)."""
+        """-1 or 1 with equal probability (Rademacher)."""
         return (self.uniform() < 0.5) * 2.0 - 1.0
 
     def _stack(self, rows: list[Tensor]) -> Tensor:

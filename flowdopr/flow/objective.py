@@ -1,4 +1,4 @@
-"""The training objective: x_0, t and label dropout drawn once for the global batch, then the loss.
+"""The training objective: random numbers drawn for the global batch, and the loss they give.
 
 Shapes: x_0, x_1 (B, C, H, W); t, keep, u, loss (B,); y (B,) int64 or None.
 """
@@ -19,10 +19,10 @@ Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Draw:
-    """All random numbers of one training step; `draw[a:b]` is the part of images a to b.
+    """All random numbers of one training step; `draw[a:b]` holds those of images a to b - 1.
 
     x_0: noise (B, C, H, W). t: times (B,). keep: (B,) bool, False where the label is dropped.
-    u: (B,) uniform numbers for couplings that draw.
+    u: (B,) uniform numbers for couplings that choose at random.
     """
 
     x_0: Tensor
@@ -38,7 +38,7 @@ class Draw:
 
 
 class FlowMatching:
-    """Conditional flow matching (Lipman et al. 2023): regress what the path says at (x_t, t).
+    """Conditional flow matching (Lipman et al. 2023): regression of dx_t, x_1 or x_0 at (x_t, t).
 
     >>> objective = FlowMatching()
     >>> draw = objective.draw(8, (1, 4, 4), generator=torch.Generator().manual_seed(0))
@@ -47,13 +47,13 @@ class FlowMatching:
     torch.Size([8])
 
     Args:
-        path: how noise becomes data.
-        prediction: what the model gives: "velocity", "data" or "noise".
-        weighting: of the squared error: see `loss_weight`.
-        time_sampler: distribution of t.
-        coupling: which noise goes with which image.
-        class_dropout_prob: chance for each image that its label is replaced by the null label
-            `model.num_classes`, from which classifier-free guidance learns.
+        path: probability path from noise to data, by default linear.
+        prediction: what the model predicts: "velocity", "data" or "noise".
+        weighting: weight of the squared error, see `loss_weight`.
+        time_sampler: distribution of t, by default uniform.
+        coupling: pairs noise with images.
+        class_dropout_prob: probability that the label of an image is replaced by the null label
+            `model.num_classes`, as classifier-free guidance needs.
         sigma_data: standard deviation of the data, for the weighting "edm".
 
     Raises:
@@ -98,9 +98,10 @@ class FlowMatching:
         generator: torch.Generator,
         device: torch.device | str | None = None,
     ) -> Draw:
-        """Random numbers for a whole global batch, made where `generator` lives, moved to `device`.
+        """Random numbers for a global batch, drawn on the generator's device, moved to `device`.
 
-        Each process and micro-batch takes its slice, so that nothing depends on their number.
+        Each process and micro-batch takes its slice, so the numbers do not depend on how many of
+        them there are.
         """
         here = generator.device
         t = self.time_sampler(batch_size, generator)
@@ -111,12 +112,12 @@ class FlowMatching:
         return Draw(*(value.to(to, non_blocking=True) for value in (x_0, t, keep, u)))
 
     def __call__(self, model: Model, x_1: Tensor, y: Tensor | None, draw: Draw) -> Tensor:
-        """Loss (B,) in float32: the weighted squared error, its mean taken over C, H, W.
+        """Loss (B,) in float32: the weighted squared error, averaged over C, H, W.
 
-        The coupling acts on the images given here, so on one micro-batch.
+        The coupling acts among the images given here, that is within one micro-batch.
 
         Raises:
-            ValueError: when labels should be dropped but the model has no null label.
+            ValueError: when labels are to be dropped but the model has no null label.
         """
         y = labels_for(model, y)
         x_0 = self.coupling(draw.x_0, x_1, y, draw.u)
@@ -128,23 +129,23 @@ class FlowMatching:
         return (output - target).square().flatten(1).mean(1) * self._weight(draw.t)
 
     def velocity(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        """The model's velocity (B, C, H, W) in float32, converted from what it predicts."""
+        """The velocity (B, C, H, W) in float32, converted from what the model predicts."""
         output = model(x_t, t, y).float()
         return convert(output, x_t, t, self.path, self.prediction, "velocity")
 
 
 def num_classes_of(model: Model) -> int | None:
-    """`model.num_classes`, also behind a distributed wrapper; None for a plain function."""
+    """`model.num_classes`, also of a model in a distributed wrapper; None for a plain function."""
     return getattr(getattr(model, "module", model), "num_classes", None)
 
 
 def labels_for(model: Model, y: Tensor | None) -> Tensor | None:
-    """Labels as `model` wants them: None for an unconditional one."""
+    """`y`, or None if `model` is unconditional."""
     return None if num_classes_of(model) == 0 else y
 
 
 def null_label(model: Model) -> int:
-    """The label that stands for "no class", `model.num_classes`.
+    """The label for "no class", which is `model.num_classes`.
 
     Raises:
         ValueError: for a model without classes.

@@ -1,8 +1,7 @@
-"""The one-step loss: the held-out error of the velocity at single times, exactly repeatable."""
+"""The one-step loss: the error of a model's velocity on held-out images, exactly repeatable."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,14 +11,15 @@ from flowdopr.flow.objective import FlowMatching, Model, labels_for
 from flowdopr.flow.prediction import rollout_span
 
 NUM_BINS = 10
-ONE_STEP_BATCH = 128  # of all held-out losses, because noise and times are drawn batch by batch
+# The same for every held-out loss: noise and times depend on how images fall into batches.
+ONE_STEP_BATCH = 128
 
 
 @dataclass(frozen=True)
 class OneStepLoss:
-    """Mean squared error of the velocity, per number of the image.
+    """Mean squared error of the velocity, for each number of an image.
 
-    mean: over all images. by_time: over images whose t lies in [0, 0.1), [0.1, 0.2), ... (nan where
+    mean: over all images. by_time: over the images with t in [0, 0.1), [0.1, 0.2), ... (nan where
     there are none). count: number of images.
     """
 
@@ -29,40 +29,28 @@ class OneStepLoss:
 
 
 class TimeBins:
-    """Accumulates values (B,) by their time, in float64 and without waiting for the device."""
+    """Sums values (B,) in bins of time, in float64 and without waiting for the device."""
 
     def __init__(self) -> None:
         self.totals = torch.zeros(2, NUM_BINS, dtype=torch.float64)
 
     def add(self, t: Tensor, values: Tensor) -> None:
-        """Values (B,) at times `t` (B,)."""
+        """Add `values` (B,) at times `t` (B,)."""
         bins = (t * NUM_BINS).long().clamp(0, NUM_BINS - 1)
         pair = torch.stack([values.double(), torch.ones_like(values, dtype=torch.float64)])
         self.totals = self.totals.to(values.device).index_add(1, bins, pair)
 
     def result(self) -> OneStepLoss:
-        """Means so far, overall and in each bin."""
+        """Means of the values added so far, over all times and in each bin."""
         sums, counts = self.totals.cpu()
         mean = (sums.sum() / counts.sum()).item()
         return OneStepLoss(mean, (sums / counts).tolist(), int(counts.sum().item()))
 
 
-class PathPoint(NamedTuple):
-    """Points of the path of one batch: x_t, dx_t (B, ...), t (B,), y (B,) or None."""
-
-    x_t: Tensor
-    dx_t: Tensor
-    t: Tensor
-    y: Tensor | None
-
-
 def path_points(
     objective: FlowMatching, batches: Iterable[tuple[Tensor, Tensor | None]], seed: int
-) -> Iterator[PathPoint]:
-    """For each batch (x_1, y) points of the path, with t uniform and stratified in the batch, over
-    the span of time that rollouts of `objective.prediction` visit.
-
-    Noise and times of batch b depend on `seed` and b alone.
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """(x_t, dx_t, t, y) for each batch (x_1, y), with noise and times as in `one_step_loss`.
 
     Raises:
         ValueError: when there are no batches.
@@ -73,13 +61,14 @@ def path_points(
         generator = image_generator(seed, number)
         draw = plain.draw(len(x_1), x_1.shape[1:], generator=generator, device=x_1.device)
         t = start + (end - start) * draw.t
-        yield PathPoint(*objective.path.sample(draw.x_0, x_1, t), t, y)
+        x_t, dx_t = objective.path.sample(draw.x_0, x_1, t)
+        yield x_t, dx_t, t, y
     if number < 0:
         raise ValueError("one-step loss: there are no images to evaluate on")
 
 
 def squared_error(a: Tensor, b: Tensor) -> Tensor:
-    """Mean over all but the batch of (a - b)^2, (B,)."""
+    """Mean (B,) of (a - b)^2 over the numbers of each image."""
     return (a - b).square().flatten(1).mean(1)
 
 
@@ -93,22 +82,22 @@ def one_step_loss(
 ) -> OneStepLoss:
     """E |v(x_t, t, y) - dx_t|^2 with t uniform, stratified within each batch; no label is dropped.
 
-    Always the velocity's error with weight 1, independent coupling and uniform times, whatever the
-    model predicts and however it was trained: so models can be compared. Noise and times of batch b
-    depend on `seed` and b alone.
+    The loss is always the velocity's error with weight 1, independent coupling and uniform times,
+    whatever the model predicts and however it was trained, so that models can be compared. Noise
+    and times of batch b depend only on `seed` and b.
 
-    Times are those of `rollout_span`: 0 to 1 for the velocity on most paths. Predictions of the
-    data stop before 1 and those of the noise start after 0, for there the velocity's error is
-    theirs times up to 10^3, which no rollout meets and which would rule the mean. So the numbers
-    of two predictions are of slightly different times.
+    Times lie in `rollout_span`, which is 0 to 1 for the velocity on most paths. For predictions of
+    the data it ends before 1, and for those of the noise it starts after 0: beyond, converting to
+    the velocity multiplies a model's error by up to 10^3, which would dominate the mean although
+    rollouts never go there. The losses of two predictions therefore cover slightly different times.
 
     >>> batches = [(torch.rand(8, 1, 4, 4), None)]
     >>> one_step_loss(FlowMatching(), lambda x, t, y: -x, batches).count
     8
 
     Args:
-        batches: pairs (x_1 (B, ...), y (B,) or None), on the model's device; the same batches
-            in the same order give the same number.
+        batches: pairs (x_1 (B, ...), y (B,) or None) on the model's device; the same batches in
+            the same order give the same loss.
 
     Raises:
         ValueError: when there are no batches.

@@ -6,9 +6,9 @@ mixture of N Gaussians and Bayes' rule gives the posterior over images and its m
     p(i | x_t) = softmax_i( -|x_t - alpha_t X_i|^2 / (2 sigma_t^2) )                       (11)
     E[x_1 | x_t] = sum_i p(i | x_t) X_i                                                    (12)
 
-and with it the velocity v* = E[dx_t | x_t] that minimises the training loss exactly. No model can
-go below its loss; what a model's loss exceeds it by is an error that training could still remove,
-though v* itself leads every rollout to a training image:
+and from it the velocity v* = E[dx_t | x_t], which minimises the training loss exactly. No model has
+a lower loss than v*. The excess of a model's loss is an error that training could still remove,
+although rollouts of v* itself all end at training images:
 
     E|v - dx_t|^2  =  E|v - v*|^2  +  E|v* - dx_t|^2       over the training set           (13)
        loss            excess          irreducible
@@ -28,33 +28,33 @@ from flowdopr.flow.one_step import OneStepLoss, TimeBins, path_points, squared_e
 from flowdopr.flow.path import Coefficients, LinearPath, Path, batch_times
 from flowdopr.flow.prediction import SAFE_TIME, convert
 from flowdopr.flow.sampler import Sampling
-from flowdopr.flow.solver import Velocity, calls_of
 from flowdopr.linalg import full_float32
 
-# How near to t = 1, where sigma_t is 0 and v* infinite off the training set, float32 still serves.
+# Times are limited to 1 - LAST, which float32 still resolves: at t = 1 sigma_t is 0, and v* is
+# infinite off the training set.
 LAST = 1e-5
 SPACES = ("velocity", "data")
 
 
 class EmpiricalVelocity(nn.Module):
-    """v* of a training set, called as a model: oracle(x_t, t, y) is the velocity.
+    """v* of a training set as a model: oracle(x_t, t, y) is the velocity.
 
-    So it can be sampled from and evaluated like one, with prediction "velocity". With labels it is
-    conditional on them; the label `num_classes` stands for all images.
+    It can be sampled from and evaluated like any model with prediction "velocity". With labels it
+    is conditional on them; the label `num_classes` stands for all images.
 
     >>> oracle = EmpiricalVelocity(torch.rand(10, 1, 4, 4))
     >>> oracle(torch.randn(2, 1, 4, 4), torch.tensor(0.3)).shape
     torch.Size([2, 1, 4, 4])
 
-    Memory beyond the images is B x chunk_size numbers; time is 4 B N D operations a call. Products
-    are full float32 also under autocast and where TF32 is allowed, since (11) divides their
-    differences by sigma_t^2.
+    It needs memory for B x chunk_size numbers beside the images, and 4 B N D operations a call.
+    Matrix products are in full float32, also under autocast and where TF32 is allowed, because (11)
+    divides their differences by sigma_t^2.
 
     Args:
-        images: (N, ...) float training images, as the model saw them: with mirrored copies where it
+        images: (N, ...) float training images as the model saw them, with the mirrored copies if it
             was trained with random mirroring.
         labels: (N,) int64 in [0, num_classes), or None.
-        path: the path of training, by default linear.
+        path: path with which the model was trained, by default linear.
         chunk_size: training images handled at a time.
 
     Raises:
@@ -99,7 +99,9 @@ class EmpiricalVelocity(nn.Module):
             ValueError: for labels without training images, or labels where the oracle has none.
         """
         if y is not None and self.labels is None:
-            raise ValueError("oracle: labels given, but it was made without: make it with labels")
+            raise ValueError(
+                "oracle: it was made without labels: make it with labels, or give none"
+            )
         c = self._coefficients(x_t, t)
         with torch.autocast(x_t.device.type, enabled=False), full_float32():
             x = (x_t - c.alpha * self.mean).flatten(1)
@@ -109,8 +111,8 @@ class EmpiricalVelocity(nn.Module):
     def _softmax_mean(self, x: Tensor, alpha: Tensor, sigma: Tensor, y: Tensor | None) -> Tensor:
         """(12) for centred x (B, D), by one pass over chunks with a running maximum.
 
-        |x|^2 is common to all images, so the exponent of (11) is (alpha x.X - alpha^2 |X|^2 / 2) /
-        sigma^2 up to a constant.
+        |x|^2 is the same for all images, so the exponent of (11) is, up to a constant,
+        (alpha x.X - alpha^2 |X|^2 / 2) / sigma^2.
         """
         largest = torch.full_like(alpha, torch.finfo(x.dtype).min)
         total, mean = torch.zeros_like(alpha), torch.zeros_like(x)
@@ -144,7 +146,7 @@ class EmpiricalVelocity(nn.Module):
 
 @dataclass(frozen=True)
 class ExcessError:
-    """The parts of equation (13), each a mean and a mean by time."""
+    """The three terms of equation (13), each averaged over all times and by time."""
 
     loss: OneStepLoss
     excess: OneStepLoss
@@ -160,7 +162,7 @@ def excess_error(
     *,
     seed: int = 0,
 ) -> ExcessError:
-    """Equation (13) on points of the path, with the noise and times of `one_step_loss`.
+    """The terms of equation (13), with the noise and times of `one_step_loss`.
 
     >>> images = torch.rand(10, 1, 4, 4)
     >>> oracle = EmpiricalVelocity(images)
@@ -168,8 +170,8 @@ def excess_error(
     0.0
 
     Args:
-        batches: pairs (x_1, y) of the oracle's training set. With other images the three numbers
-            are still what they say, but loss is not the sum of the other two.
+        batches: pairs (x_1, y) of the oracle's training set. With other images each term is still
+            correct, but the loss is not the sum of the other two.
 
     Raises:
         ValueError: when there are no batches.
@@ -195,22 +197,23 @@ def rollout_excess(
     sampling: Sampling | None = None,
     device: torch.device | str = "cpu",
 ) -> OneStepLoss:
-    """|v - v*|^2 where the model's own rollout goes, at each time its solver asks for the velocity.
+    """|v - v*|^2 at every state and time at which the solver evaluates the model in a rollout.
 
-    Beside `excess_error(...).excess.by_time` it shows how much worse a model is off the path. Off
-    the training set v* grows like 1 / (1 - t), so the mean is ruled by the last times: read
-    `by_time`, or measure in the space "data", |E[x_1 | x_t] of the model - that of the oracle|^2.
+    Compared with `excess_error(...).excess.by_time`, it shows how much worse the model is on its
+    own rollouts than on the path. Off the training set v* grows like 1 / (1 - t), so the last times
+    dominate the mean: read `by_time`, or choose the space "data", in which the error is that of
+    E[x_1 | x_t].
 
     >>> oracle = EmpiricalVelocity(torch.rand(10, 1, 4, 4))
     >>> rollout_excess(oracle, oracle, num_images=3, seed=0).mean
     0.0
 
     Args:
-        labels: (N,) or None, then with `num_images`; rolled out as one batch, from the noise that
-            `generate` would use.
-        space: "velocity" or "data", the latter without the times at which a velocity tells nothing
-            of it: those below SAFE_TIME on the polynomial path.
-        sampling: how to roll out; guidance, if any, is part of the model's velocity.
+        labels: (N,), or None together with `num_images`; the rollout is one batch, from the noise
+            that `generate` would use.
+        space: "velocity" or "data". "data" leaves out times below SAFE_TIME on the polynomial path,
+            where the velocity does not determine the data.
+        sampling: settings of the rollout; guidance, if any, is part of the model's velocity.
 
     Raises:
         ValueError: for an unknown space, no images, or as `generate`.
@@ -222,35 +225,19 @@ def rollout_excess(
     if not count:
         raise ValueError("rollout_excess: give labels, or num_images of at least 1")
     y = None if labels is None else labels.to(device)
-    probe = _ErrorProbe(sampling.velocity(model, y), oracle, labels_for(oracle, y), space)
+    velocity, oracle_y, bins = sampling.velocity(model, y), labels_for(oracle, y), TimeBins()
+
+    def measured(x: Tensor, t: Tensor) -> Tensor:
+        v = velocity(x, t)
+        if space == "velocity":
+            bins.add(batch_times(t, x), squared_error(v, oracle(x, t, oracle_y)))
+        elif not oracle.path.still_at_start or float(t) >= SAFE_TIME:
+            # Times after 1 - LAST are treated as 1 - LAST, as they are in the oracle.
+            x_1 = convert(v, x, t.clamp(max=1 - LAST), oracle.path, "velocity", "data")
+            bins.add(batch_times(t, x), squared_error(x_1, oracle.posterior_mean(x, t, oracle_y)))
+        return v
+
     noise = ImageNoise(seed, 0, count, oracle.image_shape, device)
     with torch.no_grad():
-        sampling.rollout(probe, noise.normal(), noise.normal)
-    return probe.bins.result()
-
-
-class _ErrorProbe:
-    """A velocity that notes its squared distance from the oracle wherever it is evaluated."""
-
-    def __init__(
-        self, velocity: Velocity, oracle: EmpiricalVelocity, y: Tensor | None, space: str
-    ) -> None:
-        self.velocity, self.oracle, self.y, self.space = velocity, oracle, y, space
-        self.bins = TimeBins()
-
-    @property
-    def calls(self) -> int:
-        return calls_of(self.velocity)
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        v = self.velocity(x, t)
-        if self.space == "data" and self.oracle.path.still_at_start and float(t) < SAFE_TIME:
-            return v  # which is near zero and tells nothing of the data
-        if self.space == "data":
-            known = t.clamp(max=1 - LAST)  # as the oracle, whose velocity is that of then
-            ours = convert(v, x, known, self.oracle.path, "velocity", "data")
-            error = squared_error(ours, self.oracle.posterior_mean(x, t, self.y))
-        else:
-            error = squared_error(v, self.oracle(x, t, self.y))
-        self.bins.add(batch_times(t, x), error)
-        return v
+        sampling.rollout(measured, noise.normal(), noise.normal)
+    return bins.result()

@@ -3,9 +3,9 @@
     x_t  = alpha_t x_1 + sigma_t x_0                                                (1)
     dx_t = alpha_t' x_1 + sigma_t' x_0        (the prime is d/dt)                   (2)
 
-A path is its four numbers (alpha_t, sigma_t, alpha_t', sigma_t'); everything else in this room is
-written in terms of them. Shapes: x_0, x_1, x_t, dx_t (B, C, H, W) or any (B, ...); t (B,) or a
-scalar. The arithmetic is float32 at least, whatever the dtype of the images.
+A path is given by the four numbers (alpha_t, sigma_t, alpha_t', sigma_t'), and everything else in
+this package is written in terms of them. Shapes: x_0, x_1, x_t, dx_t (B, C, H, W) or any (B, ...);
+t (B,) or a scalar. Results are float32 at least, whatever the dtype of the images.
 """
 
 import math
@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Of the paths whose derivatives diverge at t = 1: how near to it float32 still tells times apart.
+# Paths whose derivatives diverge at t = 1 end at least this much before it, so that float32 can
+# still represent the distance.
 NEAREST = 1e-6
-SAFE_LEVEL = 1e-3  # noise level sigma_t / alpha_t down to which data determines the velocity
+SAFE_LEVEL = 1e-3  # least noise level sigma_t / alpha_t at which predictions of data are converted
 
 
 class Coefficients(NamedTuple):
@@ -47,10 +48,10 @@ class PathSample(NamedTuple):
 class Path:
     """Base of all paths; a subclass defines `_coefficients`.
 
-    `end` is the last time that is used: 1 for most, and for the paths whose sigma_t' diverges at
-    t = 1 the time of noise level SAFE_LEVEL. Later times are treated as `end`.
-    `still_at_start` says that the velocity is zero at t = 0 whatever x_0 and x_1 are.
-    `has_score` says that x_t given x_1 is Gaussian, which stochastic sampling needs.
+    `end`: the last time that is used; later times are treated as `end`. It is 1, or the time of
+    noise level SAFE_LEVEL if sigma_t' diverges at t = 1.
+    `still_at_start`: whether the velocity at t = 0 is zero for all x_0 and x_1.
+    `has_score`: whether x_t given x_1 is Gaussian, as stochastic sampling needs.
     """
 
     end: float = 1.0
@@ -70,7 +71,7 @@ class Path:
         return self(expand(t, x))
 
     def time_at(self, level: float) -> float:
-        """The time at which sigma_t / alpha_t falls to `level`; 0 for a path that starts below it.
+        """The time at which sigma_t / alpha_t falls to `level`; 0 if the path starts below it.
 
         >>> round(LinearPath().time_at(1.0), 6)
         0.5
@@ -95,7 +96,7 @@ class Path:
 
 @lru_cache(maxsize=1024)
 def _time_at(path: Path, level: float) -> float:
-    """By bisection in float64: the noise level falls from noise to data on every path."""
+    """`Path.time_at`, by bisection in float64: the noise level decreases in t on every path."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -105,12 +106,12 @@ def _time_at(path: Path, level: float) -> float:
 
 
 def expand(t: Tensor, x: Tensor) -> Tensor:
-    """`t`, a scalar or (B,), with as many dimensions as `x` (B, ...)."""
+    """`t`, a scalar or (B,), reshaped to broadcast with `x` (B, ...)."""
     return t if t.ndim == 0 else t.reshape(-1, *(1 for _ in x.shape[1:]))
 
 
 def batch_times(t: Tensor, x: Tensor) -> Tensor:
-    """Times (B,) as a model wants them: a solver's scalar is repeated for each image of `x`."""
+    """Times (B,) for a model: a scalar `t` is repeated for each image of `x`."""
     return t.to(x.device).expand(x.shape[0]) if t.ndim == 0 else t
 
 
@@ -130,21 +131,20 @@ class TrigonometricPath(Path):
     """
 
     def _coefficients(self, t: Tensor) -> Coefficients:
-        # Sines of t and 1 - t: a rounded cosine would be below zero at t = 1.
+        # sigma is a sine of 1 - t because a rounded cosine would be negative at t = 1.
         alpha, sigma = (math.pi / 2 * t).sin(), (math.pi / 2 * (1 - t)).sin()
         return Coefficients(alpha, sigma, math.pi / 2 * sigma, -math.pi / 2 * alpha)
 
 
 class VariancePreservingPath(Path):
-    """The VP diffusion of Song et al. (2021) with linear beta, read with noise at t = 0.
+    """The VP diffusion of Song et al. (2021) with linear beta, reversed so that noise is at t = 0.
 
     With u = 1 - t: log alpha_t = -u^2 (beta_max - beta_min) / 4 - u beta_min / 2 and
-    sigma_t^2 = 1 - alpha_t^2. alpha_0 is exp(-5.025) = 0.0066, not zero: the path starts at almost
-    pure noise.
+    sigma_t^2 = 1 - alpha_t^2. The path starts at almost pure noise: alpha_0 = exp(-5.025) = 0.0066.
 
     Raises:
-        ValueError: unless 0 < beta_min <= beta_max; or for a sum below 1, with which the path does
-            not start at noise, or above 340, with which alpha_0 leaves float32.
+        ValueError: unless 0 < beta_min <= beta_max and their sum is from 1 (below, the path does
+            not start at noise) to 340 (above, alpha_0 is too small for float32).
     """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
@@ -167,11 +167,11 @@ class VariancePreservingPath(Path):
 
 
 class CosinePath(Path):
-    """The cosine schedule of Nichol & Dhariwal (2021, equation 17), read with noise at t = 0.
+    """The cosine schedule of Nichol & Dhariwal (2021, equation 17), with noise at t = 0.
 
-    With angle theta = (1 - t + s) / (1 + s) pi / 2: alpha_t = cos(theta) / cos(theta_1), where
-    theta_1 is the angle at t = 1, and sigma_t^2 = 1 - alpha_t^2. The offset s > 0 keeps the noise
-    near the data from vanishing too soon.
+    With the angle theta = (1 - t + s) / (1 + s) pi / 2: alpha_t = cos(theta) / cos(theta_1), where
+    theta_1 is the angle at t = 1, and sigma_t^2 = 1 - alpha_t^2. A larger offset s > 0 leaves more
+    noise near the data.
 
     Raises:
         ValueError: for an offset outside (0, 1].
@@ -191,7 +191,7 @@ class CosinePath(Path):
         theta = speed * (1 - t) + last
         scale = math.cos(last)
         alpha = (speed * t).sin() / scale  # theta is pi / 2 - speed t
-        # sin(a - b) sin(a + b) = cos^2 b - cos^2 a: no cancellation when sigma_t is small.
+        # cos^2 b - cos^2 a = sin(a - b) sin(a + b) avoids cancellation when sigma_t is small.
         sigma = ((speed * (1 - t)).sin() * (theta + last).sin()).sqrt() / scale
         d_alpha = speed * theta.sin() / scale
         return Coefficients(alpha, sigma, d_alpha, -alpha * d_alpha / sigma)
@@ -201,8 +201,8 @@ class PolynomialPath(Path):
     """alpha_t = t^power, sigma_t = 1 - t^power (flow_matching's polynomial convex scheduler).
 
     Raises:
-        ValueError: for a power below 1, whose velocity is infinite at t = 0, or above 8, whose
-            alpha_t leaves float32 near t = 0.
+        ValueError: for a power below 1 (the velocity would be infinite at t = 0) or above 8
+            (alpha_t near t = 0 would be too small for float32).
     """
 
     def __init__(self, power: float = 2.0) -> None:

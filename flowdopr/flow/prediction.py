@@ -1,21 +1,21 @@
-"""What the model predicts, exact conversions between predictions, and published loss weightings.
+"""Predictions of velocity, data or noise: conversions between them, and published loss weightings.
 
 A model's output may be the velocity, the data x_1 or the noise x_0. Given x_t, each determines the
-others, by equations (1) and (2) of path.py:
+other two, by equations (1) and (2) of path.py:
 
     x_1 = (sigma_t v - sigma_t' x_t) / D_t        x_0 = (alpha_t' x_t - alpha_t v) / D_t      (3)
     x_0 = (x_t - alpha_t x_1) / sigma_t           x_1 = (x_t - sigma_t x_0) / alpha_t         (4)
     v   = alpha_t' x_1 + sigma_t' x_0             D_t = alpha_t' sigma_t - alpha_t sigma_t'   (5)
 
-Errors of one model in the three spaces are therefore proportional at fixed t:
+The errors of one model in the three spaces are therefore proportional at fixed t:
 
     e_v = (D_t / sigma_t) e_data = -(D_t / alpha_t) e_noise                                   (6)
 
-(4) divides by sigma_t, zero at t = 1, or by alpha_t, zero at t = 0. There is no finite value to
-recover at these ends, so conversions from data use times down to the noise level SAFE_LEVEL, the
-same on every path, and conversions from noise times from SAFE_TIME: exact everywhere else, finite
-everywhere. The velocity of the polynomial path is zero at t = 0 and tells nothing there: it is
-treated like noise.
+(4) divides by sigma_t, which is zero at t = 1, or by alpha_t, which is zero at t = 0. To stay
+finite, conversions from data replace later times by that of the noise level SAFE_LEVEL, and
+conversions from noise replace earlier times by SAFE_TIME; at all other times they are exact. The
+velocity of the polynomial path is zero at t = 0 and determines nothing there, so it is treated like
+noise.
 """
 
 from collections.abc import Callable
@@ -25,17 +25,17 @@ from torch import Tensor
 
 from flowdopr.flow.path import SAFE_LEVEL, Coefficients, Path
 
-SAFE_TIME = 1e-3  # as SiT's sampling interval
-# Near the end where a prediction does not determine the velocity, a model's small errors are
-# divided by the distance to that end: rollouts stop at this noise level, or start at its inverse.
+SAFE_TIME = 1e-3  # distance from the ends of time, as in SiT's sampling interval
+# Conversion to the velocity divides a model's errors by the distance to the singular end. Rollouts
+# therefore end at this noise level (data), or start at its inverse (noise).
 ROLLOUT_LEVEL = 0.01
 
 
 def rollout_span(path: Path, prediction: str, level: float = ROLLOUT_LEVEL) -> tuple[float, float]:
-    """Times (start, end) between which rollouts evaluate a model of this prediction.
+    """Times (start, end) between which rollouts evaluate a model with this prediction.
 
-    0 and 1, except that predictions of the noise start where sigma_t / alpha_t is 1 / `level`, and
-    predictions of the data, as well as paths whose sigma_t' diverges, end where it is `level`.
+    They are 0 and 1 with two exceptions. Predictions of the noise start at the noise level
+    1 / `level`. Predictions of the data, and paths whose sigma_t' diverges, end at `level`.
 
     >>> from flowdopr.flow import LinearPath
     >>> [round(t, 3) for t in rollout_span(LinearPath(), "data")]
@@ -47,7 +47,7 @@ def rollout_span(path: Path, prediction: str, level: float = ROLLOUT_LEVEL) -> t
 
 
 def _times(t: Tensor, path: Path, source: str) -> Tensor:
-    """Times at which a prediction of kind `source` determines the other two."""
+    """`t` limited to the times at which a prediction of kind `source` determines the other two."""
     if source == "data":
         return t.clamp(max=path.time_at(SAFE_LEVEL))
     start = SAFE_TIME if source == "noise" or path.still_at_start else 0.0
@@ -82,9 +82,9 @@ def convert(output: Tensor, x_t: Tensor, t: Tensor, path: Path, source: str, tar
     >>> noise = convert(torch.randn_like(x_t), x_t, t, LinearPath(), "velocity", "noise")
 
     Args:
-        output: what the model gave at (`x_t`, `t`).
+        output: the model's output at (`x_t`, `t`).
         t: times in [0, 1], a scalar or (B,).
-        source, target: of "velocity", "data", "noise".
+        source, target: one of "velocity", "data", "noise".
 
     Raises:
         ValueError: for an unknown kind.
@@ -101,15 +101,15 @@ def convert(output: Tensor, x_t: Tensor, t: Tensor, path: Path, source: str, tar
 
 
 def _uniform(c: Coefficients, prediction: str, sigma_data: float) -> Tensor:
-    """1 in the model's own space: flow matching for velocity, DDPM's "simple" loss for noise."""
+    """Weight 1: flow matching for the velocity, DDPM's "simple" loss for the noise."""
     return torch.ones_like(c.alpha)
 
 
 def _velocity(c: Coefficients, prediction: str, sigma_data: float) -> Tensor:
-    """The velocity's error, whatever is predicted: SiT's "velocity" weight.
+    """The squared error of the velocity, whatever is predicted: SiT's "velocity" weight.
 
-    For data it is the v-loss of JiT (Li & He 2025) but for the clip: JiT divides by 1 - t of 0.05
-    at least, here the weight grows up to SAFE_TIME from the end.
+    For data it is the v-loss of JiT (Li & He 2025), except that JiT divides by max(1 - t, 0.05) and
+    here the weight grows until SAFE_TIME before the end.
     """
     return _per_output(c, prediction, c.determinant) ** 2
 
@@ -130,10 +130,8 @@ def _edm(c: Coefficients, prediction: str, sigma_data: float) -> Tensor:
 
 
 def _per_output(c: Coefficients, prediction: str, space: Tensor) -> Tensor:
-    """|e_space / e_output| by (6), where e_v, e_data, e_noise are as D_t, sigma_t, alpha_t.
-
-    A ratio of two of them, for their squares may leave float32 where the ratio does not.
-    """
+    """|e_space / e_output| by (6), where e_v, e_data, e_noise are proportional to D_t, sigma_t,
+    alpha_t. The ratio is taken before squaring because the squares alone may not fit in float32."""
     return space / {"velocity": c.determinant, "data": c.sigma, "noise": c.alpha}[prediction]
 
 
@@ -150,16 +148,15 @@ def loss_weight(
 ) -> Tensor:
     """The factor (B,) on the squared error of a prediction at times `t` (B,).
 
-    Most weights diverge at an end of time: they keep their value at SAFE_TIME from it.
+    Most weights diverge at t = 0 or 1, so times are limited to [SAFE_TIME, 1 - SAFE_TIME].
 
     >>> from flowdopr.flow import LinearPath
     >>> loss_weight("velocity", torch.tensor([0.5]), LinearPath(), "data")
     tensor([4.])
 
     Args:
-        weighting: "uniform", "velocity", "likelihood" (SiT) or "edm"; each function above names
-            its source.
-        sigma_data: standard deviation of the data, used by "edm" alone.
+        weighting: "uniform", "velocity", "likelihood" (SiT) or "edm" (Karras et al. 2022).
+        sigma_data: standard deviation of the data, used only by "edm".
 
     Raises:
         ValueError: for an unknown weighting or prediction.

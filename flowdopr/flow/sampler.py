@@ -1,4 +1,4 @@
-"""Images from a model: noise of each image by its own seed, rollouts in batches, calls counted.
+"""Images from a model: settings of a rollout, and generation in batches of any size.
 
 Shapes: images (N, C, H, W); labels (N,) int64 or None.
 """
@@ -20,11 +20,10 @@ from flowdopr.flow.sde import SDE_SOLVERS, check_sde, solve_sde
 from flowdopr.flow.solver import (
     ADAPTIVE_SOLVERS,
     ODE_SOLVERS,
+    CountCalls,
     Rollout,
     Velocity,
-    calls_of,
     check_solver,
-    counted,
     solve,
 )
 from flowdopr.flow.time import time_grid
@@ -34,19 +33,16 @@ SOLVERS = ODE_SOLVERS + SDE_SOLVERS
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample; wrong combinations are refused when it is made.
+    """Settings of a rollout; combinations that cannot work raise ValueError on construction.
 
-    path, prediction, coupling: as the model was trained.
-    solver: any of SOLVERS: torchdiffeq's by their own names, "euler_maruyama", "sde_heun".
-    steps, time_grid: of solvers with fixed steps, see `flow.time.time_grid`, whose shift and rho
-        are grid_shift (of "shifted") and grid_rho (of "edm").
-    atol, rtol: of adaptive solvers (and the corrector of implicit Adams).
+    path, prediction, coupling: those with which the model was trained.
+    solver: one of SOLVERS: torchdiffeq's names, "euler_maruyama" or "sde_heun".
+    steps, time_grid, grid_shift, grid_rho: for solvers with fixed steps, see `time_grid`.
+    atol, rtol: tolerances of adaptive solvers and of implicit Adams.
     guidance_scale, guidance_interval: see `guided_velocity`.
-    noise_scale, last_step: of stochastic solvers, see `solve_sde`; last_step_size: in time, by
-        default the last interval of the time grid, else the others share what is before it.
-
-    Raises:
-        ValueError: for an unknown name or a combination that cannot work.
+    noise_scale, last_step: for stochastic solvers, see `solve_sde`.
+    last_step_size: length in time of the last step of a stochastic solver; the other steps divide
+        the time before it. By default the last interval of the time grid.
     """
 
     path: Path = field(default_factory=LinearPath)
@@ -69,24 +65,21 @@ class Sampling:
         check_prediction(self.prediction)
         if self.solver not in SOLVERS:
             raise ValueError(f"solver={self.solver!r}: choose one of {', '.join(SOLVERS)}")
-        if self.stochastic:
-            check_sde(self.solver, self.path, self.noise_scale, self.coupling, self.last_step)
-            self._check_last_step()
-            self.grid()
-        else:
-            self._check_times()
-
-    @property
-    def stochastic(self) -> bool:
-        return self.solver in SDE_SOLVERS
-
-    def _check_times(self) -> None:
         if self.solver in ADAPTIVE_SOLVERS and self.time_grid != "uniform":
             raise ValueError(
                 f"solver={self.solver!r} chooses its own times: set time_grid to uniform, and "
                 "atol, rtol"
             )
-        check_solver(self.solver, self.grid())
+        if self.stochastic:
+            check_sde(self.solver, self.path, self.noise_scale, self.coupling, self.last_step)
+            self._check_last_step()
+            self.grid()
+        else:
+            check_solver(self.solver, self.grid())
+
+    @property
+    def stochastic(self) -> bool:
+        return self.solver in SDE_SOLVERS
 
     def _check_last_step(self) -> None:
         size = self.last_step_size
@@ -94,7 +87,7 @@ class Sampling:
             return
         if not isinstance(self.time_grid, str):
             raise ValueError(
-                f"last_step_size={size}: the list of times says it already, leave it out"
+                f"last_step_size={size}: the list of times has a last step already, leave it out"
             )
         if not 0 < size < 1 or self.steps < 2:
             raise ValueError(
@@ -105,8 +98,8 @@ class Sampling:
     def grid(self, level: float = ROLLOUT_LEVEL) -> Tensor:
         """Times of the rollout, within `rollout_span`; see `finish` for a grid that ends before 1.
 
-        A list of times is cut off where the span starts or ends. Stochastic solvers evaluate
-        nothing at the last time, which is always 1.
+        A list of times is cut off where the span starts or ends. For stochastic solvers the last
+        time is always 1, where they do not evaluate the velocity.
         """
         grid = self._within_span(level)
         if self.stochastic:
@@ -129,20 +122,16 @@ class Sampling:
         inner = [t for t in times if start < t < end]
         return time_grid([start, *inner, *([end] if times[-1] >= end else [])])
 
-    def ode_arguments(self, level: float = ROLLOUT_LEVEL) -> dict[str, Any]:
-        """Arguments of `solve` by name."""
-        settings = {name: getattr(self, name) for name in ("solver", "atol", "rtol")}
-        return settings | {"grid": self.grid(level)}
-
     def likelihood_arguments(self) -> dict[str, Any]:
-        """Arguments of `log_likelihood` by name: an adaptive solver can go nearer to the end."""
+        """Arguments of `log_likelihood` by name; adaptive solvers integrate closer to t = 1."""
         level = SAFE_LEVEL if self.solver in ADAPTIVE_SOLVERS else ROLLOUT_LEVEL
-        return self.ode_arguments(level) | {"path": self.path}
+        settings = {name: getattr(self, name) for name in ("solver", "atol", "rtol", "path")}
+        return settings | {"grid": self.grid(level)}
 
     def velocity(
         self, model: Model, y: Tensor | None, guide_model: Model | None = None
     ) -> ModelVelocity:
-        """The velocity to integrate, with guidance and calls counted."""
+        """The velocity of `model` at labels `y`, see `guided_velocity`."""
         return guided_velocity(
             model,
             y,
@@ -154,36 +143,26 @@ class Sampling:
         )
 
     def rollout(self, velocity: Velocity, x_0: Tensor, noise: Callable[[], Tensor]) -> Rollout:
-        """Noise `x_0` (B, ...) to images; `noise` feeds stochastic solvers."""
-        grid = self.grid()
+        """Integrate from noise `x_0` (B, ...) to images; stochastic solvers call `noise`."""
+        grid, solver, path = self.grid(), self.solver, self.path
         if grid[0] > 0:
-            x_0 = self.path(grid[0]).sigma.to(x_0) * x_0  # all of x_t that is known of it
+            x_0 = path(grid[0]).sigma.to(x_0) * x_0  # x_t without alpha_t x_1, which is unknown
         if self.stochastic:
-            return solve_sde(
-                velocity,
-                x_0,
-                self.path,
-                noise,
-                grid=grid,
-                solver=self.solver,
-                noise_scale=self.noise_scale,
-                last_step=self.last_step,
-            )
-        x, nfe = solve(velocity, x_0, **self.ode_arguments())
-        if grid[-1] == 1:
-            return Rollout(x, nfe)
-        counter = counted(velocity)
-        before = calls_of(counter)
-        x = finish(counter, x, grid[-1].to(x), self.path)
-        return Rollout(x, nfe + calls_of(counter) - before)
+            options = {"noise_scale": self.noise_scale, "last_step": self.last_step}
+            return solve_sde(velocity, x_0, path, noise, grid=grid, solver=solver, **options)
+        counter = CountCalls(velocity)
+        x, _ = solve(counter, x_0, grid, solver=solver, atol=self.atol, rtol=self.rtol)
+        if grid[-1] < 1:
+            x = finish(counter, x, grid[-1].to(x), path)
+        return Rollout(x, counter.calls)
 
 
 def finish(velocity: Velocity, x: Tensor, t: Tensor, path: Path) -> Tensor:
-    """The state at t = 1 from that at `t`: one midpoint step in the noise level, two evaluations.
+    """The state at t = 1 from that at `t`, by one midpoint step in the noise level (two calls).
 
-    With the level s = sigma_t / alpha_t and y = x_t / alpha_t the ODE is dy/ds = E[x_0 | x_t], on
-    every path and without a singularity at s = 0 (Song et al. 2021, DDIM). One Euler step, which
-    is the posterior mean, would shrink what varies less than s.
+    With the level s = sigma_t / alpha_t and y = x_t / alpha_t the ODE is dy/ds = E[x_0 | x_t] on
+    every path, without a singularity at s = 0 (Song et al. 2021, DDIM). A single Euler step would
+    give the posterior mean, which loses variations smaller than s.
     """
     level = _level(path, t)
     middle = t.new_tensor(path.time_at(float(level) / 2))
@@ -201,8 +180,8 @@ def _level(path: Path, t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Samples:
-    """images: (N, C, H, W) float32 on the CPU, data in [-1, 1] but not clamped. nfe: model calls an
-    image: an integer, or a mean over batches where an adaptive solver took different steps."""
+    """images: (N, C, H, W) float32 on the CPU, not clamped to [-1, 1]. nfe: mean number of model
+    calls for an image; not an integer where an adaptive solver differed between batches."""
 
     images: Tensor
     nfe: int | float
@@ -230,16 +209,16 @@ def generate(
     >>> samples.images.shape, samples.nfe
     (torch.Size([3, 1, 4, 4]), 4)
 
-    All noise of image i, also that of stochastic solvers, comes from a CPU generator seeded by
-    (seed, first_index + i). With solvers outside of BATCH_DEPENDENT_SOLVERS the image is therefore
-    the same, up to rounding, whatever the batch size and the number of processes.
+    All noise for image i, also that of stochastic solvers, comes from a CPU generator seeded by
+    (seed, first_index + i). Except with BATCH_DEPENDENT_SOLVERS, the image is therefore the same,
+    up to rounding, for any batch size and number of processes.
 
     Args:
-        labels: (N,) int64, or None for an unconditional model, then with `num_images`.
-        device: where to sample; by default where the model's parameters are.
+        labels: (N,) int64, or None for an unconditional model, together with `num_images`.
+        device: where to sample; by default the device of the model's parameters.
         guide_model: second model for autoguidance.
-        image_shape: by default the model's own.
-        progress: called after each batch with the number of images it made.
+        image_shape: by default `model.image_shape`.
+        progress: called after each batch with its number of images.
         sampling, settings: a `Sampling`, and any of its fields by name, which take precedence.
 
     Raises:
@@ -248,8 +227,10 @@ def generate(
     """
     sampling = replace(sampling or Sampling(), **settings)
     total = _number_of_images(labels, num_images, batch_size)
-    shape = image_shape or _shape_of(model)
-    sampling.velocity(model, labels, guide_model)  # refuses wrong guidance before anything runs
+    shape = image_shape or getattr(getattr(model, "module", model), "image_shape", None)
+    if shape is None:
+        raise ValueError("the model has no image_shape: give image_shape=(C, H, W)")
+    sampling.velocity(model, labels, guide_model)  # raises for wrong guidance before sampling
     device = device if device is not None else device_of(model)
     images, calls = torch.empty(total, *shape), 0
     for first in range(0, total, batch_size):
@@ -280,15 +261,8 @@ def _number_of_images(labels: Tensor | None, num_images: int | None, batch_size:
     return total
 
 
-def _shape_of(model: Model) -> tuple[int, int, int]:
-    shape = getattr(getattr(model, "module", model), "image_shape", None)
-    if shape is None:
-        raise ValueError("the model has no image_shape: give image_shape=(C, H, W)")
-    return shape
-
-
 def device_of(model: Model) -> torch.device:
-    """Where the parameters of `model` are; the CPU for a plain function."""
+    """The device of the parameters of `model`; the CPU for a plain function."""
     if not isinstance(model, torch.nn.Module):
         return torch.device("cpu")
     first = next(chain(model.parameters(), model.buffers()), None)

@@ -2,11 +2,12 @@
 
     dx = [v + w_t s / 2] dt + sqrt(w_t) dW,     s = grad log p_t = -E[x_0 | x_t] / sigma_t      (8)
 
-has the marginals of the ODE for every w_t >= 0. With w_t = 2 noise_scale sigma_t (SiT's diffusion
-"sigma" with this norm) the drift is v - noise_scale E[x_0 | x_t], finite at both ends of time.
+has the same marginals as the ODE for every w_t >= 0. Here w_t = 2 noise_scale sigma_t (SiT's
+diffusion form "sigma"), so the drift is v - noise_scale E[x_0 | x_t], finite at both ends of time.
 
-The score formula holds when x_0 is Gaussian and independent of x_1: not after a coupling by optimal
-transport. The last step adds no fresh noise, which would be left in the images. By SiT's names:
+The formula for the score s holds when x_0 is Gaussian and independent of x_1, so not after a
+coupling by optimal transport. The last step adds no noise, because noise added there would stay in
+the images. It has two forms, by SiT's names:
 
     tweedie    E[x_1 | x_t], the posterior mean (on the linear path also SiT's "Euler", x + v dt)
     mean       x + drift dt, the mean of the stochastic step, SiT's default with dt = 0.04
@@ -19,14 +20,14 @@ from torch import Tensor
 
 from flowdopr.flow.path import Path
 from flowdopr.flow.prediction import convert
-from flowdopr.flow.solver import Rollout, Velocity, calls_of, counted
+from flowdopr.flow.solver import CountCalls, Rollout, Velocity
 
 SDE_SOLVERS = ("euler_maruyama", "sde_heun")
 LAST_STEPS = ("tweedie", "mean")
 
 
 def posterior_mean(velocity: Velocity, x: Tensor, t: Tensor, path: Path) -> Tensor:
-    """E[x_1 | x_t = x], one evaluation of `velocity`; for the linear path x + (1 - t) v."""
+    """E[x_1 | x_t = x] from one evaluation of `velocity`; x + (1 - t) v on the linear path."""
     return convert(velocity(x, t), x, t, path, "velocity", "data")
 
 
@@ -50,22 +51,21 @@ def solve_sde(
     >>> solve_sde(lambda x, t: -x, x_0, LinearPath(), draw, grid=time_grid("uniform", 10)).nfe
     10
 
-    Heun's method (stochastic, as in SiT) adds the noise first and then takes a deterministic
-    trapezoid step, two calls an interval.
+    The stochastic Heun method adds the noise first and then takes a deterministic trapezoid step,
+    with two calls an interval, as in SiT.
 
     Args:
-        noise: called once an interval, gives standard normal numbers of the shape of `x_0`.
-        grid: increasing times (N + 1,); its last interval is the last step.
-        noise_scale: of w_t; 1 is SiT's default, 0 is the ODE by Euler or by Heun.
-        last_step: of LAST_STEPS, one call.
+        noise: returns standard normal numbers of the shape of `x_0`; called once an interval.
+        grid: increasing times (N + 1,); the last interval is the last step.
+        noise_scale: factor in w_t; 1 is SiT's default, 0 is the ODE by Euler or by Heun.
+        last_step: "tweedie" or "mean"; either is one call.
 
     Raises:
-        ValueError: for an unknown solver or last step, a path without score or a negative noise
+        ValueError: for an unknown solver or last step, a path without a score, or a negative noise
             scale.
     """
     check_sde(solver, path, noise_scale, last_step=last_step)
-    counter = counted(velocity)
-    before = calls_of(counter)
+    counter = CountCalls(velocity)
 
     def drift(x: Tensor, t: Tensor) -> Tensor:
         v = counter(x, t)
@@ -74,17 +74,17 @@ def solve_sde(
     x, grid = x_0, grid.to(x_0)
     for t, t_next in pairwise(grid[:-1]):
         dt = t_next - t
-        shaken = x + (2 * noise_scale * path(t).sigma * dt).sqrt() * noise()
+        noisy = x + (2 * noise_scale * path(t).sigma * dt).sqrt() * noise()
         if solver == "euler_maruyama":
-            x = shaken + dt * drift(x, t)
+            x = noisy + dt * drift(x, t)
         else:
-            slope = drift(shaken, t)
-            x = shaken + dt / 2 * (slope + drift(shaken + dt * slope, t_next))
+            slope = drift(noisy, t)
+            x = noisy + dt / 2 * (slope + drift(noisy + dt * slope, t_next))
     if last_step == "tweedie":
         x = posterior_mean(counter, x, grid[-2], path)
     else:
         x = x + (grid[-1] - grid[-2]) * drift(x, grid[-2])
-    return Rollout(x, calls_of(counter) - before)
+    return Rollout(x, counter.calls)
 
 
 def check_sde(
@@ -94,11 +94,7 @@ def check_sde(
     coupling: str = "independent",
     last_step: str = "tweedie",
 ) -> None:
-    """Refuse stochastic sampling that cannot work.
-
-    Raises:
-        ValueError: in one line, with the remedy.
-    """
+    """Raise ValueError for settings with which stochastic sampling cannot work."""
     if solver not in SDE_SOLVERS:
         raise ValueError(f"SDE solver={solver!r}: choose one of {', '.join(SDE_SOLVERS)}")
     if last_step not in LAST_STEPS:
@@ -111,5 +107,5 @@ def check_sde(
         )
     if coupling != "independent":
         raise ValueError(
-            f"solver={solver!r} needs a score, coupling {coupling!r} has none: use an ODE solver"
+            f"solver={solver!r} needs a score, coupling={coupling!r} has none: use an ODE solver"
         )

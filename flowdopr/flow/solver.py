@@ -1,7 +1,7 @@
 """Rollouts: the ODE dx/dt = v(x, t) from noise at t = 0 to data at t = 1, by torchdiffeq.
 
 A velocity is any function v(x, t) of a state (B, ...) and a scalar time. If it has an attribute
-`calls` (see guidance.py) this counts model calls; otherwise each evaluation is one.
+`calls` (see guidance.py), this counts its model calls; otherwise each evaluation counts as one.
 """
 
 from collections.abc import Callable
@@ -17,41 +17,39 @@ CALLS_A_STEP = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
 MULTISTEP_SOLVERS = ("explicit_adams", "implicit_adams", "fixed_adams")
 ADAPTIVE_SOLVERS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 ODE_SOLVERS = (*CALLS_A_STEP, *MULTISTEP_SOLVERS, *ADAPTIVE_SOLVERS)
-# One image's result depends on the others in its batch: step sizes (adaptive) and the number of
-# corrector iterations (implicit Adams) are chosen for the batch as a whole.
+# With these an image depends on the others in its batch: adaptive step sizes and the number of
+# corrector iterations of implicit Adams are chosen for the whole batch.
 BATCH_DEPENDENT_SOLVERS = (*ADAPTIVE_SOLVERS, "implicit_adams", "fixed_adams")
 
-ROUNDING = 1e-6  # by which the float32 times of a uniform grid may miss equal steps
-MAX_ADAPTIVE_STEPS = 10_000  # beyond this the tolerance is below the precision of the state
-SCIPY_STAGES = 6  # calls a step of scipy's RK45, whose steps have no limit of their own
+ROUNDING = 1e-6  # tolerance on equal steps, because the times of a grid are float32
+MAX_ADAPTIVE_STEPS = 10_000  # a solver that needs more has a tolerance below float precision
+SCIPY_STAGES = 6  # calls a step of scipy's RK45, which has no limit on its number of steps
 SOLVER_FAILURES = ("underflow in dt", "non-finite values", "max_num_steps exceeded")
 
 
 class Rollout(NamedTuple):
-    """The state at the last time (B, ...) and the number of model calls."""
+    """x_1: the state (B, ...) at the last time. nfe: the number of model calls."""
 
     x_1: Tensor
     nfe: int
 
 
 class CountCalls:
-    """Counts evaluations of a velocity."""
+    """A velocity with the number of model calls made through this wrapper, in `calls`."""
 
     def __init__(self, velocity: Velocity) -> None:
         self.velocity = velocity
         self.calls = 0
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        self.calls += 1
-        return self.velocity(x, t)
+        before = getattr(self.velocity, "calls", 0)
+        v = self.velocity(x, t)
+        self.calls += getattr(self.velocity, "calls", before + 1) - before
+        return v
 
 
 def check_solver(solver: str, grid: Tensor) -> None:
-    """Refuse an unknown solver, or times that a solver cannot follow.
-
-    Raises:
-        ValueError: in one line, with the remedy.
-    """
+    """Raise ValueError for an unknown solver, or for times that the solver cannot follow."""
     if solver not in ODE_SOLVERS:
         raise ValueError(f"solver={solver!r}: choose one of {', '.join(ODE_SOLVERS)}")
     steps = grid.diff()
@@ -79,32 +77,31 @@ def solve(
     >>> nfe
     40
 
-    With a fixed-step solver other than implicit Adams the result for image i is the same whatever
-    else is in the batch, up to rounding; see BATCH_DEPENDENT_SOLVERS for those that cannot.
+    Image i does not depend on the rest of its batch, up to rounding, except with the solvers in
+    BATCH_DEPENDENT_SOLVERS.
 
     Args:
         x_0: states (B, ...); half precision is integrated in float32.
-        grid: increasing or decreasing times (N + 1,): the N steps of a fixed-step solver. Adaptive
-            solvers use its ends alone; multistep solvers need equal steps.
-        solver: any method of torchdiffeq by its own name, see ODE_SOLVERS.
+        grid: increasing or decreasing times (N + 1,). Fixed-step solvers take these N steps,
+            multistep solvers need them equal, and adaptive solvers use only the two ends.
+        solver: one of ODE_SOLVERS, torchdiffeq's names.
         atol, rtol: tolerances of adaptive solvers and of implicit Adams.
 
     Raises:
-        ValueError: for an unknown solver, a grid that it cannot follow, or an adaptive solver that
-            cannot reach its tolerances.
+        ValueError: for an unknown solver, a grid that it cannot follow, or tolerances that an
+            adaptive solver cannot reach.
     """
     check_solver(solver, grid)
     x_0 = x_0.to(torch.promote_types(x_0.dtype, torch.float32))
     low, high = float(grid.min()), float(grid.max())
-    counter = counted(velocity)
-    before = calls_of(counter)
+    counter = CountCalls(velocity)
 
     def derivative(t: Tensor, x: Tensor) -> Tensor:
-        # A first trial step of an adaptive solver may reach beyond the span; models know only it.
+        # The first trial step of an adaptive solver may leave the span in which models are trained.
         return counter(x, t.clamp(low, high))
 
     x = _integrate(derivative, x_0, grid.to(x_0), solver, atol, rtol)
-    return Rollout(x, calls_of(counter) - before)
+    return Rollout(x, counter.calls)
 
 
 def _integrate(
@@ -115,17 +112,20 @@ def _integrate(
     atol: float,
     rtol: float,
 ) -> Tensor:
-    """The state at the end of `grid`, by torchdiffeq; its failures become one line."""
-    options = _options(solver, grid)
-    # torchdiffeq keeps the state at every time it is asked for, so ask only for the ends.
-    ends = grid[[0, -1]]
+    """The state at the end of `grid`; an assertion that fails in torchdiffeq becomes a ValueError
+    of one line."""
+    options: dict[str, Any] = {"grid_constructor": lambda func, y0, t: grid}
     if solver == "scipy_solver":
-        derivative = _limited(derivative, SCIPY_STAGES * MAX_ADAPTIVE_STEPS)
+        options, derivative = {}, _limited(derivative, SCIPY_STAGES * MAX_ADAPTIVE_STEPS)
+    elif solver in ADAPTIVE_SOLVERS:
+        # Without `step_t` the last step would go beyond the end and be interpolated back.
+        options = {"step_t": grid[-1:], "max_num_steps": MAX_ADAPTIVE_STEPS}
+    ends = grid[[0, -1]]  # torchdiffeq keeps the state at each of the times given here
     try:
         states: Any = odeint(
             derivative, x_0, ends, method=solver, atol=atol, rtol=rtol, options=options
         )
-        # scipy returns what it has, without a word, when it cannot reach the end.
+        # scipy returns fewer states, without an error, when it cannot reach the end.
         assert len(states) == len(ends), "underflow in dt"
     except AssertionError as error:
         reason = str(error).split("`")[0].strip()
@@ -141,7 +141,7 @@ def _integrate(
 def _limited(
     derivative: Callable[[Tensor, Tensor], Tensor], limit: int
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """`derivative` with the failures of torchdiffeq's own adaptive solvers."""
+    """`derivative` with the assertions that torchdiffeq makes in its own adaptive solvers."""
     calls = 0
 
     def checked(t: Tensor, x: Tensor) -> Tensor:
@@ -153,23 +153,3 @@ def _limited(
         return slope
 
     return checked
-
-
-def _options(solver: str, grid: Tensor) -> dict[str, Any]:
-    """torchdiffeq's options: the grid of a fixed-step solver, the last step of an adaptive one."""
-    if solver == "scipy_solver":
-        return {}
-    if solver in ADAPTIVE_SOLVERS:
-        # Left alone they step over the end and interpolate back.
-        return {"step_t": grid[-1:], "max_num_steps": MAX_ADAPTIVE_STEPS}
-    return {"grid_constructor": lambda func, y0, t: grid}
-
-
-def counted(velocity: Velocity) -> Velocity:
-    """`velocity` itself if it counts its calls, else wrapped in a counter."""
-    return velocity if hasattr(velocity, "calls") else CountCalls(velocity)
-
-
-def calls_of(velocity: Velocity) -> int:
-    """Model calls that a counting velocity has made."""
-    return int(getattr(velocity, "calls", 0))

@@ -1,4 +1,4 @@
-"""Distributions whose flow is known in closed form, in one dimension a number (independent)."""
+"""Distributions with a flow in closed form; all numbers of an image are independent."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 from flowdopr.flow import PATHS, Path, PolynomialPath
 
 # Every path with its defaults, so that a new one is tested as soon as it has a name.
-PATH_CASES: dict[str, Path] = {
+EXAMPLE_PATHS: dict[str, Path] = {
     **{name: path() for name, path in PATHS.items()},
     "polynomial_3": PolynomialPath(3.0),
 }
@@ -17,7 +17,7 @@ PATH_CASES: dict[str, Path] = {
 
 @dataclass
 class Mixture:
-    """x_1 ~ sum_k weights[k] N(means[k], deviations[k]^2), each number on its own."""
+    """Each number of x_1 is drawn from sum_k weights[k] N(means[k], deviations[k]^2)."""
 
     weights: tuple[float, ...] = (0.3, 0.7)
     means: tuple[float, ...] = (-0.6, 0.5)
@@ -47,9 +47,9 @@ class Mixture:
     def posterior(self, x: Tensor, t: Tensor, path: Path) -> tuple[Tensor, Tensor]:
         """E[x_0 | x_t], E[x_1 | x_t], elementwise."""
         log_joint, offset, variance, means, deviations, alpha, sigma = self._components(x, t, path)
-        share = log_joint.softmax(-1)
-        x_0 = (share * sigma / variance * offset).sum(-1)
-        x_1 = (share * (means + alpha * deviations**2 / variance * offset)).sum(-1)
+        component = log_joint.softmax(-1)
+        x_0 = (component * sigma / variance * offset).sum(-1)
+        x_1 = (component * (means + alpha * deviations**2 / variance * offset)).sum(-1)
         return x_0, x_1
 
     def velocity(self, x: Tensor, t: Tensor, path: Path) -> Tensor:

@@ -1,4 +1,4 @@
-"""A config builds the parts it names, all of them."""
+"""Every setting of a config reaches the object that is built from it."""
 
 from typing import get_args
 
@@ -51,7 +51,7 @@ def names(section, setting):
     return set(choices(section.model_fields[setting]))
 
 
-def test_the_config_offers_exactly_what_there_is():
+def test_the_config_offers_exactly_the_names_that_are_implemented():
     assert names(FlowConfig, "path") == set(PATHS)
     assert get_args(FlowConfig.model_fields["prediction"].annotation) == PREDICTIONS
     assert names(FlowConfig, "weighting") == set(WEIGHTINGS)
@@ -68,18 +68,18 @@ def test_the_config_offers_exactly_what_there_is():
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_the_defaults_of_a_path_are_its_own(config_of, name):
+def test_a_path_has_the_same_defaults_in_config_and_class(config_of, name):
     assert vars(build_path(config_of(f"flow.path={name}"))) == vars(PATHS[name]())
 
 
 @pytest.mark.parametrize("name", COUPLINGS)
-def test_the_defaults_of_a_coupling_are_its_own(config_of, name):
+def test_a_coupling_has_the_same_defaults_in_config_and_function(config_of, name):
     built, own = build_coupling(config_of(f"flow.coupling={name}")), make_coupling(name)
     assert getattr(built, "__dict__", built) == getattr(own, "__dict__", own)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_the_defaults_of_a_solver_are_those_of_sampling(config_of, name):
+def test_a_solver_has_the_same_defaults_in_config_and_sampling(config_of, name):
     built, own = build_sampling(config_of(f"sample.solver={name}")), Sampling(solver=name)
     assert vars(built) | {"path": None} == vars(own) | {"path": None}
 

@@ -1,16 +1,16 @@
-"""Guidance: equation (7) for all predictions, its calls counted, wrong uses refused."""
+"""Guidance: equation (7) for all predictions, the number of calls, wrong uses refused."""
 
 from itertools import combinations
 
 import pytest
 import torch
-from analytic import PATH_CASES
+from analytic import EXAMPLE_PATHS
 
 from flowdopr.flow import PREDICTIONS, convert, guided_velocity, solve, time_grid
 
 
 class Affine:
-    """output = x + label's shift, on all channels."""
+    """output = factor (x + y) on all channels; keeps the sizes of its batches."""
 
     num_classes = 2
 
@@ -52,7 +52,7 @@ def test_scale_zero_is_the_unconditional_model():
     assert torch.allclose(velocity(X, T), model(X, T.expand(3), torch.full((3,), 2)))
 
 
-@pytest.mark.parametrize("path", PATH_CASES.values(), ids=PATH_CASES)
+@pytest.mark.parametrize("path", EXAMPLE_PATHS.values(), ids=EXAMPLE_PATHS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_guidance_is_the_same_in_every_space(path, prediction):
     velocity_model = Affine()
@@ -96,7 +96,7 @@ def test_outside_of_its_interval_guidance_is_off_and_free():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_ends_of_the_interval_are_guided_on_every_grid_of_ten_steps(dtype):
-    """Euler's times are 0, 0.1, ..., 0.9: of each interval of tenths, ends included."""
+    """Euler evaluates at 0, 0.1, ..., 0.9; guided calls count twice."""
     for low, high in combinations(range(11), 2):
         velocity = guided_velocity(Affine(), Y, 3.0, guidance_interval=(low / 10, high / 10))
         nfe = solve(velocity, X.to(dtype), time_grid("uniform", 10), solver="euler").nfe

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from analytic import PATH_CASES, Mixture, gaussian
+from analytic import EXAMPLE_PATHS, Mixture, gaussian
 
 from flowdopr.flow import (
     PREDICTIONS,
@@ -18,7 +18,7 @@ from flowdopr.flow import (
 )
 from flowdopr.flow.likelihood import exact_divergence, hutchinson_divergence
 
-paths = pytest.mark.parametrize("path", PATH_CASES.values(), ids=PATH_CASES)
+paths = pytest.mark.parametrize("path", EXAMPLE_PATHS.values(), ids=EXAMPLE_PATHS)
 
 
 def signs(shape, seed=0):
@@ -28,7 +28,7 @@ def signs(shape, seed=0):
 @paths
 @pytest.mark.parametrize("trace", ["exact", "hutchinson"])
 def test_gaussian_likelihood_is_the_closed_form(path, trace):
-    """Its velocity has a multiple of the identity as Jacobian, so one probe is exact as well."""
+    """The Jacobian of its velocity is a multiple of the identity, so one probe is exact as well."""
     x_1 = torch.randn(6, 5, dtype=torch.float64) * 0.4 + 0.3
     velocity = guided_velocity(gaussian(0.3, 0.4).model(path), path=path)
     result = log_likelihood(
@@ -64,18 +64,18 @@ def test_bits_of_narrow_gaussians_on_every_path(path, prediction, deviation, tol
 
 
 @pytest.mark.parametrize("prediction", ["data", "noise"])
-def test_the_pieces_left_out_are_those_that_the_docstring_states(prediction):
-    """A span that leaves out much, in float64, against the density of what it leaves in."""
+def test_a_narrow_span_gives_the_density_that_the_module_docstring_states(prediction):
+    """In float64, with a span that ends far before 1 or starts far after 0."""
     deviation, level, path = 0.02, 0.05, LinearPath()
     span = torch.tensor(rollout_span(path, prediction, level), dtype=torch.float64)
     x_1 = deviation * torch.linspace(-3, 3, 13, dtype=torch.float64)[:, None]
     velocity = guided_velocity(
         gaussian(0, deviation).model(path, prediction), prediction=prediction
     )
-    found = log_likelihood(velocity, x_1, span, path=path, atol=1e-9, rtol=1e-9).log_prob
-    left = level if prediction == "data" else 0.0
-    exact = torch.distributions.Normal(0, math.hypot(deviation, left)).log_prob(x_1)[:, 0]
-    assert torch.allclose(found, exact, atol=1e-5)
+    log_prob = log_likelihood(velocity, x_1, span, path=path, atol=1e-9, rtol=1e-9).log_prob
+    blur = level if prediction == "data" else 0.0
+    exact = torch.distributions.Normal(0, math.hypot(deviation, blur)).log_prob(x_1)[:, 0]
+    assert torch.allclose(log_prob, exact, atol=1e-5)
 
 
 def test_correlated_gaussian_with_the_exact_trace_and_many_probes():
@@ -121,7 +121,7 @@ def test_divergences_of_a_known_jacobian():
 
 @pytest.mark.parametrize(
     ("path", "prediction"),
-    [(path, "velocity") for path in PATH_CASES.values()]
+    [(path, "velocity") for path in EXAMPLE_PATHS.values()]
     + [(LinearPath(), "data"), (LinearPath(), "noise")],
 )
 def test_probabilities_of_all_levels_of_a_pixel_sum_to_one(path, prediction):
@@ -194,7 +194,7 @@ def test_wrong_uses_are_refused(images, settings, words):
 
 
 def test_dequantised_levels_fill_the_interval_that_rounds_to_them():
-    """Under N(0, 0.3^2) on the linear path the bits of a pixel tell where it was put."""
+    """The dequantised value is computed back from the bits, whose density is N(0, 0.3^2)."""
     levels = torch.arange(140, 250, dtype=torch.uint8).reshape(-1, 1, 1, 1)
     model, sampling = gaussian(0.0, 0.3).model(LinearPath()), Sampling(solver="rk4", steps=100)
     bits = bits_per_dim(model, levels, seed=0, sampling=sampling).bits

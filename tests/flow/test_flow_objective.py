@@ -1,13 +1,12 @@
-"""The objective: draws that slice, label dropout for each image, exact losses, no waiting."""
+"""The objective: slices of a draw, label dropout by image, exact losses, no synchronisation."""
 
 import pytest
 import torch
-from analytic import PATH_CASES, gaussian
+from analytic import EXAMPLE_PATHS, gaussian
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowdopr.flow import (
     PREDICTIONS,
-    Draw,
     FlowMatching,
     LinearPath,
     TimeSampler,
@@ -20,7 +19,7 @@ SHAPE = (1, 4, 4)
 
 
 class Conditional(torch.nn.Module):
-    """A tiny model that notes its labels."""
+    """A tiny model that keeps the labels of its last call in `seen`."""
 
     image_shape = SHAPE
 
@@ -59,7 +58,7 @@ def test_loss_of_slices_is_the_loss_of_the_batch():
     assert torch.allclose(whole, torch.cat(halves), atol=1e-6)
 
 
-@pytest.mark.parametrize("path", PATH_CASES.values(), ids=PATH_CASES)
+@pytest.mark.parametrize("path", EXAMPLE_PATHS.values(), ids=EXAMPLE_PATHS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_loss_is_zero_exactly_when_the_model_knows_the_target(path, prediction):
     objective = FlowMatching(path, prediction=prediction)
@@ -77,7 +76,7 @@ def test_loss_is_zero_exactly_when_the_model_knows_the_target(path, prediction):
     )
 
 
-def test_labels_are_dropped_for_each_image_on_its_own():
+def test_labels_are_dropped_independently_for_each_image():
     objective, model = FlowMatching(class_dropout_prob=0.3), Conditional()
     draw, y = draw_of(objective, 2000), torch.arange(2000) % 3
     objective(model, torch.zeros(2000, *SHAPE), y, draw)
@@ -86,7 +85,7 @@ def test_labels_are_dropped_for_each_image_on_its_own():
     assert (~draw.keep).float().mean().item() == pytest.approx(0.3, abs=0.03)
 
 
-def test_class_dropout_sees_through_a_distributed_wrapper_and_compile():
+def test_class_dropout_finds_the_null_label_of_a_wrapped_or_compiled_model():
     model = Conditional()
     wrapper = torch.nn.DataParallel(model)  # holds the model as .module, as DDP does
     objective = FlowMatching(class_dropout_prob=1.0)
@@ -112,7 +111,7 @@ def test_dropout_without_a_null_label_is_refused():
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails where a tensor's value is read, which on a GPU waits for it."""
+    """Fails where a tensor's value is read on the CPU, which would wait for a GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
@@ -191,7 +190,7 @@ def test_one_step_loss_does_not_depend_on_how_the_model_was_trained():
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("path", PATH_CASES.values(), ids=PATH_CASES)
+@pytest.mark.parametrize("path", EXAMPLE_PATHS.values(), ids=EXAMPLE_PATHS)
 def test_one_step_loss_is_taken_at_the_times_that_rollouts_visit(path, prediction):
     times = []
 
@@ -205,7 +204,7 @@ def test_one_step_loss_is_taken_at_the_times_that_rollouts_visit(path, predictio
     assert torch.allclose(u, (torch.arange(1000).double() + 0.5) / 1000, atol=6e-4)
 
 
-def test_small_errors_near_the_end_do_not_rule_the_one_step_loss_of_data():
+def test_small_errors_near_the_end_do_not_dominate_the_one_step_loss_of_data():
     """An error of 0.01 in x_1 is 0.01 / (1 - t) in the velocity, whose mean square over the times
     of rollouts is 1e-4 (1 / 0.0099 - 1) = 0.01, and would be 0.1 with times up to 0.999."""
     data, path = gaussian(), LinearPath()
@@ -237,7 +236,6 @@ def test_wrong_settings_are_refused():
             call()
 
 
-def test_draw_moves_to_the_device_asked_for():
+def test_a_draw_is_moved_to_the_device():
     draw = FlowMatching().draw(4, SHAPE, generator=torch.Generator(), device="meta")
-    assert isinstance(draw, Draw)
     assert draw.x_0.device.type == draw.t.device.type == "meta"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from analytic import PATH_CASES
+from analytic import EXAMPLE_PATHS
 
 from flowdopr.flow import (
     PREDICTIONS,
@@ -16,7 +16,7 @@ from flowdopr.flow import (
 from flowdopr.flow.path import SAFE_LEVEL
 from flowdopr.flow.prediction import SAFE_TIME
 
-paths = pytest.mark.parametrize("path", PATH_CASES.values(), ids=PATH_CASES)
+paths = pytest.mark.parametrize("path", EXAMPLE_PATHS.values(), ids=EXAMPLE_PATHS)
 sources = pytest.mark.parametrize("source", PREDICTIONS)
 targets = pytest.mark.parametrize("target", PREDICTIONS)
 

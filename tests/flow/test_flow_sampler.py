@@ -1,10 +1,10 @@
-"""Sampling: image i the same in any batch, exact maps of a Gaussian, wrong settings refused."""
+"""Sampling: images independent of the batch, exact maps of a Gaussian, wrong settings refused."""
 
 from itertools import pairwise
 
 import pytest
 import torch
-from analytic import PATH_CASES, gaussian
+from analytic import EXAMPLE_PATHS, gaussian
 
 from flowdopr.flow import (
     BATCH_DEPENDENT_SOLVERS,
@@ -74,7 +74,7 @@ def test_noise_is_normal_and_differs_between_seeds_and_images():
     assert (noise.T @ noise / 900 - torch.eye(20)).abs().max() < 0.2
 
 
-@pytest.mark.parametrize("path", PATH_CASES.values(), ids=PATH_CASES)
+@pytest.mark.parametrize("path", EXAMPLE_PATHS.values(), ids=EXAMPLE_PATHS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("solver", ["euler", "midpoint", "heun2", "rk4", "dopri5"])
 def test_a_perfect_model_maps_noise_to_the_gaussian_of_the_data(path, prediction, solver):
@@ -99,11 +99,11 @@ def test_a_perfect_model_maps_noise_to_the_gaussian_of_the_data(path, prediction
     assert (samples.images - expected).abs().max() < 0.04
 
 
-@pytest.mark.parametrize("path", PATH_CASES.values(), ids=PATH_CASES)
+@pytest.mark.parametrize("path", EXAMPLE_PATHS.values(), ids=EXAMPLE_PATHS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(("deviation", "tolerance"), [(0.02, 0.02), (0.005, 0.12)])
-def test_what_varies_little_keeps_its_spread_on_every_path(path, prediction, deviation, tolerance):
-    """Rollouts end at one noise level on all paths, and the step from there does not shrink."""
+def test_small_variations_keep_their_size_on_every_path(path, prediction, deviation, tolerance):
+    """Rollouts end at the same noise level on all paths, and the step to t = 1 does not shrink."""
     model = gaussian(0.3, deviation).model(path, prediction)
     settings = {"path": path, "prediction": prediction, "solver": "dopri5", "atol": 1e-6}
     images = generate(model, None, num_images=20, image_shape=SHAPE, seed=0, **settings).images
@@ -111,9 +111,9 @@ def test_what_varies_little_keeps_its_spread_on_every_path(path, prediction, dev
     assert ((images - 0.3) / deviation - x_0).std().item() < tolerance
 
 
-@pytest.mark.parametrize("path", PATH_CASES.values(), ids=PATH_CASES)
+@pytest.mark.parametrize("path", EXAMPLE_PATHS.values(), ids=EXAMPLE_PATHS)
 def test_the_finishing_step_is_of_second_order_in_the_noise_level(path):
-    """Exact: a Gaussian's deviations are scaled by d / sd(x_t)."""
+    """The exact flow scales the deviations of a Gaussian by d / sd(x_t)."""
     deviation, errors = 0.3, []
     velocity = guided_velocity(gaussian(0.0, deviation).model(path), path=path)
     for level in (0.08, 0.04, 0.02):
@@ -125,7 +125,7 @@ def test_the_finishing_step_is_of_second_order_in_the_noise_level(path):
     assert all(fine < coarse / 5 for coarse, fine in pairwise(errors))
 
 
-@pytest.mark.parametrize("path", PATH_CASES.values(), ids=PATH_CASES)
+@pytest.mark.parametrize("path", EXAMPLE_PATHS.values(), ids=EXAMPLE_PATHS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_rollouts_stay_within_their_span(path, prediction):
     start, end = rollout_span(path, prediction)
@@ -143,7 +143,7 @@ def test_rollouts_stay_within_their_span(path, prediction):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("solver", ["euler", "heun2", "rk4"])
 def test_a_models_small_errors_stay_small(prediction, solver):
-    """Near its singular end the conversion divides by the distance: the margin tames that."""
+    """The conversion divides by the distance to its singular end, where rollouts do not go."""
     exact = gaussian().model(LinearPath(), prediction)
 
     def model(x, t, y):
@@ -168,7 +168,7 @@ def test_calls_of_the_finishing_step_are_counted():
     assert samples.nfe == len(calls) == 12
 
 
-def test_a_model_gives_its_own_shape_and_progress_is_told():
+def test_the_shape_is_the_models_and_progress_is_called_after_each_batch():
     done = []
     samples = generate(
         Labelled(), LABELS, seed=0, steps=1, batch_size=3, progress=done.append, device="cpu"

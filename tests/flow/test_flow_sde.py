@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from analytic import PATH_CASES, Mixture
+from analytic import EXAMPLE_PATHS, Mixture
 
 from flowdopr.flow import (
     LinearPath,
@@ -17,7 +17,7 @@ from flowdopr.flow import (
 )
 from flowdopr.flow.sde import LAST_STEPS, SDE_SOLVERS, posterior_mean
 
-paths = pytest.mark.parametrize("path", PATH_CASES.values(), ids=PATH_CASES)
+paths = pytest.mark.parametrize("path", EXAMPLE_PATHS.values(), ids=EXAMPLE_PATHS)
 
 
 @paths
@@ -86,12 +86,12 @@ def test_steps_and_last_step_are_sits(path, last_step):
         path, solver="euler_maruyama", steps=steps, last_step=last_step, last_step_size=size
     )
     noise = iter(draws)
-    found = sampling.rollout(velocity, x_0, lambda: next(noise))
-    assert torch.allclose(found.x_1, expected, atol=1e-5)
-    assert found.nfe == steps
+    result = sampling.rollout(velocity, x_0, lambda: next(noise))
+    assert torch.allclose(result.x_1, expected, atol=1e-5)
+    assert result.nfe == steps
 
 
-def test_the_last_step_is_the_last_interval_unless_told_otherwise():
+def test_the_last_step_is_the_last_interval_by_default():
     def grid(**settings):
         return Sampling(solver="sde_heun", steps=4, **settings).grid().tolist()
 

@@ -1,6 +1,4 @@
-"""Training times follow their distribution, stratified; grids are what they are called."""
-
-import math
+"""Training times follow their distribution and are stratified; grids have the published times."""
 
 import pytest
 import torch
@@ -109,7 +107,7 @@ def test_edm_grid_has_the_published_noise_levels():
     assert torch.allclose(level, (high + i / 17 * (low - high)) ** 7, rtol=1e-3)
 
 
-def test_grid_of_ones_own():
+def test_a_list_of_times_is_the_grid():
     assert time_grid([0, 0.25, 1]).tolist() == [0, 0.25, 1]
 
 
@@ -132,7 +130,7 @@ def test_wrong_settings_are_refused():
             call()
 
 
-def test_extreme_quantiles_are_finite():
+def test_extreme_quantiles_are_within_zero_and_one():
     for sampler in SAMPLERS.values():
         t = sampler.quantile(torch.tensor([0.0, 1.0]))
-        assert not math.isnan(t.sum().item())
+        assert ((t >= 0) & (t <= 1)).all()
