@@ -21,29 +21,23 @@ class ConfigError(ValueError):
     """A setting that cannot be used. The message is one line: place, value and remedy."""
 
 
-class _Holder(NamedTuple):
-    """The sections that may hold a setting: one, chosen by `name` from `tags`, if that is known."""
-
-    sections: Sections
-    name: str
-    tags: dict[str, type[Section]]
-
-
 class _Setting(NamedTuple):
-    """The setting that an error is about; `field` is None where the schema does not know it."""
+    """The setting that an error is about: its schema if it has one, the section that may hold it
+    (or several), and that section's alternatives by `name` if it belongs to a tagged union."""
 
     place: Place
     field: FieldInfo | None
-    holder: _Holder
+    holders: Sections
+    union: dict[str, type[Section]]
 
 
-def complaints(error: ValidationError, values: dict[str, Any]) -> dict[Place, str]:
+def complaints(error: ValidationError, values: dict[str, Any]) -> list[str]:
     """One line for each wrong setting of `values`, wrong keys first: they explain missing ones."""
     lines: dict[Place, str] = {}
     for item in sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden"):
         setting = _setting(item["loc"], item["type"] == "missing", values)
         lines.setdefault(setting.place, " ".join(_line(dict(item), setting).split()))
-    return lines
+    return list(lines.values())
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str, prefix: str = "") -> str:
@@ -57,30 +51,24 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str, prefix: str = 
 
 def _setting(loc: Place, missing: bool, values: Any) -> _Setting:
     """The setting at pydantic's `loc`, which has names of union members between the keys."""
-    place: list[str | int] = []
-    field, holder, skipped = None, _Holder((Config,), "", {}), ""
-    inside = holder
+    found = _Setting((), None, (), {})
+    sections, union = (Config,), {}
     for word in loc:
         children: Any = dict(enumerate(values)) if isinstance(values, list) else values
-        if word == skipped or not isinstance(children, dict):
-            skipped = ""
-        elif word in children or (missing and word == loc[-1]):
-            place.append(word)
-            values = children.get(word)
-            if isinstance(word, str):
-                field, holder = field_of(inside.sections, word), inside
-                inside = _holder(field, values)
-                skipped = inside.name
-    return _Setting(tuple(place), field, holder)
-
-
-def _holder(field: FieldInfo | None, value: Any) -> _Holder:
-    """The sections that `value` of the setting `field` may be: one, where its name is known."""
-    tags = choices(field)
-    name = str(value.get("name")) if isinstance(value, dict) else ""
-    if name in tags:
-        return _Holder((tags[name],), name, tags)
-    return _Holder(sections_in(field), "", {})
+        if not isinstance(children, dict) or not (
+            word in children or (missing and word == loc[-1])
+        ):
+            continue
+        values, place = children.get(word), (*found.place, word)
+        if isinstance(word, int):
+            found = found._replace(place=place)
+            continue
+        found = _Setting(place, field_of(sections, word), sections, union)
+        tags = choices(found.field)
+        name = str(values.get("name")) if isinstance(values, dict) else ""
+        union = tags if name in tags else {}
+        sections = (tags[name],) if union else sections_in(found.field)
+    return found
 
 
 def _line(error: dict[str, Any], setting: _Setting) -> str:
@@ -90,7 +78,7 @@ def _line(error: dict[str, Any], setting: _Setting) -> str:
         return message
     dotted, tags = ".".join(map(str, setting.place)), choices(setting.field)
     if kind == "extra_forbidden":
-        problem = _unknown_key(str(setting.place[-1]), setting.holder)
+        problem = _unknown_key(setting, error["loc"][-2] if setting.union else "")
     elif kind == "missing":
         problem = "missing; this setting has no default"
     elif kind == "union_tag_invalid":
@@ -111,15 +99,15 @@ def _line(error: dict[str, Any], setting: _Setting) -> str:
     return f"{dotted}: {problem}"
 
 
-def _unknown_key(key: str, holder: _Holder) -> str:
-    name, keys = holder.name, list(_dotted_keys(holder.sections))
+def _unknown_key(setting: _Setting, name: str) -> str:
+    key, keys = str(setting.place[-1]), list(_dotted_keys(setting.holders))
     problem = f"{name} has no such setting" if name else "unknown key"
     ends = (f".{key}", f".{key.replace('_', '.')}")
     moved = [dotted for dotted in keys if "." in dotted and f".{dotted}".endswith(ends)]
     if moved:
         return f"{problem}; did you mean '{moved[0]}'?"
     own = [dotted for dotted in keys if "." not in dotted and (dotted != "name" or not name)]
-    owners = [other for other, section in holder.tags.items() if key in section.model_fields]
+    owners = [other for other, section in setting.union.items() if key in section.model_fields]
     if owners and (not own or len(owners) < 3):
         return f"{problem}; it belongs to {' and '.join(owners)}"
     return problem + did_you_mean(key, own, "it has" if name else "known here:")

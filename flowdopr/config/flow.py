@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from flowdopr.config.types import Count, Fraction, Positive, Section
+from flowdopr.config.types import TAGGED, Count, Fraction, Positive, Section
 
 
 class PlainPath(Section):
@@ -93,18 +93,14 @@ class EntropicCoupling(Section):
 class FlowConfig(Section):
     path: Annotated[
         PlainPath | VariancePreservingPath | CosinePath | PolynomialPath,
-        Field(discriminator="name"),
+        TAGGED,
     ] = PlainPath(name="linear")
     prediction: Literal["velocity", "data", "noise"] = "velocity"
     """What the model gives; rollouts convert it to the velocity exactly."""
-    weighting: Annotated[PlainWeighting | EDMWeighting, Field(discriminator="name")] = (
-        PlainWeighting(name="uniform")
-    )
-    time: Annotated[PlainTime | LogitNormalTime, Field(discriminator="name")] = PlainTime(
-        name="uniform"
-    )
-    coupling: Annotated[PlainCoupling | EntropicCoupling, Field(discriminator="name")] = (
-        PlainCoupling(name="independent")
+    weighting: Annotated[PlainWeighting | EDMWeighting, TAGGED] = PlainWeighting(name="uniform")
+    time: Annotated[PlainTime | LogitNormalTime, TAGGED] = PlainTime(name="uniform")
+    coupling: Annotated[PlainCoupling | EntropicCoupling, TAGGED] = PlainCoupling(
+        name="independent"
     )
     class_dropout_prob: Fraction = 0.1
     """Chance, for each sample on its own, that a training label is replaced by the null label."""

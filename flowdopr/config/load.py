@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from flowdopr.config.errors import ConfigError, Place, complaints
+from flowdopr.config.errors import ConfigError, complaints
 from flowdopr.config.schema import Config
 from flowdopr.config.types import Sections, choices, field_of, sections_in
 from flowdopr.config.yaml12 import dump_yaml, parse_yaml
@@ -49,11 +49,8 @@ def load_data_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: as `load_config`.
     """
-    unused = {
-        "name": "data",
-        "model": {"name": "dit"},
-        "train": {"steps": 1, "global_batch_size": 1},
-    }
+    unused = {"name": "data", "model": {"name": "dit"}}
+    unused["train"] = {"steps": 1, "global_batch_size": 1}
     return _resolved(unused | _read(Path(path), ()), overrides, str(path))
 
 
@@ -197,12 +194,12 @@ def _renamed(old: Values, name: Any, field: FieldInfo | None) -> Values:
     old name stay, and DoPr only where the new name asks for it."""
     new = _written_out({"name": name}, field)
     section = choices(field).get(str(old.get("name")))
-    defaults = {
-        key: to_jsonable_python(setting.default)
-        for key, setting in (section.model_fields if section else {}).items()
-        if not setting.is_required()
+    fields = section.model_fields if section else {}
+    kept = {
+        key: value
+        for key, value in old.items()
+        if key not in fields or value != to_jsonable_python(fields[key].default, fallback=repr)
     }
-    kept = {key: value for key, value in old.items() if (key, value) not in defaults.items()}
     if new.get("dopr") is None:
         kept.pop("dopr", None)
     return _merge(kept, new, sections_in(field))
@@ -210,44 +207,28 @@ def _renamed(old: Values, name: Any, field: FieldInfo | None) -> Values:
 
 def _resolved(values: Values, overrides: Iterable[str], place: str) -> Config:
     """The config of `values`, which came from `place`, after `overrides`."""
-    overrides, changed = list(overrides), values
+    states = [(place, values)]
     for override in overrides:
-        changed = _override(changed, override)
-    config, wrong = _validated(changed)
+        states.append((f"override '{override}'", _override(states[-1][1], override)))
+    config, wrong = _validated(states[-1][1])
     if config is not None:
         return config
-    wrong_before = _validated(values)[1].values()
+    source_of, remaining = {}, set(wrong)
+    for source, state in reversed(states):  # a line is from the state that it appears with
+        remaining &= set(_validated(state)[1])
+        source_of |= dict.fromkeys(remaining, source)
     by_source: dict[str, list[str]] = {}
-    for where, line in list(wrong.items())[:MOST_SHOWN]:
-        override = None if line in wrong_before else _override_at(where, overrides)
-        source = f"override '{override}'" if override else place
-        by_source.setdefault(source, []).append(line)
+    for line in wrong[:MOST_SHOWN]:
+        by_source.setdefault(source_of[line], []).append(line)
     message = "; ".join(f"{source}: {'; '.join(lines)}" for source, lines in by_source.items())
     more = len(wrong) - MOST_SHOWN
     raise ConfigError(f"{message}; and {more} more" if more > 0 else message)
 
 
-def _validated(values: Values) -> tuple[Config | None, dict[Place, str]]:
-    """The config of `values`, or what is wrong with them."""
+def _validated(values: Values) -> tuple[Config | None, list[str]]:
+    """The config of `values`, or what is wrong with them, one line for each setting."""
     try:
         # Through JSON, because pydantic's strict mode takes a list for a tuple only from there.
-        return Config.model_validate_json(json.dumps(values)), {}
+        return Config.model_validate_json(json.dumps(values)), []
     except ValidationError as error:
         return None, complaints(error, values)
-
-
-def _override_at(place: Place, overrides: Sequence[str]) -> str | None:
-    """The override that most likely caused an error at `place`: the last one of this setting, of
-    what is inside it or of what contains it, else one in the nearest section that contains it."""
-    words = [str(word) for word in place]
-
-    def nearness(override: str) -> tuple[int, bool]:
-        key = override.partition("=")[0].split(".")
-        pairs = list(zip(key, words, strict=False))
-        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-        if shared == len(pairs):
-            return len(words) + 1, False
-        return shared, key[shared:] == ["name"]
-
-    best = max(reversed(overrides), key=nearness, default=None)
-    return best if best is not None and nearness(best)[0] else None

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from flowdopr.config.types import Count, NotNegative, Positive, Section, WeightsName
+from flowdopr.config.types import TAGGED, Count, NotNegative, Positive, Section, Weights
 
 
 class UniformGrid(Section):
@@ -50,8 +50,8 @@ class SteppedSection(Section):
     name: str
     steps: Count = 50
     """Steps of a rollout. A list of times has its own number, which is taken by itself."""
-    grid: Annotated[UniformGrid | EDMGrid | ShiftedGrid | ListGrid, Field(discriminator="name")] = (
-        UniformGrid(name="uniform")
+    grid: Annotated[UniformGrid | EDMGrid | ShiftedGrid | ListGrid, TAGGED] = UniformGrid(
+        name="uniform"
     )
 
     @model_validator(mode="after")
@@ -112,7 +112,7 @@ class GuideConfig(Section):
     run: str
     """Folder of a run, worse than this one, whose model takes the place of the unconditional
     branch."""
-    weights: WeightsName = "ema"
+    weights: Weights = "ema"
     """Which weights of that run, as `evaluate.weights`."""
     step: Count | None = None
     """Checkpoint of that run. null: its newest."""
@@ -144,7 +144,7 @@ class GuidanceConfig(Section):
 class SampleConfig(Section):
     solver: Annotated[
         OneStepSolver | ExplicitAdamsSolver | ImplicitAdamsSolver | AdaptiveSolver | SDESolver,
-        Field(discriminator="name"),
+        TAGGED,
     ] = OneStepSolver(name="midpoint")
     guidance: GuidanceConfig | None = None
     """Guidance of the rollouts. null: none."""

@@ -14,9 +14,30 @@ from flowdopr.config.flow import FlowConfig
 from flowdopr.config.model import DiTConfig, UNetConfig
 from flowdopr.config.optimizer import AdamWConfig, OptimizerConfig
 from flowdopr.config.sample import SampleConfig
-from flowdopr.config.types import Count, CountOrZero, Fraction, Positive, Section, WeightsName
+from flowdopr.config.types import (
+    TAGGED,
+    Count,
+    CountOrZero,
+    Fraction,
+    Positive,
+    Section,
+    Weights,
+)
 
 PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # no part of a path leads out of its folder
+
+
+FILES = ("folder", "zip")
+DOWNLOADED = ("mnist", "fashion_mnist", "cifar10", "cifar100")
+USED_BY = {  # the data sets that use a setting, where not all do
+    **dict.fromkeys(("image_size", "channels"), ("digits", *DOWNLOADED, *FILES)),
+    "resize": FILES,
+    "held_out_fraction": ("digits", *FILES),
+    "held_out_root": (*FILES, "latents"),
+    "download": (*DOWNLOADED, "latents"),
+    "num_workers": (*FILES, "latents"),
+    **dict.fromkeys(("autoencoder", "source_root"), ("latents",)),
+}
 
 
 class DataConfig(Section):
@@ -53,22 +74,16 @@ class DataConfig(Section):
     """`latents`: the `root` of the encoded images now. null: as at encoding."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> DataConfig:
-        latents = self.name == "latents"
-        for key in ("image_size", "channels") if latents else ("autoencoder", "source_root"):
-            if getattr(self, key) is not None:
-                remedy = "set it at encoding" if latents else "it belongs to data.name=latents"
-                raise ValueError(f"data.{key} is not used by data.name={self.name}: {remedy}")
-        files = self.name in ("folder", "zip")
-        if self.resize == "adm" and (self.image_size is None or not files):
+    def _every_setting_is_used(self) -> DataConfig:
+        for key, names in USED_BY.items():
+            if self.name not in names and self.changed(key):
+                raise ValueError(
+                    f"data.{key} is not used by data.name={self.name}: it belongs to "
+                    f"{', '.join(names)}"
+                )
+        if self.resize == "adm" and self.image_size is None:
             raise ValueError(
-                "data.resize=adm is for data.name=folder or zip with data.image_size: set these, "
-                "or data.resize=bilinear"
-            )
-        if self.held_out_root is not None and self.name not in ("folder", "zip", "latents"):
-            raise ValueError(
-                f"data.held_out_root is not used by data.name={self.name}: it belongs to folder "
-                "and zip"
+                "data.resize=adm needs data.image_size: set it, or data.resize=bilinear"
             )
         return self
 
@@ -159,8 +174,8 @@ class ExcessConfig(Section):
 
 
 class EvaluateConfig(Section):
-    extractor: Annotated[ClassifierConfig | InceptionConfig, Field(discriminator="name")] = (
-        ClassifierConfig(name="classifier")
+    extractor: Annotated[ClassifierConfig | InceptionConfig, TAGGED] = ClassifierConfig(
+        name="classifier"
     )
     metrics: tuple[Literal["fd", "kid", "isc", "prc"], ...] = ("fd", "kid", "prc")
     """Of the rollouts: Frechet distance, kernel distance, inception score, precision and recall."""
@@ -174,7 +189,7 @@ class EvaluateConfig(Section):
     """Generated images; fewer than 50,000 is a labelled proxy."""
     labels: Literal["balanced", "data"] = "balanced"
     """Labels of the generated images: equally many of each class, or as frequent as in the data."""
-    weights: WeightsName = "ema"
+    weights: Weights = "ema"
     """Which weights: `ema` (the average that is sampled from), `raw`, an average's own name such as
     `ema-0.999` or `power-0.1`, or `posthoc-LENGTH`."""
     seed: CountOrZero = 0
@@ -218,10 +233,20 @@ class Config(Section):
     seed: CountOrZero = 0
     """Seed of weights, batches, noise, times and label dropout."""
     data: DataConfig
-    model: Annotated[DiTConfig | UNetConfig, Field(discriminator="name")]
+    model: Annotated[DiTConfig | UNetConfig, TAGGED]
     flow: FlowConfig = FlowConfig()
     optimizer: OptimizerConfig = AdamWConfig(name="adamw")
     train: TrainConfig
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     compare: CompareConfig | None = None
+
+    @model_validator(mode="after")
+    def _labels_are_used(self) -> Config:
+        idle = ["flow.class_dropout_prob"] if self.flow.changed("class_dropout_prob") else []
+        idle += ["evaluate.labels"] if self.evaluate.changed("labels") else []
+        if idle and not self.model.class_conditional:
+            raise ValueError(
+                f"{idle[0]} is not used with model.class_conditional=false: keep its default"
+            )
+        return self
