@@ -106,10 +106,8 @@ def _parsed(path: Path, opened: tuple[Path, ...]) -> Values:
     except FileNotFoundError:
         by = f" (base of {opened[-1]})" if opened else ""
         raise ConfigError(f"{path}: no such config file{by}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as a config: {error}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path}: a config is a mapping of sections, such as 'data:' and 'model:'"

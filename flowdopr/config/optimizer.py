@@ -1,7 +1,7 @@
 """Settings of the optimizers: each section's fields are the optimizer's keyword arguments.
 
-What a setting means is said once, in the docstring of the optimizer's class; docs/settings.md
-quotes it. Defaults are those of the classes.
+The docstring of the optimizer's class explains its settings, and docs/settings.md quotes it.
+Defaults are those of the classes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from flowdopr.config.types import (
-    TAGGED,
+    NAMED,
     Count,
     CountOrZero,
     Fraction,
@@ -50,7 +50,7 @@ class DoPrConfig(Section):
 
 
 class OptimizerSection(Section):
-    """What all optimizers have."""
+    """Settings of every optimizer."""
 
     name: str
     lr: Positive = 1e-4
@@ -130,14 +130,10 @@ class KFACConfig(WithAdamW):
     refresh_every: Count = 16
 
 
+# fmt: off
 OptimizerConfig = Annotated[
-    SGDConfig
-    | AdamWConfig
-    | MuonConfig
-    | SignumConfig
-    | AdaMuonConfig
-    | RowNormConfig
-    | SOAPConfig
-    | KFACConfig,
-    TAGGED,
+    SGDConfig | AdamWConfig | MuonConfig | SignumConfig
+    | AdaMuonConfig | RowNormConfig | SOAPConfig | KFACConfig,
+    NAMED,
 ]
+# fmt: on

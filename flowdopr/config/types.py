@@ -1,4 +1,4 @@
-"""What all sections of the schema share: their base class, ranges of numbers, choices by name."""
+"""The base class of all sections, types of numbers, and functions that walk through the schema."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-TAGGED = Field(discriminator="name")  # a union of sections, one chosen by its `name`
+NAMED = Field(discriminator="name")  # a union of sections, one chosen by its `name`
 Weights = Annotated[str, Field(pattern=r"^(ema|raw|ema-.+|power-.+|posthoc-.+)$")]
 
 
