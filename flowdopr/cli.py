@@ -1,7 +1,7 @@
 """The command line: `flowdopr train | sample | evaluate | compare | encode`.
 
-Each command is one call into a room. Bad input ends with one line and exit code 2, a run that
-failed with 1, a signal with 128 + its number, success with 0. Rooms are imported inside the
+Each command is one call into the package. Bad input ends with one line and exit code 2, a run that
+failed with 1, a signal with 128 + its number, success with 0. Modules are imported inside the
 commands, so that `--help` does not wait for torch.
 """
 
@@ -12,63 +12,45 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from flowdopr.exits import Commands, end, exit_code, one_line
 
+if TYPE_CHECKING:
+    from flowdopr.config import Config
+
 app = typer.Typer(
-    cls=Commands,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    cls=Commands, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
 
+SETTINGS_OF_SAMPLE = {
+    "solver": "solver",
+    "steps": "solver.steps",
+    "atol": "solver.atol",
+    "rtol": "solver.rtol",
+    "guidance_scale": "guidance.scale",
+    "guide_run": "guidance.guide.run",
+    "guide_weights": "guidance.guide.weights",
+    "guide_step": "guidance.guide.step",
+    "batch_size": "batch_size",
+}
+"""Options of `flowdopr sample` that are short for settings of the section `sample`."""
+
 ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml.")
+    Path, Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml.")
 ]
-RunPath = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Run folder, such as runs/quickstart.")
-]
+RunPath = Annotated[Path, Argument(metavar="RUN", help="Run folder, such as runs/quickstart.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[a.b=value ...]", help="Settings to change; docs/settings.md lists them all."
-    ),
+    Argument(metavar="[a.b=value ...]", help="Settings to change, listed in docs/settings.md."),
 ]
 PrintConfig = Annotated[
-    bool, typer.Option("--print-config", help="Print the resolved config as YAML, do nothing else.")
+    bool, Option("--print-config", help="Print the resolved config as YAML, do nothing else.")
 ]
-
-Solver = Annotated[
-    str | None, typer.Option(help="torchdiffeq method or SDE solver, with its defaults.")
-]
-Steps = Annotated[int | None, typer.Option(help="Steps of a fixed-step solver.")]
-Tolerance = Annotated[float | None, typer.Option(help="Tolerance of an adaptive solver.")]
-GuidanceScale = Annotated[
-    float | None, typer.Option(help="Guidance, classifier-free or by the guide.")
-]
-GuideRun = Annotated[
-    str | None, typer.Option(help="Autoguidance by the model of this run folder, a worse one.")
-]
-GuideWeights = Annotated[str | None, typer.Option(help="Weights of the guide; default: ema.")]
-GuideStep = Annotated[int | None, typer.Option(help="Checkpoint of the guide.")]
-Seed = Annotated[
-    int,
-    typer.Option(
-        min=0,
-        help="Image i depends on the seed and i alone; with an adaptive solver, whose steps a "
-        "batch shares, up to its tolerance.",
-    ),
-]
-Checkpoint = Annotated[int | None, typer.Option(help="Checkpoint; default: the newest.")]
-Weights = Annotated[
-    str, typer.Option(help="Weights: ema, raw, an average's own name, or posthoc-LENGTH.")
-]
-Labels = Annotated[
-    str | None, typer.Option(help="Class numbers, repeated over the images: 3 or 0,1,2.")
-]
+Checkpoint = Annotated[int | None, Option(help="Checkpoint; default: the newest.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -80,8 +62,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     _: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Flow-matching image generation that judges optimizers by their samples."""
@@ -92,7 +73,7 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
+        bool, Option("--resume", help="Go on from the newest checkpoint, if there is one.")
     ] = False,
     print_config: PrintConfig = False,
 ) -> None:
@@ -101,41 +82,50 @@ def train(
     Ctrl-C and SIGTERM save a checkpoint first; the same command with --resume goes on exactly where
     it stopped. Runs on several processes or GPUs under `accelerate launch -m flowdopr train ...`.
     """
-    from flowdopr.config import load_config, to_yaml
+    resolved = _resolved(config, overrides, print_config)
+    from flowdopr.train import train as run_train
 
-    resolved = load_config(config, overrides or ())
-    if print_config:
-        print(to_yaml(resolved), end="")
-        return
-    from flowdopr.train import train as run
-
-    _tell(run(resolved, resume=resume))
+    _tell(run_train(resolved, resume=resume))
 
 
 @app.command()
 def sample(
+    context: typer.Context,
     run: RunPath,
-    out: Annotated[Path, typer.Option(help="Folder for the images; new or empty.")],
+    out: Annotated[Path, Option(help="Folder for the images; new or empty.")],
     overrides: Overrides = None,
-    num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
-    solver: Solver = None,
-    steps: Steps = None,
-    atol: Tolerance = None,
-    rtol: Tolerance = None,
-    guidance_scale: GuidanceScale = None,
-    guide_run: GuideRun = None,
-    guide_weights: GuideWeights = None,
-    guide_step: GuideStep = None,
-    labels: Labels = None,
-    seed: Seed = 0,
+    num: Annotated[int, Option(min=1, help="Number of images.")] = 64,
+    solver: Annotated[
+        str | None, Option(help="torchdiffeq method or SDE solver, with its defaults.")
+    ] = None,
+    steps: Annotated[int | None, Option(help="Steps of a fixed-step solver.")] = None,
+    atol: Annotated[float | None, Option(help="Absolute tolerance of the solver.")] = None,
+    rtol: Annotated[float | None, Option(help="Relative tolerance of the solver.")] = None,
+    guidance_scale: Annotated[
+        float | None, Option(help="Guidance, classifier-free or by the guide.")
+    ] = None,
+    guide_run: Annotated[
+        str | None, Option(help="Autoguidance by the model of this run folder, a worse one.")
+    ] = None,
+    guide_weights: Annotated[str | None, Option(help="Weights of the guide; default: ema.")] = None,
+    guide_step: Annotated[int | None, Option(help="Checkpoint of the guide.")] = None,
+    labels: Annotated[
+        str | None, Option(help="Class numbers, repeated over the images: 3 or 0,1,2.")
+    ] = None,
+    seed: Annotated[
+        int,
+        Option(min=0, help="Image i depends on the seed and i alone (adaptive: up to tolerance)."),
+    ] = 0,
     step: Checkpoint = None,
-    ema: Weights = "ema",
-    batch_size: Annotated[int | None, typer.Option(help="Images at a time.")] = None,
+    ema: Annotated[
+        str, Option(help="Weights: ema, raw, an average's own name, or posthoc-LENGTH.")
+    ] = "ema",
+    batch_size: Annotated[int | None, Option(help="Images at a time.")] = None,
     autoencoder: Annotated[
-        str | None, typer.Option(help="Where the autoencoder of a run on latents lies now.")
+        str | None, Option(help="Where the autoencoder of a run on latents lies now.")
     ] = None,
     npz: Annotated[
-        bool, typer.Option("--npz", help="Also write samples.npz (arr_0: uint8, NHWC; labels).")
+        bool, Option("--npz", help="Also write samples.npz (arr_0: uint8, NHWC; labels).")
     ] = False,
 ) -> None:
     """Draw images from a run: numbered PNGs and grid.png. Options default to the run's config.
@@ -144,31 +134,21 @@ def sample(
     """
     from flowdopr.evaluate import sample as run_sample
 
-    options = {
-        "solver": solver,
-        "solver.steps": steps,
-        "solver.atol": atol,
-        "solver.rtol": rtol,
-        "guidance.scale": guidance_scale,
-        "guidance.guide.run": guide_run,
-        "guidance.guide.weights": guide_weights,
-        "guidance.guide.step": guide_step,
-        "batch_size": batch_size,
-    }
-    _tell(
-        run_sample(
-            run,
-            [*_sample_overrides(options), *(overrides or ())],
-            num=num,
-            out=out,
-            labels=_numbers(labels),
-            seed=seed,
-            step=step,
-            weights=ema,
-            npz=npz,
-            autoencoder=autoencoder,
-        )
+    given = {key: context.params[option] for option, key in SETTINGS_OF_SAMPLE.items()}
+    options = [f"sample.{k}={json.dumps(v)}" for k, v in given.items() if v is not None]
+    path = run_sample(
+        run,
+        [*options, *(overrides or ())],
+        num=num,
+        out=out,
+        labels=_numbers(labels),
+        seed=seed,
+        step=step,
+        weights=ema,
+        npz=npz,
+        autoencoder=autoencoder,
     )
+    _tell(path)
 
 
 @app.command()
@@ -176,7 +156,9 @@ def evaluate(
     run: RunPath,
     overrides: Overrides = None,
     step: Checkpoint = None,
-    force: Annotated[bool, typer.Option("--force", help="Measure again what is known.")] = False,
+    force: Annotated[
+        bool, Option("--force", help="Measure again even where a card exists.")
+    ] = False,
 ) -> None:
     """Measure a run into a JSON card: one-step loss beside FD or FID, KID, precision, recall.
 
@@ -197,23 +179,18 @@ def compare(
     config: ConfigFile,
     overrides: Overrides = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time; default: compare.workers.")
+        int | None, Option(min=1, help="Runs at a time; default: compare.workers.")
     ] = None,
     report_only: Annotated[
-        bool, typer.Option("--report-only", help="Only rebuild the report from what is there.")
+        bool, Option("--report-only", help="Only rebuild the report from finished runs.")
     ] = False,
     print_config: PrintConfig = False,
 ) -> None:
     """Train every arm x learning rate x seed, evaluate each, and write report.html.
 
-    What is done already is skipped and what was cut goes on, so the same command can be repeated.
+    Finished runs are skipped and interrupted ones go on, so the same command can be repeated.
     """
-    from flowdopr.config import load_config, to_yaml
-
-    resolved = load_config(config, overrides or ())
-    if print_config:
-        print(to_yaml(resolved), end="")
-        return
+    resolved = _resolved(config, overrides, print_config)
     from flowdopr.compare import compare as run_compare
 
     run_compare(resolved, workers=workers, report_only=report_only)
@@ -223,16 +200,14 @@ def compare(
 def encode(
     config: ConfigFile,
     autoencoder: Annotated[
-        str, typer.Option(help="Folder in diffusers' format, or a name on the Hugging Face hub.")
+        str, Option(help="Folder in diffusers' format, or a name on the Hugging Face hub.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the latents; a cut encoding goes on.")],
+    out: Annotated[Path, Option(help="Folder for the latents; an interrupted encoding goes on.")],
     overrides: Overrides = None,
-    kept: Annotated[
-        str, typer.Option(help="posterior: drawn anew each epoch; or mean.")
-    ] = "posterior",
-    dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
-    shard_size: Annotated[int, typer.Option(min=1, help="Images in a file.")] = 8192,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    kept: Annotated[str, Option(help="posterior: drawn anew each epoch; or mean.")] = "posterior",
+    dtype: Annotated[str, Option(help="float16 or float32.")] = "float16",
+    shard_size: Annotated[int, Option(min=1, help="Images in a file.")] = 8192,
+    batch_size: Annotated[int, Option(min=1, help="Images at a time.")] = 32,
 ) -> None:
     """Encode the images of CONFIG's section `data` once, for `data.name: latents`.
 
@@ -241,17 +216,16 @@ def encode(
     from flowdopr.config import load_data_config
     from flowdopr.latents import encode as run_encode
 
-    _tell(
-        run_encode(
-            load_data_config(config, overrides or ()),
-            autoencoder=autoencoder,
-            out=out,
-            kept=kept,
-            dtype=dtype,
-            shard_size=shard_size,
-            batch_size=batch_size,
-        )
+    path = run_encode(
+        load_data_config(config, overrides or ()),
+        autoencoder=autoencoder,
+        out=out,
+        kept=kept,
+        dtype=dtype,
+        shard_size=shard_size,
+        batch_size=batch_size,
     )
+    _tell(path)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -260,13 +234,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_command(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code. With FLOWDOPR_TRACEBACK=1 errors keep theirs."""
+    """Run one command and return its exit code. FLOWDOPR_TRACEBACK=1 shows tracebacks."""
     command = typer.main.get_command(app)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return (
-            command.main(arguments or ["--help"], prog_name="flowdopr", standalone_mode=False) or 0
-        )
+        arguments = arguments or ["--help"]
+        return command.main(arguments, prog_name="flowdopr", standalone_mode=False) or 0
     except KeyboardInterrupt:
         return end("interrupted", 130)
     except Exception as error:
@@ -278,15 +251,21 @@ def run_command(arguments: list[str] | None = None) -> int:
         return end(one_line(error), code)
 
 
+def _resolved(config: Path, overrides: list[str] | None, print_only: bool) -> Config:
+    """The config of a command, which ends here if it is only to be printed."""
+    from flowdopr.config import load_config, to_yaml
+
+    resolved = load_config(config, overrides or ())
+    if print_only:
+        print(to_yaml(resolved), end="")
+        raise typer.Exit
+    return resolved
+
+
 def _tell(path: Path) -> None:
+    """Print the path of a result, once for all processes of a launch."""
     if os.environ.get("RANK", "0") == "0":
         print(path)
-
-
-def _sample_overrides(options: dict[str, object]) -> list[str]:
-    """The given options as overrides of the section `sample`."""
-    given = {key: value for key, value in options.items() if value is not None}
-    return [f"sample.{key}={json.dumps(value)}" for key, value in given.items()]
 
 
 def _numbers(text: str | None) -> list[int] | None:

@@ -15,7 +15,7 @@ KEPT = {
     "compare": "finished runs are kept; the same command goes on",
     "encode": "complete files are kept; the same command goes on",
 }
-"""For each command, what is left after Ctrl-C stops it at once."""
+"""What remains of each command's work after Ctrl-C stops it at once."""
 
 
 class Stopped(Exception):
@@ -36,7 +36,7 @@ class Commands(TyperGroup):
 
 
 def exit_code(error: Any) -> int | None:
-    """The exit code of an error that its message explains; None for an error in this package."""
+    """The exit code of an error that its message explains; None for a bug."""
     if hasattr(error, "exit_code"):  # a wrong option, Interrupted, TrainingFailed, a failed study
         return int(error.exit_code)
     return 2 if isinstance(error, ValueError | OSError) else None

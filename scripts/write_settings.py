@@ -1,7 +1,7 @@
 """Write docs/settings.md, the reference of all settings: `python scripts/write_settings.py`.
 
-What a setting means is said once: in the schema (flowdopr/config), or, for the optimizers and DoPr,
-under "Args:" in the docstring of the class or function that takes it.
+The meaning of a setting comes from the schema (flowdopr/config), or, for the optimizers and DoPr,
+from "Args:" in the docstring of the class or function that takes it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ what was set to other values than the defaults.
 
 
 class Row(NamedTuple):
-    """One setting: its dotted key, the names that have it, and what is said of it."""
+    """One setting: its dotted key, the names that have it, and its meaning."""
 
     key: str
     values: str
@@ -120,7 +120,7 @@ def first_line(function: Any) -> str:
 
 
 def arguments_of(function: Any) -> dict[str, str]:
-    """What the docstring of `function` says of each argument, under "Args:".
+    """The description of each argument in the docstring of `function`, under "Args:".
 
     >>> def f(a, b, c):
     ...     '''Add up.

@@ -40,24 +40,17 @@ def model_of(config):
         return build_model(config, (channels, side, side), CLASSES.get(config.data.name, 10))
 
 
-def has_base_only(path: Path) -> bool:
-    """Data-set files are bases for others: they say nothing of a model or a run."""
+def is_base_only(path: Path) -> bool:
+    """Whether a file describes a data set alone, as a base for other configs."""
     return set(parse_yaml(path.read_text())) <= {"data", "evaluate"}
-
-
-def test_there_are_configs():
-    assert len(FILES) >= 8
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_config_loads_and_builds(path):
-    if has_base_only(path):
+    if is_base_only(path):
         extra = ["name=x", "model.name=dit", "train.steps=1", "train.global_batch_size=1"]
         load_config(path, extra)
         return
-    text = path.read_text()
-    assert text.startswith("#"), "a config begins with a comment: command, hardware, expectation"
-    assert "flowdopr" in text, "the comment gives the command"
     config = load_config(path)
     assert to_yaml(config)
     model = model_of(config)
@@ -70,18 +63,14 @@ def test_config_loads_and_builds(path):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_a_recipe_has_its_sources_size_and_a_twin_with_dopr(name):
-    config, twin = (load_config(RECIPES / f"{name}{end}.yaml") for end in ("", "-dopr"))
+def test_a_recipe_has_the_size_of_its_source_and_a_version_with_dopr(name):
+    config, with_dopr = (load_config(RECIPES / f"{name}{end}.yaml") for end in ("", "-dopr"))
     count = sum(p.numel() for p in model_of(config).parameters())
     assert count == pytest.approx(PARAMETERS[name], rel=0.005)
-    left, right = (to_dict(item) for item in (config, twin))
-    dopr = right["optimizer"]["dopr"]
+    plain, changed = (to_dict(item) for item in (config, with_dopr))
+    dopr = changed["optimizer"]["dopr"]
     assert dopr == DoPrConfig().model_dump(mode="json")
-    assert right == left | {"name": twin.name, "optimizer": left["optimizer"] | {"dopr": dopr}}
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_a_recipe_tells_where_it_is_from_and_claims_nothing(name):
-    text = (RECIPES / f"{name}.yaml").read_text()
-    assert "in the source" in text
-    assert "it has not been repeated here" in text.replace("\n# ", " ")
+    assert changed == plain | {
+        "name": with_dopr.name,
+        "optimizer": plain["optimizer"] | {"dopr": dopr},
+    }

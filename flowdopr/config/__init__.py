@@ -1,16 +1,10 @@
-"""Settings: the schema of every YAML file and the strict loader. Imports no other room."""
+"""Settings: the schema of every YAML file and the strict loader."""
 
 from flowdopr.config.errors import ConfigError
 from flowdopr.config.flow import FlowConfig
-from flowdopr.config.load import (
-    apply_overrides,
-    load_config,
-    load_data_config,
-    to_dict,
-    to_yaml,
-)
-from flowdopr.config.model import DiTConfig, UNetConfig
-from flowdopr.config.optimizer import DoPrConfig, OptimizerConfig
+from flowdopr.config.load import apply_overrides, load_config, load_data_config, to_dict, to_yaml
+from flowdopr.config.model import DiTConfig
+from flowdopr.config.optimizer import DoPrConfig
 from flowdopr.config.sample import SampleConfig
 from flowdopr.config.schema import (
     ArmConfig,
@@ -31,10 +25,8 @@ __all__ = [
     "DoPrConfig",
     "EvaluateConfig",
     "FlowConfig",
-    "OptimizerConfig",
     "SampleConfig",
     "TrainConfig",
-    "UNetConfig",
     "apply_overrides",
     "load_config",
     "load_data_config",

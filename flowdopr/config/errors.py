@@ -5,154 +5,128 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from flowdopr.config.optimizer import WithDoPr
 from flowdopr.config.schema import Config
 from flowdopr.config.types import Section, Sections, choices, field_of, sections_in
 
-Place = tuple[Any, ...]
+Place = tuple[str | int, ...]  # keys and list indices, such as ("optimizer", "lr")
 
 
 class ConfigError(ValueError):
     """A setting that cannot be used. The message is one line: place, value and remedy."""
 
 
-class Complaint(NamedTuple):
-    """`line` says what is wrong with the setting at `place`, such as ("optimizer", "lr")."""
+class _Setting(NamedTuple):
+    """The setting that an error is about: its schema if it has one, the section that may hold it
+    (or several), and that section's alternatives by `name` if it belongs to a tagged union."""
 
     place: Place
-    line: str
-
-
-class _Spot(NamedTuple):
-    """Where an error is: the setting's keys, the sections that hold it, their name in a tagged
-    union with the other sections of that union, and the setting where the schema knows it."""
-
-    place: Place
-    holders: Sections
-    tag: str | None
-    siblings: dict[str, type[Section]]
     field: FieldInfo | None
+    holders: Sections
+    union: dict[str, type[Section]]
 
 
-def complaints(error: ValidationError) -> list[Complaint]:
-    """One complaint a setting, wrong keys first: a wrong key explains a missing one."""
-    found: dict[Place, tuple[str, Complaint]] = {}
-    # Of the branches of a union, the first is the usual one: its error is the one to show.
-    for item in reversed(error.errors()):
-        spot = _spot(item["loc"], item["type"])
-        line = " ".join(_line(spot, dict(item)).split())
-        found[spot.place] = (item["type"], Complaint(spot.place, line))
-    ordered = list(reversed(found.values()))
-    ordered.sort(key=lambda pair: pair[0] != "extra_forbidden")
-    return [complaint for _, complaint in ordered]
+def complaints(error: ValidationError, values: dict[str, Any]) -> list[str]:
+    """One line for each wrong setting of `values`, wrong keys first: they explain missing ones."""
+    lines: dict[Place, str] = {}
+    for item in sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden"):
+        setting = _setting(item["loc"], item["type"] == "missing", values)
+        lines.setdefault(setting.place, " ".join(_line(dict(item), setting).split()))
+    return list(lines.values())
 
 
-def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
+def did_you_mean(word: str, known: Iterable[str], otherwise: str, prefix: str = "") -> str:
     """The remedy for an unknown `word`: the known one that is close to it, else all of them."""
-    known = list(known)
-    by_lower = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    by_lower = {name.lower(): prefix + name for name in known}
+    close = difflib.get_close_matches(word.lower().removeprefix(prefix), by_lower, n=1)
     if close:
         return f"; did you mean '{by_lower[close[0]]}'?"
-    return f"; {otherwise} {', '.join(known)}" if known else ""
+    return f"; {otherwise} {', '.join(by_lower.values())}" if by_lower else ""
 
 
-def _spot(loc: Place, kind: str) -> _Spot:
-    """The place of an error without pydantic's marks of a union."""
-    place: list[Any] = []
-    sections, holders = (Config,), ()
-    tags, siblings, tag, field = {}, {}, None, None
-    for number, part in enumerate(loc):
-        if part in tags:
-            sections, tag, siblings, tags = (tags[part],), part, tags, {}
+def _setting(loc: Place, missing: bool, values: Any) -> _Setting:
+    """The setting at pydantic's `loc`, which has names of union members between the keys."""
+    found = _Setting((), None, (), {})
+    sections, union = (Config,), {}
+    for word in loc:
+        children: Any = dict(enumerate(values)) if isinstance(values, list) else values
+        if not isinstance(children, dict) or not (
+            word in children or (missing and word == loc[-1])
+        ):
             continue
-        inner = field_of(sections, part)
-        if inner is not None:
-            place.append(part)
-            holders, field = sections, inner
-            sections, tags = sections_in(inner), choices(inner)
-        elif isinstance(part, int) or (number == len(loc) - 1 and kind == "extra_forbidden"):
-            place.append(part)
-            holders, field = sections, None
-        else:
-            continue  # the mark of a union, such as "float"
-        if number < len(loc) - 1 and not tags:
-            tag = None
-    return _Spot(tuple(place), holders, tag, siblings if tag else {}, field)
+        values, place = children.get(word), (*found.place, word)
+        if isinstance(word, int):
+            found = found._replace(place=place)
+            continue
+        found = _Setting(place, field_of(sections, word), sections, union)
+        tags = choices(found.field)
+        name = str(values.get("name")) if isinstance(values, dict) else ""
+        union = tags if name in tags else {}
+        sections = (tags[name],) if union else sections_in(found.field)
+    return found
 
 
-def _line(spot: _Spot, error: dict[str, Any]) -> str:
-    kind, dotted = error["type"], ".".join(str(part) for part in spot.place)
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if kind == "value_error" or not dotted:
+def _line(error: dict[str, Any], setting: _Setting) -> str:
+    kind, value = error["type"], error["input"]
+    message = error["msg"].removeprefix("Value error, ")
+    if kind == "value_error" or not setting.place:
         return message
-    tags = choices(spot.field)
+    dotted, tags = ".".join(map(str, setting.place)), choices(setting.field)
     if kind == "extra_forbidden":
-        said = _unknown_key(spot)
+        problem = _unknown_key(setting, error["loc"][-2] if setting.union else "")
     elif kind == "missing":
-        said = "missing; this setting has no default"
+        problem = "missing; this setting has no default"
     elif kind == "union_tag_invalid":
-        dotted, said = f"{dotted}.name", _unknown_name(str(error["ctx"]["tag"]), spot.field)
+        dotted, problem = f"{dotted}.name", _unknown_name(error["ctx"]["tag"], tags)
     elif kind == "union_tag_not_found":
-        dotted, said = f"{dotted}.name", f"missing; choose one of {', '.join(tags)}"
+        dotted, problem = f"{dotted}.name", f"missing; choose one of {', '.join(tags)}"
     elif kind in ("tuple_type", "list_type"):
-        value = error["input"]
         remedy = f"; write [{value}]" if isinstance(value, str | int | float) else ""
-        said = f"must be a list, got {_shown(value)}{remedy}"
+        problem = f"must be a list, got {_shown(value)}{remedy}"
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
         names = f"one of the names {', '.join(tags)}, or " if tags else ""
-        said = f"must be {names}a mapping of settings, got {_shown(error['input'])}"
-    elif kind == "literal_error" and isinstance(error["input"], str):
+        problem = f"must be {names}a mapping of settings, got {_shown(value)}"
+    elif kind == "literal_error" and isinstance(value, str):
         known = re.findall(r"'([^']+)'", error["ctx"]["expected"])
-        said = f"unknown value '{error['input']}'"
-        said += did_you_mean(error["input"], known, "choose one of")
+        problem = f"unknown value '{value}'{did_you_mean(value, known, 'choose one of')}"
     else:
-        said = f"{message[0].lower()}{message[1:]}, got {_shown(error['input'])}"
-    return f"{dotted}: {said}"
+        problem = f"{message[0].lower()}{message[1:]}, got {_shown(value)}"
+    return f"{dotted}: {problem}"
 
 
-def _unknown_key(spot: _Spot) -> str:
-    key = str(spot.place[-1])
-    own = [name for section in spot.holders for name in section.model_fields]
-    own = [name for name in own if not spot.tag or name != "name"]
-    inside = [name for name in _dotted_keys(spot.holders) if "." in name]
-    said = f"{spot.tag} has no such setting" if spot.tag else "unknown key"
+def _unknown_key(setting: _Setting, name: str) -> str:
+    key, keys = str(setting.place[-1]), list(_dotted_keys(setting.holders))
+    problem = f"{name} has no such setting" if name else "unknown key"
     ends = (f".{key}", f".{key.replace('_', '.')}")
-    if moved := [name for name in inside if f".{name}".endswith(ends)]:
-        return f"{said}; did you mean '{moved[0]}'?"
-    owners = [name for name, other in spot.siblings.items() if key in other.model_fields]
+    moved = [dotted for dotted in keys if "." in dotted and f".{dotted}".endswith(ends)]
+    if moved:
+        return f"{problem}; did you mean '{moved[0]}'?"
+    own = [dotted for dotted in keys if "." not in dotted and (dotted != "name" or not name)]
+    owners = [other for other, section in setting.union.items() if key in section.model_fields]
     if owners and (not own or len(owners) < 3):
-        return f"{said}; it belongs to {' and '.join(owners)}"
-    return said + did_you_mean(key, own, "it has" if spot.tag else "known here:")
+        return f"{problem}; it belongs to {' and '.join(owners)}"
+    return problem + did_you_mean(key, own, "it has" if name else "known here:")
 
 
-def _dotted_keys(sections: Sections, prefix: str = "") -> list[str]:
+def _dotted_keys(sections: Sections, prefix: str = "") -> Iterator[str]:
     """The settings of `sections` and of the sections within them, by their dotted keys."""
-    found: dict[str, None] = {}
     for section in sections:
         for key, field in section.model_fields.items():
-            found[prefix + key] = None
-            found |= dict.fromkeys(_dotted_keys(sections_in(field), f"{prefix}{key}."))
-    return list(found)
+            yield prefix + key
+            yield from _dotted_keys(sections_in(field), f"{prefix}{key}.")
 
 
-def _unknown_name(name: str, field: FieldInfo | None) -> str:
-    known = choices(field)
-    prefix = "dopr-" if name.lower().startswith("dopr-") else ""
-    if prefix:
-        known = {tag: section for tag, section in known.items() if issubclass(section, WithDoPr)}
-    plain = name.lower().removeprefix("dopr-")
-    near = {tag: prefix + tag for tag in known}
-    close = difflib.get_close_matches(plain, near, n=1, cutoff=0.6)
-    if close:
-        return f"unknown name '{name}'; did you mean '{near[close[0]]}'?"
-    return f"unknown name '{name}'; choose one of {', '.join(near.values())}"
+def _unknown_name(name: str, tags: dict[str, type[Section]]) -> str:
+    prefix, known = "", list(tags)
+    with_dopr = [tag for tag, section in tags.items() if "dopr" in section.model_fields]
+    if with_dopr and name.lower().startswith("dopr-"):
+        prefix, known = "dopr-", with_dopr
+    return f"unknown name '{name}'{did_you_mean(name, known, 'choose one of', prefix)}"
 
 
 def _shown(value: Any) -> str:

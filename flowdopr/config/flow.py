@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from flowdopr.config.types import Count, Fraction, Positive, Section
+from flowdopr.config.types import NAMED, Count, Fraction, Positive, Section
 
 
 class PlainPath(Section):
@@ -51,13 +51,13 @@ class EDMWeighting(Section):
 
 
 class TimeSection(Section):
-    """What all distributions of training times have."""
+    """Settings of every distribution of training times."""
 
     name: str
     shift: Positive = 1.0
     """Resolution shift towards the noise; 1 is none."""
     stratified: bool = True
-    """One time in each of B equally likely bins of the global batch, rather than independent."""
+    """Draw one time in each of B equally likely bins for a global batch of B images."""
 
 
 class PlainTime(TimeSection):
@@ -91,20 +91,13 @@ class EntropicCoupling(Section):
 
 
 class FlowConfig(Section):
-    path: Annotated[
-        PlainPath | VariancePreservingPath | CosinePath | PolynomialPath,
-        Field(discriminator="name"),
-    ] = PlainPath(name="linear")
+    path: Annotated[PlainPath | VariancePreservingPath | CosinePath | PolynomialPath, NAMED] = (
+        PlainPath(name="linear")
+    )
     prediction: Literal["velocity", "data", "noise"] = "velocity"
-    """What the model gives; rollouts convert it to the velocity exactly."""
-    weighting: Annotated[PlainWeighting | EDMWeighting, Field(discriminator="name")] = (
-        PlainWeighting(name="uniform")
-    )
-    time: Annotated[PlainTime | LogitNormalTime, Field(discriminator="name")] = PlainTime(
-        name="uniform"
-    )
-    coupling: Annotated[PlainCoupling | EntropicCoupling, Field(discriminator="name")] = (
-        PlainCoupling(name="independent")
-    )
+    """What the model predicts; rollouts convert it to the velocity exactly."""
+    weighting: Annotated[PlainWeighting | EDMWeighting, NAMED] = PlainWeighting(name="uniform")
+    time: Annotated[PlainTime | LogitNormalTime, NAMED] = PlainTime(name="uniform")
+    coupling: Annotated[PlainCoupling | EntropicCoupling, NAMED] = PlainCoupling(name="independent")
     class_dropout_prob: Fraction = 0.1
-    """Chance, for each sample on its own, that a training label is replaced by the null label."""
+    """Probability that the null label replaces the label of a training image."""

@@ -2,12 +2,15 @@
 
     config = load_config("configs/quickstart.yaml", ["optimizer.lr=1e-3"])
 
-A file's `base:` (a path beside the file) is loaded first and the file is merged over it, mapping by
-mapping. A section whose `name` changes starts afresh: its other settings belonged to the old name.
-Naming an optimizer says the whole of it: without `dopr` beside it there is none.
+A file's `base:` (a path relative to the file) is loaded first and the file is merged over it,
+mapping by mapping. A section whose `name` changes starts afresh: its other settings belonged to the
+old name. An optimizer that is named without `dopr` has none.
 
-A dotted override changes one setting and nothing else. Of a section, `section.name=NEW` keeps what
-was set to other values than the old name's defaults, and `section=NEW` starts afresh.
+A dotted override replaces one setting. `section.name=NEW` keeps the section's settings that differ
+from the old name's defaults; `section=NEW` starts afresh.
+
+Short forms are written out while values are merged: a bare word is a section of that name
+(`solver: rk4`), a list of numbers is a grid of times, `dopr-muon` is Muon with DoPr.
 """
 
 from __future__ import annotations
@@ -18,15 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
-from flowdopr.config.errors import Complaint, ConfigError, complaints
+from flowdopr.config.errors import ConfigError, complaints
 from flowdopr.config.schema import Config
-from flowdopr.config.short import complete, expand, expand_value, renamed, steps_of
-from flowdopr.config.types import choices, field_of, sections_in
+from flowdopr.config.types import Sections, choices, field_of, sections_in
 from flowdopr.config.yaml12 import dump_yaml, parse_yaml
 
-MOST_SHOWN = 5  # complaints in one message
+MOST_SHOWN = 5  # wrong settings in one message
 ROOT = (Config,)
+Values = dict[str, Any]
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -35,36 +40,33 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: a file is missing or is not YAML, or a key, type or range is wrong.
     """
-    return _overridden(_read_merged(Path(path)), overrides, str(path))
+    return _resolved(_read(Path(path), ()), overrides, str(path))
 
 
 def load_data_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """As `load_config`, for work on the data alone: only the section `data` must be there.
+    """Like `load_config`, for work on the data alone: only the section `data` is required.
 
     Raises:
         ConfigError: as `load_config`.
     """
-    unused = {
-        "name": "data",
-        "model": {"name": "dit"},
-        "train": {"steps": 1, "global_batch_size": 1},
-    }
-    return _overridden(unused | _read_merged(Path(path)), overrides, str(path))
+    unused = {"name": "data", "model": {"name": "dit"}}
+    unused["train"] = {"steps": 1, "global_batch_size": 1}
+    return _resolved(unused | _read(Path(path), ()), overrides, str(path))
 
 
 def apply_overrides(config: Config, overrides: Iterable[str], place: str = "overrides") -> Config:
     """A copy of `config` with `overrides` (`a.b=value`) applied.
 
     Args:
-        place: what errors name that come from no single override.
+        place: what a message names for an error that no single override caused.
 
     Raises:
         ConfigError: as `load_config`.
     """
-    return _overridden(to_dict(config), overrides, place)
+    return _resolved(to_dict(config), overrides, place)
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: Config) -> Values:
     """The whole config as plain YAML values."""
     return config.model_dump(mode="json")
 
@@ -74,143 +76,157 @@ def to_yaml(config: Config) -> str:
     return dump_yaml(to_dict(config))
 
 
-def _read_merged(path: Path) -> dict[str, Any]:
-    """The settings of the file at `path` over those of its bases, without short forms."""
-    values: dict[str, Any] = {}
-    for layer in _read(path, ()):
-        values = complete(_merge(values, layer), ROOT)
-    return values
+def _read(path: Path, opened: tuple[Path, ...]) -> Values:
+    """The settings of the file at `path` over those of its bases; `opened` files led here."""
+    values, below = _parsed(path, opened), {}
+    base = values.pop("base", None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: base: must be the path of one file, got {base!r}")
+        target, opened = (path.parent / base).resolve(), (*opened, path.resolve())
+        if target in opened:
+            raise ConfigError(
+                f"{path}: base: {base} leads back to a file that is already being read"
+            )
+        below = _read(target, opened)
+    try:
+        return _merge(below, values, ROOT)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
-def _read(path: Path, opened: tuple[Path, ...]) -> list[dict[str, Any]]:
-    """The settings in the bases of `path`, from the lowest, and its own; `opened` led here."""
-    path = path.resolve() if opened else path
+def _parsed(path: Path, opened: tuple[Path, ...]) -> Values:
+    """The mapping in the file at `path`."""
     if path.is_dir():
         inside = [path / name for name in ("config.yaml", "study.yaml") if (path / name).is_file()]
         remedy = f"give {inside[0]}" if inside else "give a YAML file"
-        raise ConfigError(f"{path}: a folder is no config; {remedy}")
+        raise ConfigError(f"{path}: is a folder, not a config; {remedy}")
     try:
-        text = path.read_text(encoding="utf-8")
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         by = f" (base of {opened[-1]})" if opened else ""
         raise ConfigError(f"{path}: no such config file{by}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as a config: {error}") from None
-    try:
-        values = parse_yaml(text)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path}: a config is a mapping of sections, such as 'data:' and 'model:'"
         )
-    base = values.pop("base", None)
+    return values
+
+
+def _merge(values: Values, changes: Values, sections: Sections) -> Values:
+    """`changes` over `values`, both mappings of settings of `sections`."""
+    grid = changes.get("grid") if field_of(sections, "grid") else None
+    times = grid.get("times") if isinstance(grid, dict) else grid
+    if isinstance(times, list):  # a list of times has its own number of steps
+        changes = {"steps": len(times) - 1} | changes
+    merged = {
+        key: _merge_value(values.get(key), value, field_of(sections, key))
+        for key, value in changes.items()
+    }
+    return values | merged
+
+
+def _merge_value(old: Any, new: Any, field: FieldInfo | None) -> Any:
+    """`new` over `old` for one setting, without short forms and with the default name."""
+    new = _written_out(new, field)
+    if not isinstance(new, dict):
+        return new
+    if not isinstance(old, dict) or new.get("name", old.get("name")) != old.get("name"):
+        default = getattr(field.default, "name", None) if field and choices(field) else None
+        old = {"name": default} if default else {}
+    return _merge(old, new, sections_in(field))
+
+
+def _written_out(value: Any, field: FieldInfo | None) -> Any:
+    """The value of a tagged section without short forms; other values are unchanged.
+
+    Raises:
+        ValueError: `dopr-muon` beside `dopr: null`.
+    """
+    tags = choices(field)
+    if tags and isinstance(value, str):
+        value = {"name": value}
+    elif "list" in tags and isinstance(value, list):
+        value = {"name": "list", "times": value}
+    name = str(value.get("name")) if isinstance(value, dict) else ""
+    plain = name.removeprefix("dopr-")
+    if plain not in tags or "dopr" not in tags[plain].model_fields:
+        return value
+    if name == plain:
+        return {"dopr": None} | value
+    if value.get("dopr", {}) is None:
+        raise ValueError(
+            f"optimizer.name is {name} and optimizer.dopr is null: write name: {plain}"
+        )
+    return {"dopr": {}} | value | {"name": plain}
+
+
+def _override(values: Values, override: str) -> Values:
+    dotted, equals, text = override.partition("=")
+    if not equals or not all(dotted.split(".")):
+        raise ConfigError(f"override '{override}': write section.key=value")
     try:
-        values = expand(values, ROOT)
+        return _replace(values, dotted.split("."), parse_yaml(text), ROOT)
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    if base is None:
-        return [values]
-    if not isinstance(base, str):
-        raise ConfigError(f"{path}: base: must be the path of one file, got {base!r}")
-    target = (path.parent / base).resolve()
-    if target in (*opened, path.resolve()):
-        raise ConfigError(f"{path}: base: {base} leads back to a file that is already being read")
-    return [*_read(target, (*opened, path.resolve())), values]
+        raise ConfigError(f"override '{override}': {error}") from None
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict):
-            changed = "name" in value and value["name"] != old.get("name")
-            merged[key] = value if changed else _merge(old, value)
-        else:
-            merged[key] = value
-    return merged
+def _replace(values: Values, keys: Sequence[str], value: Any, sections: Sections) -> Values:
+    """`values` of `sections` with `value` for the setting at the nested `keys`."""
+    key, *rest = keys
+    field, old = field_of(sections, key), values.get(key) or {}
+    if rest and not isinstance(old, dict):
+        raise ValueError(f"'{key}' is a value, not a section")
+    if rest == ["name"] and choices(field):
+        value = _renamed(old, value, field)
+    elif rest:
+        value = _replace(old, rest, value, sections_in(field))
+    others = {other: setting for other, setting in values.items() if other != key}
+    return _merge(others, {key: value}, sections)
 
 
-def _apply(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    values = json.loads(json.dumps(values))  # a deep copy of plain values
+def _renamed(old: Values, name: Any, field: FieldInfo | None) -> Values:
+    """The tagged section `old` under another `name`: settings that differ from the defaults of the
+    old name stay, and DoPr only where the new name asks for it."""
+    new = _written_out({"name": name}, field)
+    section = choices(field).get(str(old.get("name")))
+    fields = section.model_fields if section else {}
+    kept = {
+        key: value
+        for key, value in old.items()
+        if key not in fields or value != to_jsonable_python(fields[key].default, fallback=repr)
+    }
+    if new.get("dopr") is None:
+        kept.pop("dopr", None)
+    return _merge(kept, new, sections_in(field))
+
+
+def _resolved(values: Values, overrides: Iterable[str], place: str) -> Config:
+    """The config of `values`, which came from `place`, after `overrides`."""
+    states = [(place, values)]
     for override in overrides:
-        dotted, equals, text = override.partition("=")
-        if not equals or not all(dotted.split(".")):
-            raise ConfigError(f"override '{override}': write section.key=value")
-        try:
-            _set(values, dotted.split("."), parse_yaml(text))
-        except ValueError as error:
-            raise ConfigError(f"override '{override}': {error}") from None
-    return complete(values, ROOT)
+        states.append((f"override '{override}'", _override(states[-1][1], override)))
+    config, wrong = _validated(states[-1][1])
+    if config is not None:
+        return config
+    source_of, remaining = {}, set(wrong)
+    for source, state in reversed(states):  # a line is from the state that it appears with
+        remaining &= set(_validated(state)[1])
+        source_of |= dict.fromkeys(remaining, source)
+    by_source: dict[str, list[str]] = {}
+    for line in wrong[:MOST_SHOWN]:
+        by_source.setdefault(source_of[line], []).append(line)
+    message = "; ".join(f"{source}: {'; '.join(lines)}" for source, lines in by_source.items())
+    more = len(wrong) - MOST_SHOWN
+    raise ConfigError(f"{message}; and {more} more" if more > 0 else message)
 
 
-def _set(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
-    """Set the setting at `keys` in the nested mapping `values`; ValueError where it cannot be."""
-    node, parent, sections, field = values, values, ROOT, None
-    for key in keys[:-1]:
-        field = field_of(sections, key)
-        sections = sections_in(field)
-        if node.get(key) is None:
-            node[key] = {}
-        parent, node = node, node[key]
-        if not isinstance(node, dict):
-            raise ValueError(f"'{key}' is a value, not a section")
-    last = keys[-1]
-    if field is not None and choices(field) and last == "name":
-        given = expand_value({"name": value}, field)
-        parent[keys[-2]] = _merge(renamed(node, field, given["name"]), given)
-    else:
-        node[last] = expand_value(value, field_of(sections, last))
-        node.update(steps_of(node[last]))
-
-
-def _overridden(values: dict[str, Any], overrides: Iterable[str], place: str) -> Config:
-    """The config of `values` from `place`, after `overrides`."""
-    overrides = list(overrides)
-    changed = _apply(values, overrides)
+def _validated(values: Values) -> tuple[Config | None, list[str]]:
+    """The config of `values`, or what is wrong with them, one line for each setting."""
     try:
-        return _validated(changed)
+        # Through JSON, because pydantic's strict mode takes a list for a tuple only from there.
+        return Config.model_validate_json(json.dumps(values)), []
     except ValidationError as error:
-        found = complaints(error)
-    lines_of_place = {complaint.line for complaint in _complaints(values)}
-    by_place: dict[str, list[str]] = {}
-    for complaint in found[:MOST_SHOWN]:
-        override = _override_at(complaint.place, overrides)
-        if override is None or complaint.line in lines_of_place:
-            where = place
-        else:
-            where = f"override '{override}'"
-        by_place.setdefault(where, []).append(complaint.line)
-    said = "; ".join(f"{where}: {'; '.join(lines)}" for where, lines in by_place.items())
-    more = len(found) - MOST_SHOWN
-    raise ConfigError(f"{said}; and {more} more" if more > 0 else said)
-
-
-def _validated(values: dict[str, Any]) -> Config:
-    # Through JSON, because pydantic's strict mode takes a list for a tuple only from there.
-    return Config.model_validate_json(json.dumps(values))
-
-
-def _complaints(values: dict[str, Any]) -> list[Complaint]:
-    try:
-        _validated(values)
-    except ValidationError as error:
-        return complaints(error)
-    return []
-
-
-def _override_at(place: tuple[Any, ...], overrides: Sequence[str]) -> str | None:
-    """The last override of what is at `place`: of itself, of a part of it or of all around it; else
-    of the name of its section, else of anything in that section."""
-    words = tuple(str(part) for part in place)
-    keys = [(item, tuple(item.partition("=")[0].split("."))) for item in reversed(overrides)]
-    for override, key in keys:
-        if key[: len(words)] == words or words[: len(key)] == key:
-            return override
-    for length in range(len(words) - 1, 0, -1):
-        section = words[:length]
-        inside = [(override, key) for override, key in keys if key[:length] == section]
-        named = [override for override, key in inside if key == (*section, "name")]
-        if inside:
-            return (named or [inside[0][0]])[0]
-    return None
+        return None, complaints(error, values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flowdopr.config.types import Count, Fraction, Positive, Section
 
@@ -50,12 +50,21 @@ class UNetConfig(Section):
     attention_resolutions: tuple[Count, ...] = (16,)
     """Heights of the feature maps that get attention; the middle always has it."""
     num_heads: Count = 4
-    """Attention heads; unused where `head_channels` is given."""
+    """Attention heads."""
     head_channels: Count | None = None
-    """Channels a head."""
+    """Channels of an attention head, in place of `num_heads`."""
     dropout: Fraction = 0.0
     """Dropout inside residual blocks."""
     scale_shift_norm: bool = True
     """The condition scales and shifts the norm (FiLM) instead of being added."""
     resample: Literal["conv", "pool", "resblock"] = "conv"
     """What changes the resolution; `pool` has no weights."""
+
+    @model_validator(mode="after")
+    def _heads_are_given_once(self) -> UNetConfig:
+        if self.head_channels and self.changed("num_heads"):
+            raise ValueError(
+                f"model.num_heads={self.num_heads} is not used beside model.head_channels: set "
+                "model.head_channels=null, or model.num_heads=4"
+            )
+        return self

@@ -1,23 +1,21 @@
 """Settings of the optimizers: each section's fields are the optimizer's keyword arguments.
 
-What a setting means is said once, in the docstring of the optimizer's class; docs/settings.md
-quotes it. Defaults are those of the classes.
+The docstring of the optimizer's class explains its settings, and docs/settings.md quotes it.
+Defaults are those of the classes.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Annotated, Literal
 
 from flowdopr.config.types import (
+    NAMED,
     Count,
     CountOrZero,
     Fraction,
     NotNegative,
     Positive,
     Section,
-    names_of,
 )
 
 Betas = tuple[Fraction, Fraction]
@@ -52,7 +50,7 @@ class DoPrConfig(Section):
 
 
 class OptimizerSection(Section):
-    """What all optimizers have."""
+    """Settings of every optimizer."""
 
     name: str
     lr: Positive = 1e-4
@@ -67,6 +65,15 @@ class WithDoPr(OptimizerSection):
     dopr: DoPrConfig | None = None
     """Activation preconditioning (AP) before this optimizer: its settings, `{}` for its defaults.
     null: none. `optimizer.name=dopr-muon` is short for `muon` with `dopr: {}`."""
+
+
+class WithAdamW(OptimizerSection):
+    """An optimizer of matrices and convolutions, which leaves the other parameters to AdamW."""
+
+    betas: Betas = (0.9, 0.95)
+    eps: Positive = 1e-8
+    adamw_lr: Positive | None = None
+    adamw_for: tuple[str, ...] = ()
 
 
 class SGDConfig(WithDoPr):
@@ -93,80 +100,40 @@ class SOAPConfig(WithDoPr):
     precondition_frequency: Count = 10
 
 
-class RowNormConfig(WithDoPr):
+class RowNormConfig(WithAdamW, WithDoPr):
     name: Literal["rownorm"]
     momentum: Fraction = 0.95
-    betas: Betas = (0.9, 0.95)
-    eps: Positive = 1e-8
-    adamw_lr: Positive | None = None
-    adamw_for: tuple[str, ...] = ()
 
 
-class AdaMuonConfig(WithDoPr):
+class AdaMuonConfig(WithAdamW, WithDoPr):
     name: Literal["adamuon"]
     momentum: Fraction = 0.95
     nesterov: bool = True
     ns_steps: Count = 5
     ns_dtype: Literal["float32", "bfloat16"] | None = None
-    betas: Betas = (0.9, 0.95)
-    eps: Positive = 1e-8
-    adamw_lr: Positive | None = None
-    adamw_for: tuple[str, ...] = ()
 
 
-class MuonConfig(WithDoPr):
+class MuonConfig(WithAdamW, WithDoPr):
     name: Literal["muon"]
     momentum: Fraction = 0.95
     nesterov: bool = True
     adjust_lr: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
     ns_steps: Count = 5
     ns_dtype: Literal["float32", "bfloat16"] | None = None
-    betas: Betas = (0.9, 0.95)
-    eps: Positive = 1e-8
-    adamw_lr: Positive | None = None
-    adamw_for: tuple[str, ...] = ()
 
 
-class KFACConfig(OptimizerSection):
+class KFACConfig(WithAdamW):
     name: Literal["kfac"]
     momentum: Fraction = 0.9
     damping: Positive = 0.1
     cov_decay: Fraction = 0.95
     refresh_every: Count = 16
-    betas: Betas = (0.9, 0.95)
-    eps: Positive = 1e-8
-    adamw_lr: Positive | None = None
-    adamw_for: tuple[str, ...] = ()
 
 
+# fmt: off
 OptimizerConfig = Annotated[
-    SGDConfig
-    | AdamWConfig
-    | MuonConfig
-    | SignumConfig
-    | AdaMuonConfig
-    | RowNormConfig
-    | SOAPConfig
-    | KFACConfig,
-    Field(discriminator="name"),
+    SGDConfig | AdamWConfig | MuonConfig | SignumConfig
+    | AdaMuonConfig | RowNormConfig | SOAPConfig | KFACConfig,
+    NAMED,
 ]
-DOPR_NAMES = tuple(name for section in WithDoPr.__subclasses__() for name in names_of(section))
-
-
-def expand_dopr(values: dict[str, Any]) -> dict[str, Any]:
-    """`name: dopr-muon` as `name: muon` with `dopr: {}`, and `name: muon` alone as bare Muon.
-
-    Raises:
-        ValueError: `dopr-muon` beside `dopr: null`.
-    """
-    name = values.get("name")
-    plain = name.removeprefix("dopr-") if isinstance(name, str) else None
-    if plain not in DOPR_NAMES:
-        return values
-    if name == plain:
-        return {"dopr": None} | values
-    if values.get("dopr", {}) is None:
-        raise ValueError(
-            f"optimizer.name is {name} and optimizer.dopr is null: write name: {plain}"
-        )
-    return {"dopr": {}} | values | {"name": plain}
+# fmt: on

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from flowdopr.config.types import Count, NotNegative, Positive, Section, WeightsName
+from flowdopr.config.types import NAMED, Count, NotNegative, Positive, Section, Weights
 
 
 class UniformGrid(Section):
@@ -45,13 +45,13 @@ class ListGrid(Section):
 
 
 class SteppedSection(Section):
-    """What all solvers with fixed steps on a grid of times have."""
+    """Settings of every solver with fixed steps on a grid of times."""
 
     name: str
     steps: Count = 50
-    """Steps of a rollout. A list of times has its own number, which is taken by itself."""
-    grid: Annotated[UniformGrid | EDMGrid | ShiftedGrid | ListGrid, Field(discriminator="name")] = (
-        UniformGrid(name="uniform")
+    """Steps of a rollout. A list of times sets this to the number of its intervals."""
+    grid: Annotated[UniformGrid | EDMGrid | ShiftedGrid | ListGrid, NAMED] = UniformGrid(
+        name="uniform"
     )
 
     @model_validator(mode="after")
@@ -102,8 +102,8 @@ class SDESolver(SteppedSection):
     noise_scale: NotNegative = 1.0
     """w_t = 2 noise_scale sigma_t; 1 is SiT's default, 0 is the ODE."""
     last_step: Literal["tweedie", "mean"] = "tweedie"
-    """The step to the image, without fresh noise. `tweedie`: the posterior mean. `mean`: the
-    drift's, SiT's default."""
+    """The step to the image, without fresh noise. `tweedie`: the posterior mean. `mean`: a
+    step of the drift, SiT's default."""
     last_step_size: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Length in time of the last step (SiT: 0.04). null: the last interval of the grid."""
 
@@ -112,7 +112,7 @@ class GuideConfig(Section):
     run: str
     """Folder of a run, worse than this one, whose model takes the place of the unconditional
     branch."""
-    weights: WeightsName = "ema"
+    weights: Weights = "ema"
     """Which weights of that run, as `evaluate.weights`."""
     step: Count | None = None
     """Checkpoint of that run. null: its newest."""
@@ -120,7 +120,7 @@ class GuideConfig(Section):
 
 class GuidanceConfig(Section):
     scale: NotNegative
-    """v_guide + scale (v_model - v_guide); any number but 1, which would be no guidance."""
+    """v_guide + scale (v_model - v_guide); 1 would be no guidance and is refused."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Times between which there is guidance."""
     guide: GuideConfig | None = None
@@ -144,13 +144,13 @@ class GuidanceConfig(Section):
 class SampleConfig(Section):
     solver: Annotated[
         OneStepSolver | ExplicitAdamsSolver | ImplicitAdamsSolver | AdaptiveSolver | SDESolver,
-        Field(discriminator="name"),
+        NAMED,
     ] = OneStepSolver(name="midpoint")
     guidance: GuidanceConfig | None = None
     """Guidance of the rollouts. null: none."""
     batch_size: Count = 256
-    """Images rolled out together. With fixed steps it does not change what image i looks like;
-    adaptive solvers and implicit Adams choose steps for a batch: there, only up to `atol`, `rtol`.
+    """Images rolled out together. Image i does not depend on it with fixed steps; with adaptive
+    solvers and implicit Adams, which choose steps for a batch, it does within `atol` and `rtol`.
     """
     num_images: Count = 64
     """Images in a training run's sample grids."""

@@ -1,7 +1,7 @@
 """Every setting of flowdopr: its type, default, range, unit and meaning.
 
-One class a section of the YAML file; where a section depends on its `name` there is one class for
-each, with exactly the settings that this name uses. Nothing here reads files (`load.py` does).
+There is one class for each section of the YAML file. Where the settings of a section depend on its
+`name`, there is one class for each name or group of names. `load.py` reads the files.
 """
 
 from __future__ import annotations
@@ -14,9 +14,22 @@ from flowdopr.config.flow import FlowConfig
 from flowdopr.config.model import DiTConfig, UNetConfig
 from flowdopr.config.optimizer import AdamWConfig, OptimizerConfig
 from flowdopr.config.sample import SampleConfig
-from flowdopr.config.types import Count, CountOrZero, Fraction, Positive, Section, WeightsName
+from flowdopr.config.types import NAMED, Count, CountOrZero, Fraction, Positive, Section, Weights
 
-PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # no part of a path leads out of its folder
+PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # cannot lead out of a folder
+
+
+FILES = ("folder", "zip")
+DOWNLOADED = ("mnist", "fashion_mnist", "cifar10", "cifar100")
+USED_BY = {  # the data sets that use a setting, where not all do
+    **dict.fromkeys(("image_size", "channels"), ("digits", *DOWNLOADED, *FILES)),
+    "resize": FILES,
+    "held_out_fraction": ("digits", *FILES),
+    "held_out_root": (*FILES, "latents"),
+    "download": (*DOWNLOADED, "latents"),
+    "num_workers": (*FILES, "latents"),
+    **dict.fromkeys(("autoencoder", "source_root"), ("latents",)),
+}
 
 
 class DataConfig(Section):
@@ -28,7 +41,7 @@ class DataConfig(Section):
     """Data set. `digits` ships with scikit-learn; `folder` and `zip` hold images of your own, flat
     or one folder a class; `latents` is what `flowdopr encode` wrote."""
     root: str = "data"
-    """Where the data set lies or is downloaded to: a folder, or the archive itself for `zip`."""
+    """Where the data set is or is downloaded to: a folder, or the archive itself for `zip`."""
     image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
     """Side in pixels: images are resized (shorter side) and centre-cropped. Default: as is."""
     resize: Literal["bilinear", "adm"] = "bilinear"
@@ -41,34 +54,28 @@ class DataConfig(Section):
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share held out of training where the data set has no test split (digits, folder, zip)."""
     held_out_root: str | None = None
-    """`folder`, `zip`: images to hold out that lie apart, in place of a share of `root`. `latents`:
-    where those lie now."""
+    """`folder`, `zip`: folder or archive of the held-out images, instead of a share of `root`.
+    `latents`: where those are now."""
     download: bool = True
     """Download a torchvision data set that is not in `root` yet."""
     num_workers: CountOrZero = 0
     """Processes that decode images, for each training process. 0: the training process itself."""
     autoencoder: str | None = None
-    """`latents`: where the autoencoder lies now. null: where it lay at encoding."""
+    """`latents`: path of the autoencoder. null: its path at encoding."""
     source_root: str | None = None
-    """`latents`: the `root` of the encoded images now. null: as at encoding."""
+    """`latents`: path of the images that were encoded. null: their path at encoding."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> DataConfig:
-        latents = self.name == "latents"
-        for key in ("image_size", "channels") if latents else ("autoencoder", "source_root"):
-            if getattr(self, key) is not None:
-                remedy = "set it at encoding" if latents else "it belongs to data.name=latents"
-                raise ValueError(f"data.{key} is not used by data.name={self.name}: {remedy}")
-        files = self.name in ("folder", "zip")
-        if self.resize == "adm" and (self.image_size is None or not files):
+    def _every_setting_is_used(self) -> DataConfig:
+        for key, names in USED_BY.items():
+            if self.name not in names and self.changed(key):
+                raise ValueError(
+                    f"data.{key} is not used by data.name={self.name}: it belongs to "
+                    f"{', '.join(names)}"
+                )
+        if self.resize == "adm" and self.image_size is None:
             raise ValueError(
-                "data.resize=adm is for data.name=folder or zip with data.image_size: set these, "
-                "or data.resize=bilinear"
-            )
-        if self.held_out_root is not None and self.name not in ("folder", "zip", "latents"):
-            raise ValueError(
-                f"data.held_out_root is not used by data.name={self.name}: it belongs to folder "
-                "and zip"
+                "data.resize=adm needs data.image_size: set it, or data.resize=bilinear"
             )
         return self
 
@@ -77,9 +84,9 @@ class TrainConfig(Section):
     steps: Count
     """Optimizer steps in all."""
     global_batch_size: Count
-    """Images an optimizer step, over all processes and accumulation steps."""
+    """Images per optimizer step, over all processes and accumulation steps."""
     accumulation_steps: Count = 1
-    """Forward-backward passes an optimizer step; each sees an equal share of the batch."""
+    """Forward-backward passes per optimizer step; each sees an equal share of the batch."""
     max_grad_norm: Positive | None = 1.0
     """Clip the gradient (before AP) to this norm; null: never."""
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -95,8 +102,8 @@ class TrainConfig(Section):
     (1 + k) / (10 + k)."""
     ema_lengths: tuple[Annotated[float, Field(gt=0, le=0.28)], ...] = ()
     """Relative lengths (sigma_rel) of power-function averages (EDM2). From two or more, such as
-    [0.05, 0.1], and several checkpoints, other lengths are made afterwards: weights
-    `posthoc-LENGTH`. A length that they give only roughly is refused."""
+    [0.05, 0.1], and several checkpoints, other lengths are reconstructed afterwards as
+    weights `posthoc-LENGTH`. A length that they reconstruct badly is refused."""
     log_every: Count = 50
     """Steps between lines of metrics.jsonl."""
     validate_every: Count | None = None
@@ -106,8 +113,8 @@ class TrainConfig(Section):
     checkpoint_every: Count | None = None
     """Steps between checkpoints; null: only at the end (and when interrupted)."""
     keep_checkpoints: Count | None = None
-    """How many of the newest checkpoints stay on disk; null: all. Of those dropped, the averages of
-    `ema_lengths` stay, for `posthoc-LENGTH`."""
+    """How many of the newest checkpoints stay on disk; null: all. The averages of `ema_lengths` of
+    deleted checkpoints stay, for `posthoc-LENGTH`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -140,9 +147,9 @@ class InceptionConfig(Section):
 
 class BitsPerDimConfig(Section):
     num_images: Count = 64
-    """Held-out images, by dopri5 without guidance."""
+    """Number of held-out images. The ODE is solved by dopri5 without guidance."""
     trace: Literal["hutchinson", "exact"] = "hutchinson"
-    """Divergence: estimated by one backward pass a call, or exact by one a pixel."""
+    """Divergence: estimated with one backward pass per model call, or exact with one per pixel."""
     atol: Positive = 1e-5
     """Absolute tolerance of dopri5."""
     rtol: Positive = 1e-5
@@ -151,19 +158,19 @@ class BitsPerDimConfig(Section):
 
 class ExcessConfig(Section):
     num_images: Count = 256
-    """Training images on the path, and as many rollouts. Each model call is compared with the
+    """Number of training images on the path and of rollouts. Each model call is compared with the
     whole training set."""
     space: Literal["velocity", "data"] = "velocity"
-    """Space of `rollout_excess`: that of the velocity, ruled by the last times, or of
+    """Space of `rollout_excess`: the velocity, where times near 1 dominate, or the data,
     E[x_1 | x_t]."""
 
 
 class EvaluateConfig(Section):
-    extractor: Annotated[ClassifierConfig | InceptionConfig, Field(discriminator="name")] = (
-        ClassifierConfig(name="classifier")
+    extractor: Annotated[ClassifierConfig | InceptionConfig, NAMED] = ClassifierConfig(
+        name="classifier"
     )
     metrics: tuple[Literal["fd", "kid", "isc", "prc"], ...] = ("fd", "kid", "prc")
-    """Of the rollouts: Frechet distance, kernel distance, inception score, precision and recall."""
+    """Metrics of rollouts: Frechet and kernel distance, inception score, precision and recall."""
     bpd: BitsPerDimConfig | None = None
     """Bits per dimension of held-out images: its settings, `{}` for the defaults. null: not
     measured."""
@@ -174,7 +181,7 @@ class EvaluateConfig(Section):
     """Generated images; fewer than 50,000 is a labelled proxy."""
     labels: Literal["balanced", "data"] = "balanced"
     """Labels of the generated images: equally many of each class, or as frequent as in the data."""
-    weights: WeightsName = "ema"
+    weights: Weights = "ema"
     """Which weights: `ema` (the average that is sampled from), `raw`, an average's own name such as
     `ema-0.999` or `power-0.1`, or `posthoc-LENGTH`."""
     seed: CountOrZero = 0
@@ -185,7 +192,7 @@ class ArmConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name in the table and in the run folders."""
     lrs: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    """Learning rates tried. Give every arm as many: equal tuning budgets."""
+    """Learning rates tried. Give every arm equally many, for equal tuning budgets."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Dotted overrides of this arm, such as `optimizer.name: dopr-adamw`."""
 
@@ -218,10 +225,20 @@ class Config(Section):
     seed: CountOrZero = 0
     """Seed of weights, batches, noise, times and label dropout."""
     data: DataConfig
-    model: Annotated[DiTConfig | UNetConfig, Field(discriminator="name")]
+    model: Annotated[DiTConfig | UNetConfig, NAMED]
     flow: FlowConfig = FlowConfig()
     optimizer: OptimizerConfig = AdamWConfig(name="adamw")
     train: TrainConfig
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     compare: CompareConfig | None = None
+
+    @model_validator(mode="after")
+    def _labels_are_used(self) -> Config:
+        idle = ["flow.class_dropout_prob"] if self.flow.changed("class_dropout_prob") else []
+        idle += ["evaluate.labels"] if self.evaluate.changed("labels") else []
+        if idle and not self.model.class_conditional:
+            raise ValueError(
+                f"{idle[0]} is not used with model.class_conditional=false: keep its default"
+            )
+        return self

@@ -1,4 +1,4 @@
-"""What all sections of the schema share: their base class, ranges of numbers, choices by name."""
+"""The base class of all sections, types of numbers, and functions that walk through the schema."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-WeightsName = Annotated[str, Field(pattern=r"^(ema|raw|ema-.+|power-.+|posthoc-.+)$")]
+NAMED = Field(discriminator="name")  # a union of sections, one chosen by its `name`
+Weights = Annotated[str, Field(pattern=r"^(ema|raw|ema-.+|power-.+|posthoc-.+)$")]
 
 
 class Section(BaseModel):
@@ -22,6 +23,10 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
     )
+
+    def changed(self, key: str) -> bool:
+        """Whether the setting `key` differs from its default."""
+        return getattr(self, key) != type(self).model_fields[key].default
 
 
 Sections = tuple[type[Section], ...]

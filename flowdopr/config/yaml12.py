@@ -1,7 +1,7 @@
 """YAML text to plain Python values, safely, with YAML 1.2's idea of a number.
 
 PyYAML follows YAML 1.1, where `1e-4` is a string, `no` is false, `1:30` is ninety and a key given
-twice silently wins. Each of these has cost somebody a training run.
+twice silently wins.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DEEPEST = 20  # mappings and lists inside each other; the schema needs 6
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader without implicit dates, octals and yes/no; refuses keys given twice, tags (`!x`),
-    anchors and aliases (`&x`, `*x`) and nesting that no config has."""
+    anchors and aliases (`&x`, `*x`) and nesting deeper than `DEEPEST`."""
 
     depth = 0
 

@@ -180,7 +180,7 @@ def test_any_value_of_any_setting_is_taken_or_refused_in_one_line(write):
 def test_a_folder_is_answered_with_the_file_in_it(write, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert refused(empty) == f"{empty}: a folder is no config; give a YAML file"
+    assert refused(empty) == f"{empty}: is a folder, not a config; give a YAML file"
     for name in ("study.yaml", "config.yaml"):  # of a study, of a run
         write(SMALL, f"run/{name}")
         assert refused(tmp_path / "run").endswith(f"give {tmp_path / 'run' / name}")

@@ -15,9 +15,9 @@ from flowdopr.config import (
     to_dict,
     to_yaml,
 )
-from flowdopr.config.optimizer import WithDoPr, names_of
+from flowdopr.config.optimizer import WithDoPr
 from flowdopr.config.schema import Config
-from flowdopr.config.types import choices
+from flowdopr.config.types import choices, names_of
 from flowdopr.optim import OPTIMIZER_NAMES, DoPr, LayerRule, build_optimizer
 from flowdopr.optim.build import OPTIMIZERS
 from flowdopr.train.start import optimizer_arguments
@@ -29,7 +29,6 @@ model: {name: dit}
 train: {steps: 10, global_batch_size: 8}
 """
 SECTIONS = choices(Config.model_fields["optimizer"])
-LR_OF_ALL = {"lr"}  # one default for all optimizers, which is no class's own
 
 
 @pytest.fixture
@@ -161,6 +160,12 @@ NOTHING = {
     "optimizer.damping=1": "adamw has no such setting; did you mean 'dopr.damping'?",
     "optimizer.name=kfac optimizer.dopr.damping=1": "kfac has no such setting",
     "optimizer.dopr.unit_scale=true": "optimizer.dopr.unit_scale: unknown key",
+    "data.num_workers=2": "data.num_workers is not used by data.name=digits",
+    "data.held_out_fraction=0.5 data.name=mnist": "data.held_out_fraction is not used by data.name",
+    "data.resize=adm data.name=folder": "data.resize=adm needs data.image_size",
+    "model=unet model.num_heads=2 model.head_channels=8": "model.num_heads=2 is not used beside mo",
+    "model.class_conditional=false flow.class_dropout_prob=0.5": "class_dropout_prob is not us",
+    "model.class_conditional=false evaluate.labels=data": "evaluate.labels is not used with model",
     "optimizer.name=AdamW": "unknown name 'AdamW'; did you mean 'adamw'?",
     "optimizer.name=dopr-moun": "unknown name 'dopr-moun'; did you mean 'dopr-muon'?",
     "optimizer.name=dopr-kfac": "unknown name 'dopr-kfac'; choose one of dopr-sgd, dopr-adamw",

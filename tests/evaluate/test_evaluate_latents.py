@@ -146,7 +146,10 @@ def test_the_commands(tmp_path, vae, pictures, capsys):
         ([], "give --out a new folder"),
         (["--kept", "some", "--out", f"{out}2"], "choose one of posterior, mean"),
         (["data.image_size=17", "--out", f"{out}2"], "multiples of 2, not images of 3 x 17 x 17"),
-        (["data.name=latents", "data.image_size=null"], "data.name=latents is encoded already"),
+        (
+            ["data.name=latents", "data.image_size=null", "data.held_out_fraction=0.1"],
+            "data.name=latents is encoded already",
+        ),
     ):
         assert run_command([*command, *extra]) == 2
         told = capsys.readouterr().err
