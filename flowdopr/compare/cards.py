@@ -13,7 +13,7 @@ from typing import Any
 from flowdopr.compare.plan import RunPlan
 from flowdopr.config import apply_overrides
 from flowdopr.evaluate.card import answers, card_settings
-from flowdopr.runs.folder import RunFolder, check_same_run
+from flowdopr.runs import RunFolder, check_same_run
 
 Card = dict[str, Any]
 FD_ONLY = ("evaluate.metrics=[fd]", "evaluate.bpd=null", "evaluate.excess=null")

@@ -10,7 +10,7 @@ from typing import Literal
 
 from flowdopr.compare.cards import Card, CardRequest, RunSnapshot
 from flowdopr.compare.plan import RunPlan
-from flowdopr.runs.folder import RunFolder
+from flowdopr.runs import RunFolder
 
 Status = Literal["done", "failed", "unfinished", "not started"]
 
