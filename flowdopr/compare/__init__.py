@@ -1,4 +1,4 @@
-"""Compare optimizers: run every arm x learning rate x seed, then report what the runs hold."""
+"""Compare optimizers: run every arm x learning rate x seed, then report the results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowdopr.compare.cards import read_run
-from flowdopr.compare.execute import Executor, worker_command
+from flowdopr.compare.execute import Executor
 from flowdopr.compare.plan import RunPlan, expand, study_path, study_settings
 from flowdopr.compare.progress import Display
 from flowdopr.compare.results import read_result
@@ -28,14 +28,14 @@ class StudyFailed(RuntimeError):
 
 
 def compare(config: Config, *, workers: int | None = None, report_only: bool = False) -> Path:
-    """Run what is missing of the study in `config.compare`, then write its report.
+    """Run the unfinished runs of the study in `config.compare`, then write its report.
 
-    Finished runs are skipped, and runs that were stopped go on. The report is made from the run
-    folders alone. Prints the verdict and the paths of what it made.
+    Finished runs are skipped, and stopped runs are continued. The report is made from the run
+    folders alone. Prints the verdict and the paths of the report's files.
 
     Args:
-        workers: runs at a time, in place of `compare.workers`.
-        report_only: run nothing, rebuild the report from what is there.
+        workers: runs at the same time, in place of `compare.workers`.
+        report_only: run nothing, only make the report from the existing run folders.
 
     Returns:
         The study folder `<output>/<name>`: report.html, table.csv, results.json, plots/, logs/ and
@@ -43,11 +43,11 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
 
     Raises:
         ConfigError, ValueError: no `compare` section, wrong overrides, a run folder of another
-            config, a launch of several processes, or another process works on this study.
+            config, a launch of several processes, or another process is running this study.
         Interrupted: stopped by Ctrl-C or SIGTERM, after the runs have saved.
         StudyFailed: some runs failed; the report is written and lists them.
     """
-    # Imported here because every worker imports this package, and drawing takes half a second more.
+    # Imported here because every worker imports this package, and importing matplotlib is slow.
     from flowdopr.compare.report import write_report
     from flowdopr.compare.study import build_study
 
@@ -80,25 +80,25 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
 def _execute(config: Config, plans: Sequence[RunPlan], done: int) -> list[str]:
     """Train and evaluate `plans`; returns the names of the runs that failed."""
     folder = study_path(config)
+    study_file = folder / "study.yaml"
+    worker = [sys.executable, "-m", "flowdopr.compare.worker", str(study_file)]
     with locked(folder, "wait for it; --report-only shows what is there"):
-        write_text(folder / "study.yaml", to_yaml(config))
+        write_text(study_file, to_yaml(config))
         _train_classifiers(plans)
-        executor = Executor(
-            worker_command(folder / "study.yaml"), workers=study_settings(config).workers
-        )
+        workers = study_settings(config).workers
+        executor = Executor(lambda plan: [*worker, plan.name], workers=workers)
         with Display(done + len(plans), done) as display:
-            outcome = executor.execute(plans, display)
-    if outcome.signum:
+            executor.execute(plans, display)
+    if executor.signum:
         raise Interrupted(
-            f"{folder}: stopped; the same command, or flowdopr compare {folder}/study.yaml, "
-            "goes on",
-            outcome.signum,
+            f"{folder}: stopped; the same command, or flowdopr compare {study_file}, goes on",
+            executor.signum,
         )
-    return outcome.failed
+    return executor.failed
 
 
 def _train_classifiers(plans: Sequence[RunPlan]) -> None:
-    """Train the feature extractor of each data set once, so that no two workers train the same."""
+    """Train the feature extractor of each data set before any worker needs it."""
     chosen = [plan.config for plan in plans if plan.config.evaluate.extractor.name == "classifier"]
     for config in {config.data.model_dump_json(): config for config in chosen}.values():
         print(f"feature extractor for {config.data.name}", file=sys.stderr)

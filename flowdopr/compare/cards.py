@@ -1,4 +1,4 @@
-"""The evaluation cards of a run: which the study wants, and which its run folder holds.
+"""The evaluation cards of a run: those that the study wants, and those that its folder holds.
 
 The last checkpoint is evaluated with every metric of the config, and with FD alone at each number
 of solver steps; the checkpoints before it with FD alone, for the curves over training.
@@ -6,14 +6,13 @@ of solver steps; the checkpoints before it with FD alone, for the curves over tr
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from flowdopr.compare.plan import RunPlan
 from flowdopr.config import apply_overrides
-from flowdopr.evaluate.card import answers, card_settings
-from flowdopr.runs.folder import RunFolder, check_same_run
+from flowdopr.evaluate.card import answers, card_settings, read_card
+from flowdopr.runs import RunFolder, check_same_run
 
 Card = dict[str, Any]
 FD_ONLY = ("evaluate.metrics=[fd]", "evaluate.bpd=null", "evaluate.excess=null")
@@ -29,14 +28,14 @@ class CardRequest:
 
 @dataclass(frozen=True)
 class WantedCards:
-    """The evaluations that the study wants of a run, by what they are for."""
+    """The evaluations that the study wants of a run, by their use."""
 
     final: CardRequest
     """The last checkpoint with the run's own settings."""
     curve: tuple[CardRequest, ...]
     """The checkpoints before the last one, by step."""
     by_nfe: tuple[CardRequest, ...]
-    """The last checkpoint by solver steps; the run's own number of steps is `final`."""
+    """The last checkpoint at each number of solver steps; `final` at the run's own number."""
 
     def all(self) -> list[CardRequest]:
         return list(dict.fromkeys([self.final, *self.curve, *self.by_nfe]))
@@ -63,7 +62,7 @@ def wanted_cards(plan: RunPlan) -> WantedCards:
 
 @dataclass(frozen=True)
 class RunSnapshot:
-    """A planned run and what its folder held when `read_run` read it."""
+    """A planned run and the contents of its folder when `read_run` read it."""
 
     plan: RunPlan
     folder: RunFolder | None
@@ -76,7 +75,7 @@ class RunSnapshot:
 
     @property
     def missing(self) -> list[CardRequest]:
-        """The wanted cards that can be made of the checkpoints but are not there, in order."""
+        """The wanted cards that are not there, of checkpoints that are, in order."""
         wanted = self.wanted.all()
         return [card for card in wanted if card not in self.cards and card.step in self.steps]
 
@@ -97,22 +96,21 @@ def read_run(plan: RunPlan) -> RunSnapshot:
         return RunSnapshot(plan, None, (), wanted, {})
     folder = RunFolder.open(plan.path)
     check_same_run(folder, plan.config, folder.dataset)
-    cards = _known_cards(folder, plan, wanted.all())
+    cards = _cards_in(folder, plan, wanted.all())
     return RunSnapshot(plan, folder, tuple(folder.steps()), wanted, cards)
 
 
-def _known_cards(
+def _cards_in(
     folder: RunFolder, plan: RunPlan, requests: list[CardRequest]
 ) -> dict[CardRequest, Card]:
-    paths = sorted((folder.path / "evaluation").glob("*.json"))
-    cards = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    cards = [read_card(path) for path in sorted((folder.path / "evaluation").glob("*.json"))]
     settings = {
         overrides: card_settings(apply_overrides(plan.config, overrides), folder.dataset)
         for overrides in {request.overrides for request in requests}
     }
-    found = {}
-    for request in requests:
-        for card in cards:
-            if card["step"] == request.step and answers(card, settings[request.overrides]):
-                found.setdefault(request, card)
-    return found
+    return {
+        request: card
+        for request in requests
+        for card in reversed(cards)  # of several cards that fit, the first one is kept
+        if card["step"] == request.step and answers(card, settings[request.overrides])
+    }

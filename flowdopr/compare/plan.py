@@ -14,7 +14,7 @@ SET_BY_STUDY = {"name": "name", "output": "output", "seed": "compare.seeds", "op
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run of a study. `config` is complete: `flowdopr train` alone could run it."""
+    """One run of a study. `config` is complete: `flowdopr train` could run it too."""
 
     arm: str
     lr: float
@@ -25,7 +25,7 @@ class RunPlan:
 
     @property
     def name(self) -> str:
-        """Such as `adamw-lr0.001-s0`; also the name of the run folder."""
+        """For example `adamw-lr0.001-s0`; also the name of the run folder."""
         return self.path.name
 
     @property
@@ -34,17 +34,17 @@ class RunPlan:
 
     @property
     def log(self) -> Path:
-        """Receives what the process of this run prints."""
+        """The output of this run's process."""
         return self.path.parent / "logs" / f"{self.name}.log"
 
     @property
     def failure(self) -> Path:
-        """Says why the run failed; there until the run is tried again."""
+        """Holds the reason if the run failed; deleted when the run is started again."""
         return self.log.with_suffix(".failed")
 
     @property
     def optimizer(self) -> str:
-        """Such as `adamw`, with DoPr and without."""
+        """For example `adamw`, both with DoPr and without."""
         return self.config.optimizer.name
 
     @property
@@ -78,7 +78,7 @@ def expand(config: Config) -> list[RunPlan]:
 
     Raises:
         ConfigError: no `compare` section, no FD among the metrics, an arm's overrides are wrong
-            (the arm is named), numbers of solver steps for a solver that ignores them, or two runs
+            (the message names the arm), `nfe_steps` for a solver that ignores them, or two runs
             would share a folder.
     """
     study = study_settings(config)
@@ -129,8 +129,8 @@ def _arm_config(config: Config, arm: ArmConfig) -> Config:
 def _run_config(base: Config, arm: ArmConfig, lr: float, seed: int) -> Config:
     run = f"{arm.name}-lr{lr:g}-s{seed}".replace("+", "")  # `1e+06`: names may not contain a plus
     name = f"{base.name}/{run}"
-    own = [f"name={json.dumps(name)}", f"seed={seed}", f"optimizer.lr={lr!r}", "compare=null"]
-    return _apply(base, arm, own)
+    overrides = [f"name={json.dumps(name)}", f"seed={seed}", f"optimizer.lr={lr!r}", "compare=null"]
+    return _apply(base, arm, overrides)
 
 
 def _apply(config: Config, arm: ArmConfig, overrides: list[str]) -> Config:

@@ -1,4 +1,4 @@
-"""The plots of a study. Each function gives one Figure, or None if there are no numbers for it."""
+"""The plots of a study. Each function returns a figure, or None if it has no numbers to draw."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def draw_all(study: Study) -> dict[str, Figure]:
 
 
 def scatter(study: Study) -> Figure | None:
-    """FD against one-step loss: one marker a run, hollow where not at the tuned learning rate."""
+    """FD against one-step loss: a marker for each run, hollow if its learning rate is not tuned."""
     figure, (axes,) = _figure(1)
     drawn = False
     for arm in study.arms:
         style = study.styles[arm.name]
         for rate in arm.rates:
             face = style.colour if rate is arm.tuned else "none"
-            points = _series(rate.runs, "one_step_loss", "fd")
-            look = {"color": style.colour, "markerfacecolor": face, "markersize": 8}
-            axes.plot(*_columns(points), style.marker, **look)
+            points = _series([run.final for run in rate.runs if run.final], "one_step_loss", "fd")
+            x, y = _columns(points)
+            axes.plot(x, y, style.marker, color=style.colour, markerfacecolor=face, markersize=8)
             drawn = drawn or bool(points)
     rollouts = f"{study.metric} of the rollouts (lower is better)"
     _label(axes, "held-out one-step loss (lower is better)", rollouts)
@@ -64,8 +64,8 @@ def by_nfe(study: Study) -> Figure | None:
     figure, (axes,) = _figure(1)
     most = _draw_arms(axes, study, lambda run: _series(run.by_nfe, "nfe", "fd"))
     axes.set_xscale("log")
-    evaluated = [one for arm in study.arms for run in arm.reported.runs for one in run.by_nfe]
-    calls = sorted({one.nfe for one in evaluated if one.nfe is not None})
+    reported = [run for arm in study.arms for run in arm.reported.runs]
+    calls = sorted({one.nfe for run in reported for one in run.by_nfe if one.nfe is not None})
     _ticks_at(axes, calls, [f"{nfe:g}" for nfe in calls])
     _label(axes, "NFE: model calls per image", f"{study.metric} of the rollouts")
     _legend(axes, study)
@@ -79,11 +79,11 @@ def by_learning_rate(study: Study) -> Figure | None:
     figure, (axes,) = _figure(1)
     for arm in study.arms:
         style = study.styles[arm.name]
-        means = [(rate.lr, spread.mean) for rate in arm.rates if (spread := rate.fd)]
+        means = [(rate.lr, spread.mean) for rate in arm.rates if (spread := rate.spread("fd"))]
         axes.plot(*_columns(means), style.line, color=style.colour, linewidth=2)
         for rate in arm.rates:
             face = style.colour if rate is arm.tuned else "white"
-            points = [(rate.lr, run.fd) for run in rate.runs if run.fd is not None]
+            points = [(rate.lr, fd) for run in rate.runs if (fd := run.value("fd")) is not None]
             axes.plot(*_columns(points), style.marker, color=style.colour, markerfacecolor=face)
     axes.set_xscale("log")
     rates = sorted({rate.lr for arm in study.arms for rate in arm.rates})
@@ -96,14 +96,14 @@ def by_learning_rate(study: Study) -> Figure | None:
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:
     width = WIDTH if columns == 1 else 1.85 * WIDTH
     figure = Figure(figsize=(width, HEIGHT), dpi=DPI, layout="constrained")
-    drawn = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
-    for axes in drawn:
+    all_axes = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
+    for axes in all_axes:
         axes.grid(color="#e4e7eb", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["bottom", "left"]].set_color("#9aa5b1")
         axes.tick_params(color="#9aa5b1", labelcolor="#3e4c59")
-    return figure, drawn
+    return figure, all_axes
 
 
 def _draw_arms(axes: Axes, study: Study, series_of: Callable[[RunResult], Series]) -> int:
@@ -115,24 +115,24 @@ def _draw_arms(axes: Axes, study: Study, series_of: Callable[[RunResult], Series
         for series in seeds:
             axes.plot(*_columns(series), color=style.colour, linewidth=0.8, alpha=0.45)
         mean = _mean(seeds)
-        look = {"color": style.colour, "marker": style.marker, "linewidth": 2, "markersize": 5}
-        axes.plot(*_columns(mean), style.line, **look)
+        bold = {"color": style.colour, "marker": style.marker, "linewidth": 2, "markersize": 5}
+        axes.plot(*_columns(mean), style.line, **bold)
         longest = max(longest, len(mean))
     return longest
 
 
 def _mean(seeds: Sequence[Series]) -> Series:
-    """The mean over seeds at the places that all seeds have."""
+    """The mean over seeds at each x that all seeds have."""
     if not seeds:
         return []
-    by_place = [dict(series) for series in seeds]
-    shared = set.intersection(*(set(series) for series in by_place))
-    return [(x, float(np.mean([series[x] for series in by_place]))) for x in sorted(shared)]
+    values = [dict(series) for series in seeds]
+    shared = set(values[0]).intersection(*values)
+    return [(x, float(np.mean([series[x] for series in values]))) for x in sorted(shared)]
 
 
-def _series(of: Iterable[Evaluation | RunResult], x: str, y: str) -> Series:
-    """The fields `x` and `y` of the evaluations or runs that have both."""
-    pairs = [(getattr(one, x), getattr(one, y)) for one in of]
+def _series(evaluations: Iterable[Evaluation], x: str, y: str) -> Series:
+    """The fields `x` and `y` of the evaluations that have both."""
+    pairs = [(getattr(one, x), getattr(one, y)) for one in evaluations]
     return [pair for pair in pairs if None not in pair]
 
 
@@ -152,15 +152,14 @@ def _label(axes: Axes, x: str, y: str) -> None:
         axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.6)))
 
 
-def _ticks_at(axes: Axes, places: Sequence[float], labels: Sequence[str]) -> None:
-    axes.set_xticks(places, labels)
+def _ticks_at(axes: Axes, positions: Sequence[float], labels: Sequence[str]) -> None:
+    axes.set_xticks(positions, labels)
     axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _legend(axes: Axes, study: Study, lines: bool = True) -> None:
     handles = []
     for arm, style in study.styles.items():
-        look = {"color": style.colour, "marker": style.marker, "linewidth": 2}
-        linestyle = style.line if lines else "none"
-        handles.append(Line2D([], [], linestyle=linestyle, label=arm, **look))
+        line = {"linestyle": style.line if lines else "none", "linewidth": 2}
+        handles.append(Line2D([], [], color=style.colour, marker=style.marker, label=arm, **line))
     axes.legend(handles=handles, frameon=False, fontsize="small")

@@ -135,8 +135,8 @@ def _run_row(run: RunResult) -> list[str]:
     return [
         run.plan.name,
         run.status,
-        number(run.fd, 3),
-        number(run.one_step_loss),
-        percent(spread([run.label_accuracy])),
+        number(run.value("fd"), 3),
+        number(run.value("one_step_loss")),
+        percent(spread([run.value("label_accuracy")])),
         seconds(run.seconds_per_step),
     ]

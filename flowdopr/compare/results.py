@@ -1,4 +1,4 @@
-"""What is known of one run: the numbers behind tables and plots, read from its folder."""
+"""The numbers of one run, read from its folder, for tables and plots."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Literal
 
 from flowdopr.compare.cards import Card, CardRequest, RunSnapshot
 from flowdopr.compare.plan import RunPlan
-from flowdopr.runs.folder import RunFolder
+from flowdopr.runs import RunFolder
 
 Status = Literal["done", "failed", "unfinished", "not started"]
+Metric = Literal["fd", "one_step_loss", "label_accuracy"]
+"""The metrics that are compared, as fields of `Evaluation`."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,12 @@ class RunResult:
     plan: RunPlan
     status: Status = "done"
     reason: str = ""
-    """Why the run failed: the error it explained, or the last lines it printed."""
+    """Why the run failed: its error message, or the last lines that it printed."""
     metric: str = "FD"
     """`FID` in the Inception feature space, `FD` in any other."""
     final: Evaluation | None = None
     curve: tuple[Evaluation, ...] = ()
-    """Evaluations of all checkpoints, by step, the last included."""
+    """Evaluations of all checkpoints, the last one included, by step."""
     by_nfe: tuple[Evaluation, ...] = ()
     """Evaluations of the last checkpoint, by NFE."""
     global_batch_size: int = 0
@@ -58,17 +60,9 @@ class RunResult:
     def done(self) -> bool:
         return self.status == "done"
 
-    @property
-    def fd(self) -> float | None:
-        return self.final.fd if self.final else None
-
-    @property
-    def one_step_loss(self) -> float | None:
-        return self.final.one_step_loss if self.final else None
-
-    @property
-    def label_accuracy(self) -> float | None:
-        return self.final.label_accuracy if self.final else None
+    def value(self, metric: Metric) -> float | None:
+        """A metric of the last checkpoint; None if it was not evaluated or is not finite."""
+        return getattr(self.final, metric) if self.final else None
 
 
 def read_result(run: RunSnapshot) -> RunResult:
@@ -85,7 +79,7 @@ def _finished(run: RunSnapshot, folder: RunFolder) -> RunResult:
     made_by, train = folder.made_by(), run.plan.config.train
     launches = [*made_by.get("earlier", []), made_by]
     windows = [line for line in folder.metrics() if "seconds_per_step" in line]
-    speeds = [line["seconds_per_step"] for line in windows[1:] or windows]  # the first warms up
+    speeds = [line["seconds_per_step"] for line in windows[1:] or windows]  # without the warm-up
     grids = sorted((folder.path / "samples").glob("step-*.png"))
     card = run.cards[run.wanted.final]
     final, metric = _evaluation(card), "FID" if "fid" in card["metrics"] else "FD"

@@ -1,4 +1,4 @@
-"""What the numbers of a study say: spreads over seeds, the tuned learning rate, paired differences.
+"""The statistics of a study: spreads over seeds, tuned learning rates, paired differences.
 
 Every number is a mean over seeds with its sample standard deviation, never a minimum. `fd` stands
 for the study's rollout metric, the Frechet distance in whichever feature space (FD or FID); lower
@@ -8,14 +8,14 @@ is better, as for the one-step loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
 from flowdopr.compare.plan import RunPlan
-from flowdopr.compare.results import RunResult
+from flowdopr.compare.results import Metric, RunResult
 
 FEWEST_SEEDS_FOR_A_CLAIM = 3
 CONFIDENCE = 0.95
@@ -38,17 +38,9 @@ class RateSummary:
     lr: float
     runs: tuple[RunResult, ...]
 
-    @property
-    def fd(self) -> Spread | None:
-        return spread(run.fd for run in self.runs)
-
-    @property
-    def one_step_loss(self) -> Spread | None:
-        return spread(run.one_step_loss for run in self.runs)
-
-    @property
-    def label_accuracy(self) -> Spread | None:
-        return spread(run.label_accuracy for run in self.runs)
+    def spread(self, metric: Metric) -> Spread | None:
+        """The spread of a metric over the seeds; None if no seed has it."""
+        return spread(run.value(metric) for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,7 @@ class ArmSummary:
 
     @property
     def reported(self) -> RateSummary:
-        """The tuned rate; without one no rate has a finished run, and the first stands for all."""
+        """The tuned rate; the first rate if no run is finished, where all rates are empty."""
         return self.tuned or self.rates[0]
 
 
@@ -99,14 +91,14 @@ class PairedDifference:
 
     @property
     def shown(self) -> bool:
-        """Whether there are seeds enough and the interval leaves out zero."""
-        if not self.enough_seeds or self.low is None or self.high is None:
+        """Whether there are enough seeds and the interval excludes zero."""
+        if self.low is None or self.high is None:
             return False
-        return self.low > 0 or self.high < 0
+        return self.enough_seeds and (self.low > 0 or self.high < 0)
 
 
 PairDifferences = tuple[PairedDifference, PairedDifference | None]
-"""Of two arms: the difference in FD, and in one-step loss where both have one."""
+"""The differences of two arms in FD and, where both have one, in one-step loss."""
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
@@ -136,28 +128,30 @@ def _summarise_arm(runs: list[RunResult]) -> ArmSummary:
     return ArmSummary(
         plan=first,
         rates=tuple(rates),
-        tuned=_lowest(eligible, lambda rate: rate.fd),
-        tuned_by_loss=_lowest(eligible, lambda rate: rate.one_step_loss),
+        tuned=_lowest(eligible, "fd"),
+        tuned_by_loss=_lowest(eligible, "one_step_loss"),
     )
 
 
-def _lowest(
-    rates: list[RateSummary], metric: Callable[[RateSummary], Spread | None]
-) -> RateSummary | None:
-    known = [(value.mean, rate) for rate in rates if (value := metric(rate)) is not None]
-    return min(known, key=lambda pair: pair[0])[1] if known else None
+def _lowest(rates: Iterable[RateSummary], metric: Metric) -> RateSummary | None:
+    """The rate of the lowest mean; None if no rate has the metric."""
+    return next((rate for _, rate in _by_mean(rates, metric)), None)
 
 
 def ranked(arms: Sequence[ArmSummary]) -> list[tuple[Spread, RateSummary]]:
-    """The tuned rate of each arm that has one, and its FD; the lowest mean first."""
-    known = [(fd, arm.tuned) for arm in arms if arm.tuned and (fd := arm.tuned.fd)]
-    return sorted(known, key=lambda pair: pair[0].mean)
+    """The FD and the tuned rate of each arm that has one, the lowest mean first."""
+    return _by_mean((arm.tuned for arm in arms if arm.tuned), "fd")
+
+
+def _by_mean(rates: Iterable[RateSummary], metric: Metric) -> list[tuple[Spread, RateSummary]]:
+    pairs = [(values, rate) for rate in rates if (values := rate.spread(metric)) is not None]
+    return sorted(pairs, key=lambda pair: pair[0].mean)
 
 
 def matched_pairs(arms: Sequence[ArmSummary]) -> list[tuple[ArmSummary, ArmSummary]]:
-    """Each arm with DoPr beside the arm of the same optimizer without it.
+    """Each arm with DoPr and the arm of the same optimizer without it.
 
-    Two arms pair up when they also share every setting outside the section `optimizer`.
+    Two arms are a pair only if they share every setting outside the section `optimizer`.
     """
     return [
         (first, second)
@@ -172,43 +166,37 @@ def matched_pairs(arms: Sequence[ArmSummary]) -> list[tuple[ArmSummary, ArmSumma
 
 def pair_differences(metric: str, arms: Sequence[ArmSummary]) -> list[PairDifferences]:
     """The differences of each matched pair that shares a finished seed; `metric` names `fd`."""
-    found = []
+    differences = []
     for first, second in matched_pairs(arms):
         if first.tuned is None or second.tuned is None:
             continue
-        fd = paired_difference(metric, first.tuned, second.tuned, lambda run: run.fd)
-        loss = paired_difference(
-            "one-step loss", first.tuned, second.tuned, lambda run: run.one_step_loss
-        )
+        fd = paired_difference(metric, first.tuned, second.tuned, "fd")
+        loss = paired_difference("one-step loss", first.tuned, second.tuned, "one_step_loss")
         if fd is not None:
-            found.append((fd, loss))
-    return found
+            differences.append((fd, loss))
+    return differences
 
 
 def paired_difference(
-    metric: str,
-    first: RateSummary,
-    second: RateSummary,
-    value: Callable[[RunResult], float | None],
+    name: str, first: RateSummary, second: RateSummary, metric: Metric
 ) -> PairedDifference | None:
-    """`value` of `first` minus `second` by seed; None when they share no finished seed."""
-    of_first = {run.plan.seed: value(run) for run in first.runs}
-    of_second = {run.plan.seed: value(run) for run in second.runs}
+    """`metric` of `first` minus `second` by seed; None if no seed has both. `name` is its title."""
+    subtracted = {run.plan.seed: run.value(metric) for run in second.runs}
     by_seed = {}
-    for seed in sorted(of_first.keys() & of_second.keys()):
-        one, other = of_first[seed], of_second[seed]
+    for run in sorted(first.runs, key=lambda run: run.plan.seed):
+        one, other = run.value(metric), subtracted.get(run.plan.seed)
         if one is not None and other is not None:
-            by_seed[seed] = one - other
-    found = spread(by_seed.values())
-    if found is None:
+            by_seed[run.plan.seed] = one - other
+    values = spread(by_seed.values())
+    if values is None:
         return None
-    low, high = t_interval(found)
-    return PairedDifference(metric, first.arm, second.arm, by_seed, found.mean, found.sd, low, high)
+    low, high = t_interval(values)
+    return PairedDifference(name, first.arm, second.arm, by_seed, values.mean, values.sd, low, high)
 
 
-def t_interval(found: Spread) -> tuple[float | None, float | None]:
+def t_interval(values: Spread) -> tuple[float | None, float | None]:
     """Student's t-interval of the mean at `CONFIDENCE`; (None, None) for a single value."""
-    if found.sd is None:
+    if values.sd is None:
         return None, None
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, found.n - 1) * found.sd / math.sqrt(found.n)
-    return found.mean - float(half), found.mean + float(half)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, values.n - 1) * values.sd / math.sqrt(values.n)
+    return values.mean - float(half), values.mean + float(half)

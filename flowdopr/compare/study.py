@@ -1,4 +1,4 @@
-"""One study, computed once: its table, plots, report and JSON are all made of this value."""
+"""The results of a study, computed once; the table, plots, report and JSON all show this value."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Study:
     metric: str
     """Name of the rollout metric: `FID` in the Inception feature space, `FD` in any other."""
     differences: Sequence[PairDifferences]
-    """Of each arm with DoPr against the arm of the same optimizer without it."""
+    """Each arm with DoPr minus the arm of the same optimizer without it."""
     verdict: Verdict
     styles: dict[str, ArmStyle]
     """By the arm's name."""
@@ -52,7 +52,7 @@ class Study:
 
 
 def build_study(config: Config, runs: Sequence[RunResult]) -> Study:
-    """Everything that the report tells of `runs`."""
+    """Compute everything that the report shows about `runs`."""
     arms = summarise(runs)
     metric = next((run.metric for run in runs if run.final), "FD")
     differences = pair_differences(metric, arms)
@@ -61,10 +61,10 @@ def build_study(config: Config, runs: Sequence[RunResult]) -> Study:
 
 
 def arm_styles(arms: Sequence[ArmSummary]) -> dict[str, ArmStyle]:
-    """A style for each arm; from the eighth arm on, colours return with other markers."""
-    found = {}
+    """A style for each arm; from the eighth arm on, colours repeat with other markers."""
+    styles = {}
     for index, arm in enumerate(arms):
         colour = COLOURS[index % len(COLOURS)]
         marker = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
-        found[arm.name] = ArmStyle(colour, marker, "-" if arm.plan.dopr else "--")
-    return found
+        styles[arm.name] = ArmStyle(colour, marker, "-" if arm.plan.dopr else "--")
+    return styles

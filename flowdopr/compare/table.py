@@ -9,21 +9,21 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from statistics import median
 from typing import Any
 
 from flowdopr.compare.formats import NONE, learning_rate, mean_sd, memory, number, percent, seconds
-from flowdopr.compare.results import RunResult
-from flowdopr.compare.statistics import ArmSummary, Spread
+from flowdopr.compare.results import Metric, RunResult
+from flowdopr.compare.statistics import ArmSummary, RateSummary
 from flowdopr.compare.study import Study
 
 Row = dict[str, Any]
 
 
 def rows(study: Study) -> list[Row]:
-    """Numbers of each arm; arms without a finished run have only their names and their grid."""
+    """The numbers of each arm; an arm without a finished run has only its name and its grid."""
     return [_row(study.metric, arm) for arm in study.arms]
 
 
@@ -31,6 +31,8 @@ def _row(metric: str, arm: ArmSummary) -> Row:
     rate = arm.reported
     first = rate.runs[0] if rate.runs else None
     final = first.final if first else None
+    speeds = [run.seconds_per_step for run in rate.runs if run.seconds_per_step is not None]
+    memories = [run.peak_memory_bytes for run in rate.runs if run.peak_memory_bytes is not None]
     return {
         "arm": arm.name,
         "optimizer": arm.plan.optimizer,
@@ -39,15 +41,15 @@ def _row(metric: str, arm: ArmSummary) -> Row:
         "lr_grid_size": len(arm.rates),
         "lr_by_one_step_loss": arm.tuned_by_loss.lr if arm.tuned_by_loss else None,
         "metric": metric,
-        **_mean_and_sd("fd", rate.fd),
+        **_mean_and_sd(rate, "fd"),
         "seeds": len(rate.runs),
         "fd_images": final.num_images if final else None,
         "nfe": final.nfe if final else None,
-        **_mean_and_sd("one_step_loss", rate.one_step_loss),
-        **_mean_and_sd("label_accuracy", rate.label_accuracy),
+        **_mean_and_sd(rate, "one_step_loss"),
+        **_mean_and_sd(rate, "label_accuracy"),
         "images_seen": first.images_seen if first else None,
-        "seconds_per_step": _median(run.seconds_per_step for run in rate.runs),
-        "peak_memory_bytes": _highest(run.peak_memory_bytes for run in rate.runs),
+        "seconds_per_step": median(speeds) if speeds else None,
+        "peak_memory_bytes": max(memories, default=None),
         "global_batch_size": first.global_batch_size if first else None,
         "hardware": _join_distinct(run.hardware for run in rate.runs),
         "commit": _join_distinct(run.commit for run in rate.runs),
@@ -55,19 +57,10 @@ def _row(metric: str, arm: ArmSummary) -> Row:
     }
 
 
-def _mean_and_sd(name: str, spread: Spread | None) -> Row:
-    if spread is None:
-        return {f"{name}_mean": None, f"{name}_sd": None}
-    return {f"{name}_mean": spread.mean, f"{name}_sd": spread.sd}
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return median(known) if known else None
-
-
-def _highest(values: Iterable[float | None]) -> float | None:
-    return max((value for value in values if value is not None), default=None)
+def _mean_and_sd(rate: RateSummary, metric: Metric) -> Row:
+    values = rate.spread(metric)
+    mean, sd = (values.mean, values.sd) if values else (None, None)
+    return {f"{metric}_mean": mean, f"{metric}_sd": sd}
 
 
 def _join_distinct(values: Iterable[str]) -> str:
@@ -84,14 +77,14 @@ def to_csv(table: Sequence[Row]) -> str:
 
 
 def shown_rows(study: Study, table: Sequence[Row]) -> list[Row]:
-    """The text of the table, by column title; what all arms share is in `shared_values`."""
+    """The text of the report's table, by column title."""
     return [
         {
             "optimizer": arm.name,
             "learning rate": f"{learning_rate(row['lr'])} (of {len(arm.rates)})",
-            f"{study.metric} ↓": mean_sd(arm.reported.fd, 3),
-            "one-step loss ↓": mean_sd(arm.reported.one_step_loss),
-            "label accuracy ↑": percent(arm.reported.label_accuracy),
+            f"{study.metric} ↓": mean_sd(arm.reported.spread("fd"), 3),
+            "one-step loss ↓": mean_sd(arm.reported.spread("one_step_loss")),
+            "label accuracy ↑": percent(arm.reported.spread("label_accuracy")),
             "seeds": row["seeds"],
             "a step": seconds(row["seconds_per_step"]),
             "peak memory": memory(row["peak_memory_bytes"]),
@@ -101,20 +94,18 @@ def shown_rows(study: Study, table: Sequence[Row]) -> list[Row]:
 
 
 def shared_values(study: Study, table: Sequence[Row]) -> dict[str, str]:
-    """Columns that hold the same for every arm, or the different values side by side."""
+    """Values that are usually the same for every arm; different ones side by side."""
 
-    def shared(key: str, show: Any = str) -> str:
+    def shared(key: str, show: Callable[[Any], str] = str) -> str:
         return _join_distinct(show(row[key]) for row in table if row[key] is not None) or NONE
 
     return {
-        f"{study.metric} images": shared("fd_images", lambda n: f"{n:,}"),
+        f"{study.metric} images": shared("fd_images", "{:,}".format),
         "NFE": shared("nfe", lambda nfe: number(nfe) if nfe % 1 else f"{nfe:g}"),
-        "images seen": shared("images_seen", lambda n: f"{n:,}"),
+        "images seen": shared("images_seen", "{:,}".format),
         "global batch": shared("global_batch_size"),
         "hardware": shared("hardware"),
-        "commit": shared(
-            "commit", lambda commit: re.sub(r"[0-9a-f]{40}", lambda m: m[0][:12], commit)
-        ),
+        "commit": re.sub(r"([0-9a-f]{12})[0-9a-f]{28}", r"\1", shared("commit")),
     }
 
 

@@ -34,7 +34,7 @@ def build_verdict(
     differences: Sequence[PairDifferences],
 ) -> Verdict:
     """The verdict on `arms`; `metric` is the name of the rollout metric, FD or FID."""
-    pairs = [_pair_sentence(metric, *of_pair) for of_pair in differences]
+    pairs = [_pair_sentence(*pair) for pair in differences]
     return Verdict(_headline(metric, arms), pairs, _notes(metric, runs, arms))
 
 
@@ -48,18 +48,15 @@ def _headline(metric: str, arms: Sequence[ArmSummary]) -> str:
         return f"{winner.arm} alone has finished runs: {metric} {mean_sd(best, 3)} ({seeds})."
     sentence = f"The samples of {winner.arm} came closest to the data: {metric} {mean_sd(best, 3)}"
     field = listing([f"{rate.arm} ({mean_sd(fd, 3)})" for fd, rate in others])
+    headline = f"{sentence}, ahead of {field}. {_loss_clause(winner, [r for _, r in ranking])}"
     fewest = min(fd.n for fd, _ in ranking)
-    caution = (
-        f" With {count(fewest, 'seed')} an arm this is an observation, not a claim."
-        if fewest < FEWEST_SEEDS_FOR_A_CLAIM
-        else ""
-    )
-    loss_clause = _loss_clause(winner, [rate for _, rate in ranking])
-    return f"{sentence}, ahead of {field}. {loss_clause}{caution}"
+    if fewest < FEWEST_SEEDS_FOR_A_CLAIM:
+        headline += f" With {count(fewest, 'seed')} an arm this is an observation, not a claim."
+    return headline
 
 
 def _loss_clause(winner: RateSummary, ranking: Sequence[RateSummary]) -> str:
-    losses = [(loss.mean, rate.arm) for rate in ranking if (loss := rate.one_step_loss)]
+    losses = [(loss.mean, rate.arm) for rate in ranking if (loss := rate.spread("one_step_loss"))]
     if not losses:
         return ""
     loss, arm = min(losses)
@@ -69,14 +66,13 @@ def _loss_clause(winner: RateSummary, ranking: Sequence[RateSummary]) -> str:
     return f"The lowest one-step loss was {arm}'s: {number(loss)}, against {number(own)}."
 
 
-def _pair_sentence(metric: str, fd: PairedDifference, loss: PairedDifference | None) -> str:
-    parts = [_change(metric, fd)]
-    if loss is not None:
-        parts.append(_change("one-step loss", loss))
-    return f"{fd.first} against {fd.second}: {'; '.join(parts)}. {_strength(metric, fd)}"
+def _pair_sentence(fd: PairedDifference, loss: PairedDifference | None) -> str:
+    changes = "; ".join(_change(difference) for difference in (fd, loss) if difference)
+    return f"{fd.first} against {fd.second}: {changes}. {_strength(fd)}"
 
 
-def _change(metric: str, difference: PairedDifference) -> str:
+def _change(difference: PairedDifference) -> str:
+    metric = difference.metric
     if difference.mean == 0:
         return f"{metric} equal"
     lower = difference.mean < 0
@@ -86,11 +82,11 @@ def _change(metric: str, difference: PairedDifference) -> str:
     return f"{metric} {word} by {amount} ({word} in {agreeing} of {count(difference.n, 'seed')})"
 
 
-def _strength(metric: str, difference: PairedDifference) -> str:
+def _strength(difference: PairedDifference) -> str:
     if not difference.enough_seeds:
         return f"{count(difference.n, 'seed').capitalize()}: too few for a claim."
     low, high = number(difference.low, 3), number(difference.high, 3)
-    interval = f"The 95 % t-interval of the difference in {metric}, {low} to {high},"
+    interval = f"The 95 % t-interval of the difference in {difference.metric}, {low} to {high},"
     if difference.shown:
         return f"{interval} leaves out zero."
     return f"{interval} includes zero: no difference is shown."

@@ -1,11 +1,11 @@
-"""One run of a study in a process of its own: train it, then make the cards that are missing.
+"""One run of a study in its own process: train it, then make its missing evaluation cards.
 
     python -m flowdopr.compare.worker STUDY.yaml RUN_NAME
 
 One process does both, because importing torch twice would cost more than a small run. Its standard
-input is a pipe from the study's process. When that dies, even by kill -9, the pipe closes and the
-worker saves and exits; otherwise it would go on writing into a folder that the next `flowdopr
-compare` works on.
+input is a pipe from the study's process. When the study's process dies, even by kill -9, the pipe
+closes and the worker saves and exits. Otherwise it would go on writing into a run folder that the
+next `flowdopr compare` uses.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from flowdopr.evaluate import evaluate
 from flowdopr.train import Interrupted, TrainingFailed, train
 
 PATIENCE_SECONDS = 60.0
-"""How long to wait for the worker of a study that was killed: it may still be saving."""
+"""How long to wait for an earlier worker of the same run, which may still be saving."""
 
 
 def work(study_file: str | Path, name: str) -> None:
-    """Train and evaluate the run `name` of the study, going on where it was stopped."""
+    """Train and evaluate the run `name` of the study, from where it was stopped."""
     plan = {plan.name: plan for plan in expand(load_config(study_file))}[name]
     train(plan.config, resume=True, patience=PATIENCE_SECONDS)
     for request in read_run(plan).missing:

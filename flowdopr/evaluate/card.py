@@ -5,8 +5,8 @@ sampling {solver {name, ...}, guidance, nfe, num_images, labels, seed, ...},
 extractor {name, space, weights_sha256, held_out_accuracy}, one_step {times, seed},
 reference {name, fingerprint, num_images}, uint8, versions, commit, seconds
 
-`settings` are those that decide the numbers, for telling whether a card answers a question;
-`sampling` repeats those of the rollouts with what came of them.
+`settings` holds every setting that decides the numbers; a card with the same settings need not be
+made again. `sampling` repeats those that decide the images, and adds the NFE and the guide.
 """
 
 import hashlib
@@ -16,34 +16,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from flowdopr.config import Config
-from flowdopr.data import UINT8_RULE, DatasetInfo
+from flowdopr.data import DatasetInfo
 from flowdopr.disk import write_text
 from flowdopr.evaluate.classifier import RECIPE
 from flowdopr.flow import BATCH_DEPENDENT_SOLVERS
-from flowdopr.models.weights import weights_sha256
-from flowdopr.runs.folder import RunFolder
-from flowdopr.runs.guide import Guide
-from flowdopr.runs.provenance import commit, versions
 
 
-def origin(run: RunFolder, model: nn.Module, step: int, weights: str) -> dict[str, Any]:
-    """Which weights, and which code makes images of them."""
-    return {
-        "run": run.config.name,
-        "step": step,
-        "weights": weights,
-        "checkpoint": {"step": step, "sha256": weights_sha256(model)},
-        "uint8": UINT8_RULE,
-        "versions": versions(),
-        "commit": commit(),
-    }
-
-
-def decoder_record(dataset: DatasetInfo, config: Config) -> dict[str, Any] | None:
-    """What decodes a model's latents, where `config.data.autoencoder` says it lies; None: pixels"""
+def autoencoder_record(dataset: DatasetInfo, config: Config) -> dict[str, Any] | None:
+    """The autoencoder of a data set of latents, at `data.autoencoder` if that is set; None for
+    pixels."""
     if dataset.autoencoder is None:
         return None
     moved = {"name": config.data.autoencoder} if config.data.autoencoder else {}
@@ -51,35 +33,30 @@ def decoder_record(dataset: DatasetInfo, config: Config) -> dict[str, Any] | Non
 
 
 def sampling_settings(config: Config) -> dict[str, Any]:
-    """What decides the rollouts: section `sample` without the number of images, and without the
-    batch size where images do not depend on it."""
+    """The settings that decide the images: section `sample` without the number of images, and
+    without the batch size unless the solver's steps depend on it."""
     ignored = {"num_images"}
     if config.sample.solver.name not in BATCH_DEPENDENT_SOLVERS:
         ignored |= {"batch_size"}
     return config.sample.model_dump(mode="json", exclude=ignored)
 
 
-def guide_record(guide: Guide) -> dict[str, Any]:
-    """Which weights guided the rollouts, for a card's `sampling`; empty if none did."""
-    if guide.model is None:
-        return {}
-    return {"guide": (guide.origin or {}) | {"sha256": weights_sha256(guide.model)}}
-
-
 def card_settings(config: Config, dataset: DatasetInfo, *, processes: int = 1) -> dict[str, Any]:
     """Every setting that the numbers of a card depend on, as plain JSON values.
 
     Args:
-        processes: that share the rollouts; it matters to solvers that depend on the batch alone.
+        processes: number of processes that draw the images; only solvers whose steps depend on the
+            batch give other images for another number.
     """
     chosen = config.evaluate
-    sampling = sampling_settings(config)
+    conditional = config.model.class_conditional and dataset.num_classes > 0
+    sampling = sampling_settings(config) | {
+        "num_images": chosen.fid_num_images,
+        "labels": chosen.labels if conditional else None,
+        "seed": chosen.seed,
+    }
     if "batch_size" in sampling:
         sampling["processes"] = processes
-    sampling["num_images"] = chosen.fid_num_images
-    conditional = config.model.class_conditional and dataset.num_classes > 0
-    sampling["labels"] = chosen.labels if conditional else None
-    sampling["seed"] = chosen.seed
     extractor = chosen.extractor.model_dump(mode="json")
     if chosen.extractor.name == "classifier":
         extractor["recipe"] = RECIPE
@@ -91,7 +68,7 @@ def card_settings(config: Config, dataset: DatasetInfo, *, processes: int = 1) -
         "reference": dataset.fingerprint,
     }
     if chosen.bpd is not None:
-        # Its solver is adaptive whatever the rollouts' is, so the batch size counts.
+        # The likelihood's solver is always adaptive, so its steps depend on the batch.
         batch = {"batch_size": config.sample.batch_size}
         settings["bpd"] = chosen.bpd.model_dump(mode="json") | batch
     if chosen.excess is not None:
@@ -112,16 +89,14 @@ def card_path(folder: Path, step: int, settings: Mapping[str, Any]) -> Path:
     return folder / f"step-{step:08d}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
 
 
-def read_card(path: Path) -> dict[str, Any] | None:
-    """The card at `path`, None if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def read_card(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_card(path: Path, card: Mapping[str, Any]) -> None:
     """Write `card` whole or not at all; a number that is not finite becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(card), indent=2, allow_nan=False)
-    write_text(path, text + "\n")
+    write_text(path, json.dumps(_finite(card), indent=2, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -1,10 +1,10 @@
 """A small classifier of the data set itself, whose features stand in for Inception's.
 
-Inception knows photographs; on digits, or where its weights are not at hand, the features of a
-network trained on the very data set judge better and cost a minute. It is trained once for each
-data set, always on one CPU thread and from one seed, and kept in a cache under the data set's
-fingerprint. A distance between its features is an FD in that data set's own space, comparable with
-others that name the same weights, and with nothing else.
+Inception was trained on photographs. On digits, or without Inception's weights, the features of a
+network trained on the data set itself judge better and cost a minute. This classifier is trained
+once for each data set, always on one CPU thread and from one seed, and cached under the data set's
+fingerprint. A Frechet distance between its features is an FD; it can be compared only with an FD
+whose card names the same weights.
 
 Shapes: images uint8 `(B, C, H, W)`, features `(B, 64)`, logits `(B, num_classes)`.
 """
@@ -32,6 +32,7 @@ NUM_FEATURES = 64
 LARGEST_SIDE = 32  # larger images are averaged down to it
 STEPS, BATCH_SIZE, PEAK_LR = 400, 128, 5e-3
 MAX_HELD_OUT = 10_000
+TOGETHER = 500  # images in one call when nothing is trained
 
 
 class Classifier(nn.Module):
@@ -53,8 +54,8 @@ class Classifier(nn.Module):
             blocks += [nn.ReLU()]
         self.body = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten())
         self.features = nn.Linear(4 * widths[-1], NUM_FEATURES)
-        # Set after training so that features have mean square 1: KID's kernel (1 + a.b / D)^3
-        # presumes it, and distances are of a readable size.
+        # Set after training so that features have mean square 1, as KID's kernel (1 + a.b / D)^3
+        # assumes; it also gives distances a readable size.
         self.register_buffer("scale", torch.ones(()))
         self.head = nn.Sequential(nn.ReLU(), nn.Linear(NUM_FEATURES, num_classes))
 
@@ -67,7 +68,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class TrainedClassifier:
-    """A classifier on disk: `path` of its weights, their sha256, its accuracy on held-out data."""
+    """A classifier on disk: the path of its weights, their hash, and its held-out accuracy."""
 
     path: Path
     weights_sha256: str
@@ -84,7 +85,7 @@ def cache_folder() -> Path:
 def trained_classifier(datasets: Datasets) -> TrainedClassifier:
     """The classifier of this data set, from the cache or trained now.
 
-    Two processes that train it at once write the same file; neither sees the other's half.
+    Two processes may train it at once: both write the same file, each atomically.
 
     Raises:
         ValueError: the data set has no classes.
@@ -126,31 +127,30 @@ def train_classifier(model: Classifier, dataset: ImageDataset, steps: int = STEP
         schedule.step()
     model.eval()
     with torch.no_grad():
-        images, _ = dataset.batch(_spread(len(dataset), 1000))
+        images, _ = dataset.batch(_evenly_spaced(len(dataset), 1000))
         model.scale.copy_(model(images)[0].square().mean().sqrt())
     return model
 
 
-def _spread(total: int, at_most: int) -> Tensor:
-    """Indices of at most so many images, evenly over all: files may lie sorted by class."""
+def _evenly_spaced(total: int, at_most: int) -> Tensor:
+    """At most `at_most` indices, evenly spaced because images may be sorted by class."""
     return torch.arange(0, total, max(1, total // at_most))[:at_most]
 
 
 @torch.no_grad()
 def accuracy(model: Classifier, dataset: ImageDataset) -> float:
-    """Share of (at most 10,000) images whose largest logit is their label's."""
-    right = total = 0
-    for indices in _spread(len(dataset), MAX_HELD_OUT).split(500):
-        images, labels = dataset.batch(indices)
+    """Fraction of at most 10,000 images that are classified as their label."""
+    indices, right = _evenly_spaced(len(dataset), MAX_HELD_OUT), 0
+    for part in indices.split(TOGETHER):
+        images, labels = dataset.batch(part)
         right += int((predict(model, images) == labels).sum())
-        total += len(labels)
-    return right / total
+    return right / len(indices)
 
 
 @torch.no_grad()
 def predict(model: Classifier, images: Tensor) -> Tensor:
     """Labels `(N,)` of uint8 images `(N, C, H, W)`, on the CPU."""
-    return torch.cat([model(images[part])[1].argmax(1) for part in _chunks(len(images))])
+    return torch.cat([model(part)[1].argmax(1) for part in images.split(TOGETHER)])
 
 
 @contextmanager
@@ -164,10 +164,6 @@ def _same_everywhere() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _chunks(total: int, size: int = 500) -> Iterator[Tensor]:
-    yield from torch.arange(total).split(size)
 
 
 def _save(path: Path, model: Classifier, held_out_accuracy: float) -> None:

@@ -16,24 +16,9 @@ from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from flowdopr.config import Config, ConfigError, apply_overrides
-from flowdopr.evaluate.card import (
-    decoder_record,
-    guide_record,
-    origin,
-    sampling_settings,
-    write_card,
-)
-from flowdopr.evaluate.generate import (
-    balanced_labels,
-    generate_images,
-    repeated_labels,
-)
-from flowdopr.flow import build_sampling
-from flowdopr.flow.objective import num_classes_of
-from flowdopr.latents import load_decoder
-from flowdopr.processes import device_of, this_process
-from flowdopr.runs.folder import RunFolder
-from flowdopr.runs.guide import load_guide
+from flowdopr.evaluate.card import autoencoder_record, sampling_settings, write_card
+from flowdopr.evaluate.generate import ImageSampler, balanced_labels, repeated_labels
+from flowdopr.runs import RunFolder
 
 MAX_IN_GRID = 100
 SMALLEST_IN_GRID = 32  # pixels; smaller images are magnified
@@ -63,39 +48,28 @@ def sample(
         overrides: `sample.key=value`, such as `sample.solver=dopri5`.
         labels: repeated over the images; None: all classes in turn.
         weights: "ema", "raw" or any other that `RunFolder.load_weights` knows.
-        autoencoder: where the autoencoder of a run on latents lies now.
+        autoencoder: the new place of the autoencoder of a run on latents, if it was moved.
 
     Raises:
         ConfigError, ValueError: `out` holds files, no such run or checkpoint, unknown labels,
             settings that cannot be used.
     """
-    out, state = Path(out), this_process()
+    out = Path(out)
     _check(num, out)
     folder = RunFolder.open(run)
     config = _changed(folder.config, overrides, autoencoder)
-    decoder = decoder_record(folder.dataset, config)
-    guide = load_guide(config, folder.dataset, device_of(state))
-    model, step = folder.load_model(step, weights, device_of(state))
-    y = _labels(num, labels, num_classes_of(model) or 0)
-    images, nfe = generate_images(
-        model,
-        y,
-        num,
-        sampling=build_sampling(config),
-        seed=seed,
-        batch_size=config.sample.batch_size,
-        state=state,
-        guide_model=guide.model,
-        decode=load_decoder(decoder, device_of(state)),
-    )
-    if state.is_main_process:
-        known = list(labels) if labels else None if y is None else "balanced"
-        described = sampling_settings(config) | guide_record(guide)
-        described |= {"nfe": nfe, "num_images": num, "seed": seed, "labels": known}
-        card = origin(folder, model, step, weights) | {"sampling": described}
-        card |= {"autoencoder": decoder} if decoder else {}
+    record = autoencoder_record(folder.dataset, config)
+    sampler = ImageSampler.load(folder, config, step, weights)
+    y = _labels(num, labels, sampler.num_classes)
+    images, nfe = sampler.draw(num, y, seed=seed, autoencoder=record)
+    if sampler.state.is_main_process:
+        used = list(labels) if labels else None if y is None else "balanced"
+        drawn = {"nfe": nfe, "num_images": num, "seed": seed, "labels": used}
+        sampling = sampling_settings(config) | sampler.guide_record() | drawn
+        card = sampler.origin() | {"sampling": sampling}
+        card |= {"autoencoder": record} if record else {}
         _write_folder(out, images, y, card, npz=npz)
-    state.wait_for_everyone()
+    sampler.state.wait_for_everyone()
     return out
 
 
@@ -107,21 +81,23 @@ def _check(num: int, out: Path) -> None:
 
 
 def _changed(config: Config, overrides: Iterable[str], autoencoder: str | None) -> Config:
-    """The run's config with what was asked for, which may touch the section `sample` alone."""
+    """The run's config with `overrides`, which may change the section `sample` only."""
     changes = list(overrides)
     for change in changes:
         key = change.partition("=")[0]
         if not key.startswith("sample."):
             raise ConfigError(f"override '{change}': only sample.* can change what a run draws")
         if key == "sample.num_images":
-            raise ConfigError(f"override '{change}': it is of training's grids; give --num")
+            raise ConfigError(
+                f"override '{change}': it sets the grids drawn in training; give --num"
+            )
     if autoencoder is not None:
         changes.append(f"data.autoencoder={json.dumps(autoencoder)}")
     return apply_overrides(config, changes)
 
 
 def _labels(num: int, labels: Sequence[int] | None, num_classes: int) -> Tensor | None:
-    """The labels asked for, else all classes in turn, else none."""
+    """`labels` repeated; without them all classes in turn; None for an unconditional model."""
     if labels is not None:
         return repeated_labels(num, labels, num_classes)
     return balanced_labels(num, num_classes) if num_classes else None
@@ -134,7 +110,7 @@ def _write_folder(
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    part.chmod(0o755)  # mkdtemp's is for the owner alone
+    part.chmod(0o755)  # mkdtemp lets only the owner read it
     try:
         for number, image in enumerate(images):
             to_pil_image(image).save(part / f"{number:06d}.png")
@@ -149,7 +125,7 @@ def _write_folder(
             out.rmdir()
         os.replace(part, out)
     finally:
-        shutil.rmtree(part, ignore_errors=True)  # where something failed; else it is gone
+        shutil.rmtree(part, ignore_errors=True)  # after success it has another name
 
 
 def grid(images: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""What needs no samples: bits per dimension of held-out images, and the excess one-step error.
+"""Metrics of the model itself, which need no samples: the held-out one-step loss, bits per
+dimension of held-out images, and the excess over the exact velocity of the training set.
 
-Both say of the model itself what FD says of its samples only. Their settings go into the card.
+Each function returns its metrics and, for the card, the settings that they were measured with.
 """
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,16 @@ from flowdopr.data import Datasets, plain_batches
 from flowdopr.data.loader import picks_between
 from flowdopr.data.memory import Picks
 from flowdopr.flow import (
+    ONE_STEP_BATCH,
     EmpiricalVelocity,
     Sampling,
     bits_per_dim,
     build_objective,
     build_sampling,
     excess_error,
+    one_step_loss,
     rollout_excess,
+    rollout_span,
 )
 from flowdopr.flow.objective import num_classes_of
 from flowdopr.linalg import full_float32
@@ -31,11 +35,8 @@ LARGEST_TRAINING_SET = 100_000  # images the oracle compares with, mirrored copi
 POINTS_TOGETHER = 128  # fixed, because noise and times are drawn batch by batch
 
 
-class Measured(NamedTuple):
-    """Numbers for the card's `metrics`, and how they came about."""
-
-    metrics: dict[str, Any]
-    settings: dict[str, Any]
+Measured = tuple[dict[str, Any], dict[str, Any]]
+"""Metrics, and the settings that they were measured with."""
 
 
 def check_exact(config: Config, datasets: Datasets) -> None:
@@ -62,11 +63,38 @@ def check_exact(config: Config, datasets: Datasets) -> None:
             "evaluate.excess is known in closed form for flow.coupling=independent, not "
             f"{config.flow.coupling.name}; set evaluate.excess=null"
         )
-    if (total := _number_of_points(config, datasets)) > LARGEST_TRAINING_SET:
+    total = len(datasets.train) * (2 if config.data.horizontal_flip else 1)
+    if total > LARGEST_TRAINING_SET:
         raise ConfigError(
             f"evaluate.excess compares each call with all {total} training images, more than "
             f"{LARGEST_TRAINING_SET}; set evaluate.excess=null"
         )
+
+
+def measure_model(config: Config, model: nn.Module, datasets: Datasets, device: Any) -> Measured:
+    """All chosen metrics; the settings by section of the card."""
+    metrics, settings = {}, {}
+    for section, chosen, measure in (
+        ("one_step", True, held_out_loss),
+        ("likelihood", config.evaluate.bpd, likelihood),
+        ("oracle", config.evaluate.excess, excess),
+    ):
+        if chosen:
+            numbers, settings[section] = measure(config, model, datasets, device)
+            metrics |= numbers
+    return metrics, settings
+
+
+def held_out_loss(config: Config, model: nn.Module, datasets: Datasets, device: Any) -> Measured:
+    """The one-step loss of the held-out images, as a mean and by time."""
+    objective, seed = build_objective(config), config.evaluate.seed
+    held_out = plain_batches(datasets.held_out, ONE_STEP_BATCH, device)
+    with full_float32():
+        loss = one_step_loss(objective, model, held_out, seed=seed)
+    start, end = rollout_span(objective.path, objective.prediction)
+    times = {"distribution": "uniform", "start": start, "end": end}
+    metrics = {"one_step_loss": loss.mean, "one_step_loss_by_time": loss.by_time}
+    return metrics, {"times": times, "seed": seed}
 
 
 def likelihood(config: Config, model: nn.Module, datasets: Datasets, device: Any) -> Measured:
@@ -101,14 +129,17 @@ def likelihood(config: Config, model: nn.Module, datasets: Datasets, device: Any
         "dequantisation": "uniform",
         "seed": seed,
     }
-    return Measured({"bpd": bits.mean().item(), "bpd_se": error}, settings)
+    return {"bpd": bits.mean().item(), "bpd_se": error}, settings
 
 
 def excess(config: Config, model: nn.Module, datasets: Datasets, device: Any) -> Measured:
-    """The model's error over the exact velocity of its training set: `excess` on the path, where
-    `train_one_step_loss` = `excess` + `irreducible` in expectation, and `rollout_excess` where its
-    own rollouts go; of the velocity it grows without bound towards t = 1, so it is read by time or
-    taken in the space of the data."""
+    """How far the model is from the exact velocity of its training set.
+
+    `excess` is measured at points of the path, where `train_one_step_loss` = `excess` +
+    `irreducible` in expectation; `rollout_excess` at the points that the model's own rollouts
+    visit. There the error in velocity grows without bound towards t = 1, so read it by time, or
+    set `evaluate.excess.space=data`.
+    """
     chosen = config.evaluate.excess
     assert chosen is not None
     images, labels = _training_points(config, datasets)
@@ -149,20 +180,16 @@ def excess(config: Config, model: nn.Module, datasets: Datasets, device: Any) ->
         "guidance_scale": 1.0,
         "seed": seed,
     }
-    return Measured(metrics, settings)
+    return metrics, settings
 
 
 def _unguided(config: Config, **changes: Any) -> Sampling:
-    """The run's rollouts without guidance, whose velocity is not that of a distribution."""
+    """The run's sampling without guidance: a guided velocity belongs to no distribution."""
     return replace(build_sampling(config), guidance_scale=1.0, **changes)
 
 
-def _number_of_points(config: Config, datasets: Datasets) -> int:
-    return len(datasets.train) * (2 if config.data.horizontal_flip else 1)
-
-
 def _training_points(config: Config, datasets: Datasets) -> tuple[Tensor, Tensor]:
-    """All that training can show: x_1 (N, C, H, W) and labels, with mirrored copies if it does."""
+    """All images that training can draw: x_1 (N, C, H, W) and labels, mirrored copies included."""
     train = datasets.train
     images = torch.cat([x_1 for x_1, _ in plain_batches(train, 4096)])
     if not config.data.horizontal_flip:

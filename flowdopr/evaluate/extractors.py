@@ -22,35 +22,31 @@ CLASSIFIER, INCEPTION = "flowdopr-classifier", "inception-v3-compat"
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature space that distances are measured in.
-
-    name: torch-fidelity's. space: in words, for the card. weights: file of its weights.
-    channels: what its input must have, None for the data set's own. distance: the name that a
-    Frechet distance between its features may bear.
-    """
+    """A feature space in which distances are measured."""
 
     name: str
+    """Name in torch-fidelity's registry."""
     space: str
+    """Description for the card."""
     weights: Path
     weights_sha256: str
     channels: int | None
+    """Channels that its input must have; None: as many as the data set has."""
     distance: str
+    """Name of the Frechet distance in this space, "fd" or "fid"."""
     held_out_accuracy: float | None = None
 
     def to_dict(self) -> dict[str, str | float | None]:
-        return {
-            "name": self.name,
-            "space": self.space,
-            "weights_sha256": self.weights_sha256,
-            "held_out_accuracy": self.held_out_accuracy,
-        }
+        """The fields that a card holds."""
+        kept = ("name", "space", "weights_sha256", "held_out_accuracy")
+        return {name: getattr(self, name) for name in kept}
 
 
 class ClassifierFeatures(FeatureExtractorBase):
-    """The classifier of `evaluate.classifier` as torch-fidelity wants it.
+    """The classifier of `evaluate.classifier` behind torch-fidelity's interface.
 
-    Features are given in float64: torch-fidelity keeps their type for the means, and a float32 mean
-    over many thousand images loses digits.
+    Features are float64, because torch-fidelity takes means in their type and a float32 mean over
+    many thousand images loses digits.
     """
 
     def __init__(
@@ -106,7 +102,7 @@ def classifier_extractor(datasets: Datasets) -> Extractor:
 def inception_extractor(weights: str | None) -> Extractor:
     """torch-fidelity's Inception with the weights in `weights`, downloaded if None.
 
-    Loaded once here, so that missing or wrong weights are known before anything is sampled.
+    The weights are loaded here to find out that they are missing or wrong before sampling.
 
     Raises:
         ValueError: the weights can be neither found nor downloaded nor read.
@@ -114,11 +110,11 @@ def inception_extractor(weights: str | None) -> Extractor:
     hub = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[-1]
     path = Path(weights) if weights else hub
     alternatives = (
-        "give evaluate.inception_weights the path of torch-fidelity's "
-        f"{hub.name}, or use evaluate.extractor=classifier (FD)"
+        f"set evaluate.extractor.weights to the path of torch-fidelity's {hub.name}, or use "
+        "evaluate.extractor=classifier (FD)"
     )
     if weights and not path.is_file():
-        raise ValueError(f"evaluate.inception_weights: there is no file '{path}'; {alternatives}")
+        raise ValueError(f"evaluate.extractor.weights: there is no file '{path}'; {alternatives}")
     try:
         create_feature_extractor(
             INCEPTION,
@@ -131,7 +127,7 @@ def inception_extractor(weights: str | None) -> Extractor:
         failed = "cannot be read" if path.is_file() else "could not be downloaded"
         reason = " ".join(str(error).split())[:120]
         raise ValueError(
-            f"evaluate.inception_weights: '{path}' {failed} ({reason}); {alternatives}"
+            f"evaluate.extractor.weights: '{path}' {failed} ({reason}); {alternatives}"
         ) from None
     return Extractor(
         name=INCEPTION,

@@ -19,7 +19,7 @@ from flowdopr.linalg import full_float32
 LARGEST_KID_SUBSET = 1000
 PRC_NEIGHBOURS = 3
 
-# torch-fidelity's names -> ours; its Frechet distance bears the name of the extractor's space.
+# torch-fidelity's names -> ours; the extractor names the Frechet distance, "fd" or "fid".
 NAMES = {
     torch_fidelity.KEY_METRIC_KID_MEAN: "kid_mean",
     torch_fidelity.KEY_METRIC_KID_STD: "kid_std",
@@ -32,7 +32,7 @@ NAMES = {
 
 
 class BareImages(Dataset[Tensor]):
-    """Only the images of a data set, grey ones repeated if three channels are asked for."""
+    """The images of a data set without labels; grey images are repeated to fill `channels`."""
 
     def __init__(self, images: ImageDataset, channels: int | None = None):
         self.images, self.channels = images, channels
@@ -57,10 +57,10 @@ def fidelity(
     device: torch.device | str = "cpu",
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """The chosen `metrics` (of fd, kid, isc, prc) of `generated` against `reference`.
+    """The chosen `metrics` (among fd, kid, isc, prc) of `generated` against `reference`.
 
     Features of the reference are cached under a hash of its fingerprint and of the extractor's
-    weights; those of the generated images never are.
+    weights; those of the generated images are not cached.
 
     Returns:
         "fd" or "fid" (by the extractor), "kid_mean", "kid_std" (over 100 subsets of up to 1,000
@@ -96,7 +96,7 @@ def fidelity(
             prc_neighborhood=PRC_NEIGHBOURS,
             batch_size=batch_size,
             cuda=torch.device(device).type == "cuda",
-            save_cpu_ram=True,  # no loader processes, neighbours in blocks
+            save_cpu_ram=True,  # no loader processes; nearest neighbours in blocks
             verbose=False,
         )
     names = NAMES | {torch_fidelity.KEY_METRIC_FID: extractor.distance}
@@ -104,6 +104,6 @@ def fidelity(
 
 
 def _cache_name(fingerprint: str, num_images: int, extractor: Extractor) -> str:
-    """torch-fidelity's own key names neither weights nor images: all of that goes in here."""
+    """A cache key with the images and the weights, which torch-fidelity's own key leaves out."""
     parts = (fingerprint, num_images, extractor.weights_sha256, torch_fidelity.__version__)
     return "reference-" + hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

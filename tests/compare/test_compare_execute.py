@@ -1,6 +1,5 @@
-"""Runs are started some at a time, failures are told, signals are passed on, nothing is lost."""
+"""Several runs at the same time: their failures are reported and signals reach them."""
 
-import io
 import os
 import signal
 import subprocess
@@ -11,7 +10,6 @@ import time
 from itertools import pairwise
 
 import pytest
-from rich.console import Console
 
 from flowdopr.compare.execute import Executor, usable_cores, worker_environment
 from flowdopr.compare.plan import expand
@@ -29,26 +27,29 @@ time.sleep(60)
 """
 
 
-def run(study, tmp_path, code_of, workers=2):
-    """Execute the tiny study with `python -c` in place of its worker; what it printed."""
+@pytest.fixture
+def run(study, tmp_path, capsys):
+    """`run(code_of)` executes the tiny study with `python -c` in place of its worker; returns the
+    executor and what it printed."""
     plans = expand(study)
-    written = io.StringIO()
-    display = Display(len(plans), 0, Console(file=written, width=200))
 
-    def command(plan):
-        return [sys.executable, "-c", code_of(plan), str(tmp_path / plan.name)]
+    def execute(code_of, workers=2):
+        def command(plan):
+            return [sys.executable, "-c", code_of(plan), str(tmp_path / plan.name)]
 
-    executor = Executor(command, workers=workers)
-    with display:
-        outcome = executor.execute(plans, display)
-    return outcome, written.getvalue()
+        executor = Executor(command, workers=workers)
+        with Display(len(plans), 0) as display:
+            executor.execute(plans, display)
+        return executor, capsys.readouterr().err
+
+    return execute
 
 
-def test_a_failing_run_does_not_stop_the_others(study, tmp_path):
+def test_a_failing_run_does_not_stop_the_others(run, study, tmp_path):
     bad = "AdamW-lr0.001-s0"
     touch = "import pathlib, sys; pathlib.Path(sys.argv[1]).touch()"
-    outcome, printed = run(study, tmp_path, lambda plan: FAIL if plan.name == bad else touch)
-    assert (outcome.failed, outcome.signum) == ([bad], 0)
+    executor, printed = run(lambda plan: FAIL if plan.name == bad else touch)
+    assert (executor.failed, executor.signum) == ([bad], 0)
     assert "the last words" in printed
     assert "[4/4]" in printed
     done = {plan.name for plan in expand(study) if (tmp_path / plan.name).exists()}
@@ -56,9 +57,9 @@ def test_a_failing_run_does_not_stop_the_others(study, tmp_path):
     assert expand(study)[0].failure.read_text() == "first words\nthe last words\n"
 
 
-def test_an_explained_failure_needs_no_log(study, tmp_path):
+def test_an_explained_failure_needs_no_log(run):
     code = "import sys; print('a long log'); sys.exit('error: lower the learning rate')"
-    _, printed = run(study, tmp_path, lambda plan: code)
+    _, printed = run(lambda plan: code)
     assert "error: lower the learning rate" in printed
     assert "a long log" not in printed
 
@@ -80,22 +81,22 @@ def test_a_worker_stops_when_its_study_dies():
     assert worker.returncode == -signal.SIGTERM
 
 
-def test_a_run_that_is_tried_again_is_no_longer_failed(study, tmp_path):
-    run(study, tmp_path, lambda plan: FAIL)
-    outcome, _ = run(study, tmp_path, lambda plan: "")
-    assert outcome.failed == []
+def test_a_run_that_is_tried_again_is_no_longer_failed(run, study):
+    run(lambda plan: FAIL)
+    executor, _ = run(lambda plan: "")
+    assert executor.failed == []
     assert not any(plan.failure.exists() for plan in expand(study))
 
 
-def test_never_more_than_workers_at_a_time(study, tmp_path):
+def test_never_more_than_workers_at_a_time(run, study):
     code = "import sys, time; t = time.time(); time.sleep(0.5); print(t, time.time())"
-    run(study, tmp_path, lambda plan: code, workers=1)
+    run(lambda plan: code, workers=1)
     logs = [plan.log.read_text() for plan in expand(study)]
     spans = sorted(tuple(map(float, log.split())) for log in logs)
     assert all(before[1] <= after[0] for before, after in pairwise(spans))
 
 
-def test_a_signal_reaches_the_runs_and_starts_no_more(study, tmp_path):
+def test_a_signal_reaches_the_runs_and_starts_no_more(run, study, tmp_path):
     first, second, *others = [tmp_path / plan.name for plan in expand(study)]
 
     def interrupt():
@@ -104,9 +105,9 @@ def test_a_signal_reaches_the_runs_and_starts_no_more(study, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=interrupt).start()
-    outcome, printed = run(study, tmp_path, lambda plan: WAIT)
-    assert outcome.signum == signal.SIGTERM
-    assert outcome.failed == []
+    executor, printed = run(lambda plan: WAIT)
+    assert executor.signum == signal.SIGTERM
+    assert executor.failed == []
     assert first.read_text() == second.read_text() == "saved"
     assert not any(path.exists() for path in others)
     assert printed.count("stopped") == 2

@@ -18,7 +18,7 @@ from flowdopr.compare.study import build_study
 from flowdopr.config import ConfigError, apply_overrides
 from flowdopr.data import DatasetInfo
 from flowdopr.evaluate.card import card_settings
-from flowdopr.runs.folder import RunFolder
+from flowdopr.runs import RunFolder
 
 DIGITS = DatasetInfo("digits", (1, 8, 8), 10, tuple("0123456789"), 1600, 197, "f" * 64)
 MADE_BY = {

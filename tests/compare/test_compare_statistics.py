@@ -43,10 +43,6 @@ def verdict(runs):
     return build_study(CONFIG, runs).verdict
 
 
-def fd(run):
-    return run.fd
-
-
 def test_spread_is_the_sample_deviation():
     found = spread([1.0, 2.0, 4.0, None])
     assert found.mean == pytest.approx(7 / 3)
@@ -64,7 +60,7 @@ def test_the_rollouts_choose_the_rate_and_the_mean_decides():
     ]
     (arm,) = summarise(runs)
     assert arm.tuned.lr == 0.2
-    assert arm.tuned.fd.mean == 3.5
+    assert arm.tuned.spread("fd").mean == 3.5
     assert arm.tuned_by_loss.lr == 0.1
 
 
@@ -83,7 +79,7 @@ def test_an_arm_without_a_finished_run_has_no_rate():
 def test_paired_difference_is_scipys_interval():
     first = {0: 1.0, 1: 2.5, 2: 2.0, 3: 4.0}
     second = {0: 2.0, 1: 3.0, 2: 3.5, 3: 4.5, 7: 100.0}  # seed 7 has no partner
-    found = paired_difference("FD", rate("dopr", first), rate("plain", second), fd)
+    found = paired_difference("FD", rate("dopr", first), rate("plain", second), "fd")
     assert found.by_seed == {0: -1.0, 1: -0.5, 2: -1.5, 3: -0.5}
     reference = stats.ttest_rel([*first.values()], [second[seed] for seed in first])
     interval = reference.confidence_interval(0.95)
@@ -93,15 +89,15 @@ def test_paired_difference_is_scipys_interval():
 
 
 def test_few_seeds_show_nothing_however_clear_they_look():
-    found = paired_difference("FD", rate("a", {0: 1.0, 1: 1.0}), rate("b", {0: 9.0, 1: 9.1}), fd)
+    found = paired_difference("FD", rate("a", {0: 1.0, 1: 1.0}), rate("b", {0: 9.0, 1: 9.1}), "fd")
     assert found.high < 0
     assert not found.shown
-    single = paired_difference("FD", rate("a", {0: 1.0}), rate("b", {0: 9.0}), fd)
+    single = paired_difference("FD", rate("a", {0: 1.0}), rate("b", {0: 9.0}), "fd")
     assert (single.sd, single.low, single.high, single.shown) == (None, None, None, False)
 
 
 def test_no_shared_seed_no_difference():
-    assert paired_difference("FD", rate("a", {0: 1.0}), rate("b", {1: 9.0}), fd) is None
+    assert paired_difference("FD", rate("a", {0: 1.0}), rate("b", {1: 9.0}), "fd") is None
 
 
 def test_pairs_are_an_optimizer_with_and_without_activation_preconditioning():

@@ -16,7 +16,7 @@ from flowdopr.compare.plan import expand, study_path
 from flowdopr.compare.progress import last_step
 from flowdopr.config import ConfigError, apply_overrides
 from flowdopr.evaluate import classifier
-from flowdopr.runs.folder import RunFolder
+from flowdopr.runs import RunFolder
 from flowdopr.train import Interrupted
 
 LONG = 300  # steps of the run that is interrupted: more than a second on any machine

@@ -5,7 +5,7 @@ from untrained import make_config, save_random_checkpoint
 
 from flowdopr.data import Datasets
 from flowdopr.latents import build_datasets
-from flowdopr.runs.folder import RunFolder
+from flowdopr.runs import RunFolder
 
 
 @pytest.fixture(scope="session", autouse=True)

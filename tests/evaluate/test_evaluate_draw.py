@@ -118,7 +118,7 @@ def test_options_are_settings_with_the_overrides_after_them(make_run, tmp_path):
     [
         ("evaluate.seed=3", r"override 'evaluate.seed=3': only sample\.\* can change what a run"),
         ("flow.path=cosine", r"only sample\.\* can change"),
-        ("sample.num_images=9", "it is of training's grids; give --num"),
+        ("sample.num_images=9", "it sets the grids drawn in training; give --num"),
         ("sample.solver.stepz=3", "solver.stepz: euler has no such setting; did you mean 'steps'"),
         ("sample.guidance.interval=[0.5, 0.2]", "need 0 <= low < high <= 1"),
     ],

@@ -13,8 +13,7 @@ from flowdopr.data import to_uint8
 from flowdopr.evaluate import evaluate, sample
 from flowdopr.evaluate.generate import balanced_labels
 from flowdopr.flow import build_sampling, generate
-from flowdopr.runs.folder import RunFolder
-from flowdopr.runs.guide import load_guide
+from flowdopr.runs import RunFolder, load_guide
 from flowdopr.train import train
 
 QUICK = ["evaluate.metrics=[]", "evaluate.fid_num_images=12"]

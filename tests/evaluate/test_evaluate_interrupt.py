@@ -4,16 +4,17 @@ import pytest
 
 from flowdopr.cli import run_command
 from flowdopr.evaluate import draw, measure
+from flowdopr.evaluate.generate import ImageSampler
 
 
 def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("place", ["generate_images", "grid"])
+@pytest.mark.parametrize("place", [(ImageSampler, "draw"), (draw, "grid")])
 def test_sample_leaves_nothing(make_run, tmp_path, monkeypatch, capsys, place):
     run = make_run()
-    monkeypatch.setattr(draw, place, interrupt)
+    monkeypatch.setattr(*place, interrupt)
     before = sorted(tmp_path.rglob("*"))
     assert (
         run_command(["sample", str(run.path), "--num", "4", "--out", str(tmp_path / "out")]) == 130

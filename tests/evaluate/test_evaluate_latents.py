@@ -16,7 +16,7 @@ from flowdopr.data import plain_batches, to_uint8
 from flowdopr.evaluate import classifier, evaluate, sample
 from flowdopr.flow import build_sampling, generate
 from flowdopr.latents import Autoencoder, build_datasets, build_pixel_datasets, encode, load_decoder
-from flowdopr.runs.folder import RunFolder
+from flowdopr.runs import RunFolder
 from flowdopr.train import train
 
 

@@ -10,9 +10,8 @@ from flowdopr.data import plain_batches
 from flowdopr.evaluate import evaluate
 from flowdopr.evaluate.card import answers, card_settings, write_card
 from flowdopr.evaluate.generate import balanced_labels, labels_like_data, repeated_labels
-from flowdopr.evaluate.measure import ONE_STEP_BATCH
-from flowdopr.flow import build_objective, one_step_loss
-from flowdopr.runs.averages import averages_of
+from flowdopr.flow import ONE_STEP_BATCH, build_objective, one_step_loss
+from flowdopr.runs import averages_of
 
 
 def read(path):

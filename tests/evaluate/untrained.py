@@ -7,8 +7,7 @@ import torch
 from flowdopr.config import Config, DataConfig, DiTConfig, EvaluateConfig, SampleConfig, TrainConfig
 from flowdopr.config.sample import OneStepSolver
 from flowdopr.models import build_model
-from flowdopr.runs.averages import averages_of
-from flowdopr.runs.folder import RunFolder
+from flowdopr.runs import RunFolder, averages_of
 
 
 def make_config(output: Path, *, class_conditional: bool = True) -> Config:
