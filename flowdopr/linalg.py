@@ -133,3 +133,14 @@ def signs(tensors: list[Tensor]) -> list[Tensor]:
     """The sign of each tensor, also of DTensors, for which torch 2.11 has no foreach form."""
     found = torch._foreach_sign([local(tensor) for tensor in tensors])
     return [like_shard(sign, tensor) for sign, tensor in zip(found, tensors, strict=True)]
+
+
+def laid_out_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """`tensor` with the strides of `parameter`, which has its shape.
+
+    torch's fused optimizers on the CPU go through weights, gradients and state in memory order,
+    whatever their strides.
+    """
+    if tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)

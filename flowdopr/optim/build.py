@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowdopr.linalg import is_sharded
+from flowdopr.linalg import is_sharded, laid_out_like
 from flowdopr.optim.adamuon import AdaMuon
 from flowdopr.optim.dopr import DoPr
 from flowdopr.optim.kfac import KFAC
@@ -66,9 +66,8 @@ def adamw(
 
 
 def _can_fuse(parameters: list[nn.Parameter]) -> bool:
-    """Whether torch's fused kernels take these. On the CPU they read weights, gradients and state
-    in memory order whatever the strides, so weights must have no gaps; autograd gives gradients,
-    and `_lay_out_state` state, the strides of their weights."""
+    """Whether torch's fused kernels take these parameters, which must have no gaps in memory: see
+    `laid_out_like`. Autograd gives gradients the strides of their weights."""
     return all(
         p.device.type in ("cpu", "cuda")
         and p.is_floating_point()
@@ -81,8 +80,8 @@ def _lay_out_state(optimizer: torch.optim.Optimizer) -> None:
     """Give loaded state the strides of its weights, which may have had others when it was saved."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            if value.shape == parameter.shape and value.stride() != parameter.stride():
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            if value.shape == parameter.shape:
+                state[name] = laid_out_like(value, parameter)
 
 
 def signum(

@@ -69,9 +69,9 @@ def test_kfac_pools_micro_batches():
 
 def test_kfac_leaves_layers_it_cannot_factor_to_adamw():
     tied = nn.Linear(4, 4)
-    twin = nn.Linear(4, 4)
-    twin.weight = tied.weight
-    model = nn.ModuleList([tied, twin, nn.Conv2d(4, 4, 3, groups=2), nn.Linear(4, 4)])
+    second = nn.Linear(4, 4)
+    second.weight = tied.weight
+    model = nn.ModuleList([tied, second, nn.Conv2d(4, 4, 3, groups=2), nn.Linear(4, 4)])
     optimizer = KFAC(model)
     by_kfac = [p for g in optimizer.param_groups if g["gp"] == "kfac" for p in g["params"]]
     assert len(by_kfac) == 1

@@ -119,8 +119,8 @@ def test_a_layer_in_blocks_leaves_its_bias_to_the_gp(given: str) -> None:
     assert modes(layer, bias=True) == whole
     rule = LayerRule("", "blocks", bias=True, max_side=3) if given == "rule" else None
     settings = {} if rule else {"bias": True, "max_side": 3}
-    parted = {"rules": [rule]} if rule else settings
-    assert modes(layer, **parted) == {"weight": "blocks 2x3", "bias": "none"}
+    in_blocks = {"rules": [rule]} if rule else settings
+    assert modes(layer, **in_blocks) == {"weight": "blocks 2x3", "bias": "none"}
     z = tokens(6)
     m_w, m_b = one_step(layer, z, rule=rule, **settings)
     sigma = reference.second_moment(z) * mask(6, 3)
@@ -149,10 +149,10 @@ def test_layers_that_keep_different_rows_share_no_statistic() -> None:
     model(z).sin().sum().backward()
     grads = [p.grad for p in model.parameters()]
     optimizer.step()
-    twins = {
+    shared = {
         s.name: s.shared_with.name if s.shared_with else None for s in optimizer.statistics.moments
     }
-    assert twins == {"a": None, "b": None, "c": "a"}
+    assert shared == {"a": None, "b": None, "c": "a"}
     few = z[kept_rows(50, 9, z.device)]
     for weight, old, grad, rows in zip(model.parameters(), before, grads, (z, few, z), strict=True):
         expected = reference.precondition(grad, reference.second_moment(rows), 0.1)

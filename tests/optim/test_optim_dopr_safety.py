@@ -25,8 +25,8 @@ def test_accelerate_does_not_end_the_sharing_of_statistics():
     wrapped_model, wrapped = Accelerator(cpu=True).prepare(model, optimizer)
     wrapped_model(torch.randn(8, 4)).square().mean().backward()
     wrapped.step()
-    twins = [s.shared_with.name if s.shared_with else None for s in optimizer.statistics.moments]
-    assert twins == [None, "q"]
+    shared = [s.shared_with.name if s.shared_with else None for s in optimizer.statistics.moments]
+    assert shared == [None, "q"]
 
 
 def test_a_step_that_fails_inside_the_sandwich_keeps_the_weights():

@@ -47,12 +47,12 @@ def test_modules_fed_the_same_tensor_share_one_statistic_and_change_nothing() ->
         model.apart = apart
         optimizer = adamw(model, refresh_every=2)
         runs.append(train(model, optimizer, range(6)))
-        twins = [
+        shared = [
             s.shared_with.name if s.shared_with else None for s in optimizer.statistics.moments
         ]
-        assert twins == [None, "q", None if apart else "q", None]
+        assert shared == [None, "q", None if apart else "q", None]
         kept = [s.sigma is not None for s in optimizer.statistics.moments]
-        assert kept == [twin is None for twin in twins]
+        assert kept == [name is None for name in shared]
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
 

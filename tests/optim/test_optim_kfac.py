@@ -183,13 +183,13 @@ def gathered(optimizer: KFAC) -> list[int]:
 def test_a_copy_of_the_model_feeds_no_statistics(duplicate):
     model = nn.Linear(4, 3)
     optimizer = KFAC(model, 0.1)
-    twin = duplicate(model)
-    twin(torch.randn(8, 4)).square().mean().backward()
+    copied = duplicate(model)
+    copied(torch.randn(8, 4)).square().mean().backward()
     assert gathered(optimizer) == [0, 0]
     model(torch.randn(8, 4)).square().mean().backward()
     assert gathered(optimizer) == [8, 8]
-    again = KFAC(twin, 0.1)
-    train(twin, again, range(1))
+    again = KFAC(copied, 0.1)
+    train(copied, again, range(1))
     assert all(found is not None for found in transforms(again))
 
 

@@ -89,14 +89,14 @@ def test_blocks_of_a_fused_weight_are_orthogonalised_apart():
 
 def test_everything_else_follows_adamw_bitwise():
     model = nn.Sequential(nn.Embedding(7, 6), nn.LayerNorm(6), nn.Linear(6, 4))
-    twin = copy.deepcopy(model)
+    other_model = copy.deepcopy(model)
     muon = Muon(model, 0.01, weight_decay=0.1, betas=(0.8, 0.99), eps=1e-6, adamw_lr=0.003)
-    others = [twin[0].weight, *twin[1].parameters(), twin[2].bias]
+    others = [other_model[0].weight, *other_model[1].parameters(), other_model[2].bias]
     adamw = torch.optim.AdamW(others, 0.003, weight_decay=0, betas=(0.8, 0.99), eps=1e-6)
     tokens = torch.randint(7, (5, 3))
     for _ in range(5):
-        twin[2].weight.data.copy_(model[2].weight)
-        for network, optimizer in ((model, muon), (twin, adamw)):
+        other_model[2].weight.data.copy_(model[2].weight)
+        for network, optimizer in ((model, muon), (other_model, adamw)):
             optimizer.zero_grad()
             network(tokens).square().mean().backward()
             optimizer.step()

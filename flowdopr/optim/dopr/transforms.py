@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from flowdopr.linalg import like_shard, local
+from flowdopr.linalg import laid_out_like, like_shard, local
 from flowdopr.optim.dopr.inverse import Form, invert
 from flowdopr.optim.dopr.layers import Layer
 from flowdopr.optim.dopr.processes import exchanged, own_share, world_size
@@ -93,7 +93,7 @@ def apply(ready: Sequence[tuple[Layer, Tensor]]) -> None:
         for layer, of_layer in zip(layers, products, strict=True):
             for parameter, product in zip(layer.parameters, of_layer, strict=True):
                 assert parameter.grad is not None
-                product = _laid_out(product, local(parameter))
+                product = laid_out_like(product, local(parameter))
                 parameter.grad = like_shard(product, parameter.grad)  # frees G
 
 
@@ -109,14 +109,6 @@ def _batches(layers: Sequence[Layer]) -> Iterator[list[int]]:
     for numbers in alike.values():
         size = max(1, MAX_MULTIPLIED // layers[numbers[0]].parameters[0].numel())
         yield from (numbers[i : i + size] for i in range(0, len(numbers), size))
-
-
-def _laid_out(product: Tensor, parameter: Tensor) -> Tensor:
-    """`product` with the strides of the parameter, as autograd would leave it: torch's fused
-    optimizers read a gradient on the CPU as if it had them."""
-    if product.stride() == parameter.stride():
-        return product
-    return torch.empty_like(parameter).copy_(product)
 
 
 def step_sandwich(optimizer: torch.optim.Optimizer, ready: Sequence[tuple[Layer, Tensor]]) -> None:
