@@ -46,7 +46,7 @@ TRICKS: dict[str, tuple[dict[str, Any], dict[str, object]]] = {
     "no oneDNN products": ({}, {"flowdopr.optim.dopr.views.linear": torch.nn.functional.linear}),
     "no shared statistics": (
         {},
-        {"flowdopr.optim.dopr.statistics.Statistics._compare_input": lambda *_: None},
+        {"flowdopr.optim.dopr.statistics.Statistics._decide_sharing": lambda _: None},
     ),
     "no shared kernel offsets": ({"conv_mode": "full"}, {}),
 }
