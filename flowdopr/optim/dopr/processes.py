@@ -57,19 +57,19 @@ def own_share(sides: Sequence[int]) -> list[int]:
 
 
 def exchanged(
-    transforms: Sequence[Tensor | None], failed: Sequence[Tensor | None], like: Sequence[Tensor]
+    transforms: Sequence[Tensor | None], failed: Sequence[Tensor | None], zeros: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The transforms of all ranks, and whether each failed, with one all-reduce.
 
     Args:
         transforms, failed: what this rank has made; None at what other ranks make.
-        like: for each transform an empty tensor of its shape, dtype and device.
+        zeros: for each transform zeros of its shape and dtype, on its device.
     """
     made = [
-        torch.zeros_like(empty) if transform is None else transform
-        for transform, empty in zip(transforms, like, strict=True)
+        nothing if transform is None else transform
+        for transform, nothing in zip(transforms, zeros, strict=True)
     ]
-    none = torch.zeros((), device=like[0].device)
+    none = torch.zeros((), device=zeros[0].device)
     flags = torch.stack([none if bad is None else bad.to(none) for bad in failed])
     flags, *whole = summed([flags, *made])
     return whole, list(flags.bool())

@@ -74,7 +74,7 @@ class SecondMoment:
         """Where the weight is now."""
         return self.weight.device
 
-    def empty(self, shape: Sequence[int]) -> Tensor:
+    def zeros(self, shape: Sequence[int]) -> Tensor:
         """A tensor of zeros of this layer's precision, on its device."""
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
@@ -298,7 +298,7 @@ class Statistics:
             if moment.shared_with is not None:
                 windows[i] = WindowSum()
             elif windows[i].total is None and world_size() > 1:
-                windows[i].total = moment.empty(moment.view.shape)
+                windows[i].total = moment.zeros(moment.view.shape)
         return windows
 
     @property
@@ -419,7 +419,7 @@ def _packed(sigma: Tensor) -> Tensor:
 
 
 def _unpacked(packed: Tensor, moment: SecondMoment) -> Tensor:
-    sigma = moment.empty(moment.view.shape)
+    sigma = moment.zeros(moment.view.shape)
     rows, columns = torch.tril_indices(*sigma.shape[-2:], device=sigma.device)
     sigma[:, :, rows, columns] = packed.to(sigma)
     return sigma

@@ -49,8 +49,8 @@ def make_transforms(
         for i, transform, bad in zip(chunk, *found, strict=True):
             made[i], failed[i] = transform, bad
     if shares_work:
-        like = [moment.empty(moment.view.transform_shape) for moment in moments]
-        made, failed = exchanged(made, failed, like)  # pyright: ignore[reportAssignmentType]
+        zeros = [moment.zeros(moment.view.transform_shape) for moment in moments]
+        made, failed = exchanged(made, failed, zeros)  # pyright: ignore[reportAssignmentType]
     every: list[Tensor | None] = [None] * len(statistics.moments)
     flags = list(torch.zeros_like(some))
     for i, transform, bad in zip(known, made, failed, strict=True):
