@@ -35,6 +35,15 @@ class DiTConfig(Section):
     rope: bool = False
     """Rotary positions in attention, beside the fixed sine-cosine table."""
 
+    @model_validator(mode="after")
+    def _size_is_used(self) -> DiTConfig:
+        if self.changed("size") and self.depth and self.hidden_size and self.num_heads:
+            raise ValueError(
+                f"model.size={self.size} is not used beside model.depth, model.hidden_size and "
+                "model.num_heads: set model.size=S, or take away one of these"
+            )
+        return self
+
 
 class UNetConfig(Section):
     name: Literal["unet"]

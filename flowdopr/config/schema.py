@@ -22,6 +22,7 @@ PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # cannot lead out of a folder
 FILES = ("folder", "zip")
 DOWNLOADED = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 USED_BY = {  # the data sets that use a setting, where not all do
+    "root": (*DOWNLOADED, *FILES, "latents"),
     **dict.fromkeys(("image_size", "channels"), ("digits", *DOWNLOADED, *FILES)),
     "resize": FILES,
     "held_out_fraction": ("digits", *FILES),
@@ -73,6 +74,11 @@ class DataConfig(Section):
                     f"data.{key} is not used by data.name={self.name}: it belongs to "
                     f"{', '.join(names)}"
                 )
+        if self.held_out_root is not None and self.changed("held_out_fraction"):
+            raise ValueError(
+                f"data.held_out_fraction={self.held_out_fraction} is not used beside "
+                "data.held_out_root: set data.held_out_root=null, or data.held_out_fraction=0.1"
+            )
         if self.resize == "adm" and self.image_size is None:
             raise ValueError(
                 "data.resize=adm needs data.image_size: set it, or data.resize=bilinear"

@@ -9,7 +9,7 @@ from flowdopr.config import Config, load_config
 STUDY = """
 name: tiny
 output: {output}
-data: {{name: digits, root: {output}/data}}
+data: {{name: digits}}
 model: {{name: dit, patch_size: 4, hidden_size: 16, depth: 1, num_heads: 2}}
 optimizer: {{name: adamw}}
 train:

@@ -167,7 +167,8 @@ def test_the_hardware_and_commit_of_every_part_are_shown(study):
 
 def test_names_are_escaped(study):
     arms = "[{name: AdamW, lrs: [1e-3]}]"
-    config = apply_overrides(study, [f"compare.arms={arms}", "data.root='<b>&'"])
+    folder = ["data.name=folder", "data.root='<b>&'"]
+    config = apply_overrides(study, [f"compare.arms={arms}", *folder])
     for plan in expand(config):
         make_run(plan, 1.0)
     page = (compare(config, report_only=True) / "report.html").read_text()

@@ -164,6 +164,8 @@ NOTHING = {
     "data.held_out_fraction=0.5 data.name=mnist": "data.held_out_fraction is not used by data.name",
     "data.resize=adm data.name=folder": "data.resize=adm needs data.image_size",
     "model=unet model.num_heads=2 model.head_channels=8": "model.num_heads=2 is not used beside mo",
+    "model.size=B model.depth=1 model.hidden_size=8 model.num_heads=2": "model.size=B is not used",
+    "data.root=elsewhere": "data.root is not used by data.name=digits",
     "model.class_conditional=false flow.class_dropout_prob=0.5": "class_dropout_prob is not us",
     "model.class_conditional=false evaluate.labels=data": "evaluate.labels is not used with model",
     "optimizer.name=AdamW": "unknown name 'AdamW'; did you mean 'adamw'?",

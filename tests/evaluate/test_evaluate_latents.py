@@ -159,7 +159,7 @@ def test_the_commands(tmp_path, vae, pictures, capsys):
 
 def test_a_source_of_two_folders_may_move(tmp_path, vae, pictures):
     test = write_pictures(tmp_path / "test", {"cat": 2, "dog": 1})
-    config = source_config(pictures, f"data.held_out_root={test}")
+    config = source_config(pictures, f"data.held_out_root={test}", "data.held_out_fraction=0.1")
     out = encode(config, autoencoder=str(vae), out=tmp_path / "out")
     run = train(training_config(out, "evaluate.metrics=[]"))
     assert RunFolder.open(run).dataset.num_held_out == 3

@@ -10,7 +10,7 @@ from flowdopr.config import Config, apply_overrides, load_config
 YAML = """
 name: tiny
 data: {name: digits}
-model: {name: dit, size: XXS, depth: 1, hidden_size: 16, num_heads: 2, patch_size: 4}
+model: {name: dit, depth: 1, hidden_size: 16, num_heads: 2, patch_size: 4}
 optimizer: {name: adamw, lr: 3e-3}
 train: {steps: 8, global_batch_size: 16, ema_decays: [0.9], log_every: 2}
 sample: {solver: {name: euler, steps: 2}, num_images: 4}
