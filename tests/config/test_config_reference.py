@@ -1,13 +1,13 @@
 """docs/settings.md is what the schema says today, and says something about every setting."""
 
 import doctest
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from script_modules import load_script
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "write_settings.py"
@@ -17,10 +17,7 @@ SECTION = "a name, or a section"  # its names are explained in a table of their 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("write_settings", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("write_settings.py")
 
 
 def test_the_reference_is_current(script):

@@ -1,13 +1,11 @@
-"""A tiny autoencoder with random weights, a folder of pictures, and configs on both."""
+"""A saved autoencoder, and configs for a folder of pictures and for its latents."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL
-from PIL import Image
+from autoencoders import small_autoencoder
 
 from flowdopr.config import Config, load_config, load_data_config
 
@@ -23,31 +21,13 @@ evaluate: {metrics: [fd], fid_num_images: 12}
 
 
 def save_autoencoder(folder: Path, *, seed: int = 0, gain: float = 1.0) -> Path:
-    """Halves the side of RGB images into 4 channels; saved in diffusers' format."""
+    """A small autoencoder with random weights, saved in diffusers' format."""
     torch.manual_seed(seed)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=16,
-    )
+    vae = small_autoencoder()
     with torch.no_grad():
         for weight in vae.quant_conv.parameters():
             weight.mul_(gain)
     vae.save_pretrained(folder)
-    return folder
-
-
-def write_pictures(folder: Path, counts: dict[str, int], size: int = 20) -> Path:
-    noise = np.random.default_rng(0)
-    for name, count in counts.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for number in range(count):
-            pixels = noise.integers(0, 256, (size, size, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{number}.png")
     return folder
 
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from latent_run import notes_of, save_autoencoder, source_config, training_config, write_pictures
+from latent_run import notes_of, save_autoencoder, source_config, training_config
 from PIL import Image
 
 from flowdopr.cli import run_command
@@ -37,8 +37,8 @@ def vae(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    return write_pictures(tmp_path / "pictures", {"cat": 8, "dog": 12})
+def pictures(write_images, tmp_path):
+    return write_images(tmp_path / "pictures", {"cat": 8, "dog": 12}, size=20)
 
 
 @pytest.fixture
@@ -157,8 +157,8 @@ def test_the_commands(tmp_path, vae, pictures, capsys):
         assert told.count("\n") == 1
 
 
-def test_a_source_of_two_folders_may_move(tmp_path, vae, pictures):
-    test = write_pictures(tmp_path / "test", {"cat": 2, "dog": 1})
+def test_a_source_of_two_folders_may_move(tmp_path, vae, pictures, write_images):
+    test = write_images(tmp_path / "test", {"cat": 2, "dog": 1}, size=20)
     config = source_config(pictures, f"data.held_out_root={test}", "data.held_out_fraction=0.1")
     out = encode(config, autoencoder=str(vae), out=tmp_path / "out")
     run = train(training_config(out, "evaluate.metrics=[]"))

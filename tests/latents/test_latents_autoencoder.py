@@ -4,22 +4,14 @@ import sys
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from autoencoders import small_autoencoder
 
 from flowdopr.latents.autoencoder import Autoencoder
 
 
 @pytest.fixture
 def vae():
-    return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=16,
-    )
+    return small_autoencoder()
 
 
 def test_shapes_and_frozen_weights(vae):

@@ -1,24 +1,13 @@
 """The two examples run; what they show needs more steps than a test has."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
-
-EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from script_modules import load_script
 
 
 @pytest.mark.parametrize("dopr", [False, True])
 def test_language_model_trains_and_writes(dopr, monkeypatch):
-    example = load("language_model")
+    example = load_script("examples/language_model.py")
     monkeypatch.setattr(example, "LENGTH", 20)
     text = example.load_text()[:20_000]
     assert set(text) <= set(example.LETTERS)
@@ -29,13 +18,13 @@ def test_language_model_trains_and_writes(dopr, monkeypatch):
 
 
 def test_unknown_words_counts_whole_words_only():
-    example = load("language_model")
+    example = load_script("examples/language_model.py")
     assert example.unknown_words(["he cat sat zzz on th"], {"cat", "sat", "on"}) == 0.25
 
 
 @pytest.mark.parametrize("dopr", [False, True])
 def test_robot_policy_learns_to_fly(dopr):
-    example = load("robot_policy")
+    example = load_script("examples/robot_policy.py")
     untrained = example.train("adamw", dopr, 0.0, 0, 5, 16)
     result = example.train("adamw", dopr, 1e-2, 0, 200, 16)
     assert 0 < result["one-step loss"] < 0.6 * untrained["one-step loss"]
@@ -44,7 +33,7 @@ def test_robot_policy_learns_to_fly(dopr):
 
 
 def test_the_robots_expert_stays_on_its_path():
-    example = load("robot_policy")
+    example = load_script("examples/robot_policy.py")
     paths = example.make_paths(8, 0)
     state = torch.cat([paths[:, 0], torch.zeros(8, 4)], -1)
     distances = []

@@ -1,20 +1,13 @@
 """The paper's small example: AP against the same GP, over seeds."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "linear_feedback.py"
+from script_modules import load_script
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("linear_feedback", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("linear_feedback.py")
 
 
 def test_measures_are_zero_for_the_expert_and_its_states_are_ill_conditioned(script):
