@@ -104,7 +104,7 @@ class FlowMatching:
         them there are.
         """
         here = generator.device
-        t = self.time_sampler(batch_size, generator)
+        t = self.time_sampler(batch_size, generator, self.path)
         keep = torch.rand(batch_size, generator=generator, device=here) >= self.class_dropout_prob
         u = torch.rand(batch_size, generator=generator, device=here)
         x_0 = torch.randn(batch_size, *image_shape, generator=generator, device=here)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,22 +30,27 @@ class OneStepLoss:
 
 
 class TimeBins:
-    """Sums values (B,) in bins of time, in float64 and without waiting for the device."""
+    """Means of values (B,) in bins of time.
+
+    They are kept on their device until the end, so that it is waited for only once, and summed in
+    float64 on the CPU, because Apple GPUs lack it.
+    """
 
     def __init__(self) -> None:
-        self.totals = torch.zeros(2, NUM_BINS, dtype=torch.float64)
+        self.parts: list[Tensor] = []
 
     def add(self, t: Tensor, values: Tensor) -> None:
         """Add `values` (B,) at times `t` (B,)."""
-        bins = (t * NUM_BINS).long().clamp(0, NUM_BINS - 1)
-        pair = torch.stack([values.double(), torch.ones_like(values, dtype=torch.float64)])
-        self.totals = self.totals.to(values.device).index_add(1, bins, pair)
+        self.parts.append(torch.stack([t.to(values), values]))
 
     def result(self) -> OneStepLoss:
         """Means of the values added so far, over all times and in each bin."""
-        sums, counts = self.totals.cpu()
-        mean = (sums.sum() / counts.sum()).item()
-        return OneStepLoss(mean, (sums / counts).tolist(), int(counts.sum().item()))
+        t, values = torch.cat(self.parts, 1).cpu().numpy()
+        bins = (t * NUM_BINS).astype(int).clip(0, NUM_BINS - 1)
+        counts = np.bincount(bins, minlength=NUM_BINS)
+        sums = np.bincount(bins, weights=values, minlength=NUM_BINS)
+        by_time = np.divide(sums, counts, out=np.full(NUM_BINS, np.nan), where=counts > 0)
+        return OneStepLoss(float(sums.sum() / len(t)), by_time.tolist(), len(t))
 
 
 def path_points(

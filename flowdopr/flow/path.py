@@ -3,13 +3,13 @@
     x_t  = alpha_t x_1 + sigma_t x_0                                                (1)
     dx_t = alpha_t' x_1 + sigma_t' x_0        (the prime is d/dt)                   (2)
 
-A path is given by the four numbers (alpha_t, sigma_t, alpha_t', sigma_t'), and everything else in
-this package is written in terms of them. Shapes: x_0, x_1, x_t, dx_t (B, C, H, W) or any (B, ...);
+A path is given by the four numbers (alpha_t, sigma_t, alpha_t', sigma_t') and by the inverse of its
+noise level sigma_t / alpha_t, which falls with t. Everything else in this package is written in
+terms of them. Shapes: x_0, x_1, x_t, dx_t (B, C, H, W) or any (B, ...);
 t (B,) or a scalar. Results are float32 at least, whatever the dtype of the images.
 """
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -70,17 +70,24 @@ class Path:
         """Coefficients at `t` (scalar or (B,)), shaped to multiply `x` (B, ...)."""
         return self(expand(t, x))
 
-    def time_at(self, level: float) -> float:
-        """The time at which sigma_t / alpha_t falls to `level`; 0 if the path starts below it.
+    def time_at(self, level: Tensor | float) -> Tensor:
+        """The times at which sigma_t / alpha_t falls to `level`; 0 where the path starts below it.
 
-        >>> round(LinearPath().time_at(1.0), 6)
-        0.5
+        >>> LinearPath().time_at(torch.tensor([1.0, 0.25]))
+        tensor([0.5000, 0.8000])
+
+        Args:
+            level: positive noise levels of any shape; a Python number gives a float64 time.
         """
-        return _time_at(self, level)
+        level = level if isinstance(level, Tensor) else torch.tensor(level, dtype=torch.float64)
+        return self._time_at(level).clamp(0.0, 1.0)
+
+    def _time_at(self, level: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} defines no time of a noise level: derive from Path")
 
     def _end(self) -> float:
         """`end` of a path whose sigma_t' diverges at t = 1."""
-        return min(self.time_at(SAFE_LEVEL), 1 - NEAREST)
+        return min(float(self.time_at(SAFE_LEVEL)), 1 - NEAREST)
 
     def sample(self, x_0: Tensor, x_1: Tensor, t: Tensor) -> PathSample:
         """Equations (1) and (2).
@@ -92,17 +99,6 @@ class Path:
         """
         c = self.at(t, x_1)
         return PathSample(c.alpha * x_1 + c.sigma * x_0, c.d_alpha * x_1 + c.d_sigma * x_0)
-
-
-@lru_cache(maxsize=1024)
-def _time_at(path: Path, level: float) -> float:
-    """`Path.time_at`, by bisection in float64: the noise level decreases in t on every path."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        c = path._coefficients(torch.tensor(middle, dtype=torch.float64))
-        low, high = (middle, high) if c.sigma > level * c.alpha else (low, middle)
-    return low
 
 
 def expand(t: Tensor, x: Tensor) -> Tensor:
@@ -122,6 +118,9 @@ class LinearPath(Path):
         one = torch.ones_like(t)
         return Coefficients(t, 1 - t, one, -one)
 
+    def _time_at(self, level: Tensor) -> Tensor:
+        return 1 / (1 + level)
+
 
 class TrigonometricPath(Path):
     """alpha_t = sin(pi t / 2), sigma_t = cos(pi t / 2).
@@ -134,6 +133,9 @@ class TrigonometricPath(Path):
         # sigma is a sine of 1 - t because a rounded cosine would be negative at t = 1.
         alpha, sigma = (math.pi / 2 * t).sin(), (math.pi / 2 * (1 - t)).sin()
         return Coefficients(alpha, sigma, math.pi / 2 * sigma, -math.pi / 2 * alpha)
+
+    def _time_at(self, level: Tensor) -> Tensor:
+        return torch.atan2(torch.ones_like(level), level) * (2 / math.pi)
 
 
 class VariancePreservingPath(Path):
@@ -164,6 +166,13 @@ class VariancePreservingPath(Path):
         sigma = (-torch.expm1(2 * log_alpha)).sqrt()
         d_alpha = alpha * (u * slope + self.beta_min) / 2
         return Coefficients(alpha, sigma, d_alpha, -alpha * d_alpha / sigma)
+
+    def _time_at(self, level: Tensor) -> Tensor:
+        # -log alpha_t = log(1 + level^2) / 2 is quadratic in u; this root does not cancel near 0.
+        minus_log_alpha = torch.log1p(level**2) / 2
+        slope = self.beta_max - self.beta_min
+        root = (self.beta_min**2 + 4 * slope * minus_log_alpha).sqrt()
+        return 1 - 4 * minus_log_alpha / (self.beta_min + root)
 
 
 class CosinePath(Path):
@@ -196,6 +205,11 @@ class CosinePath(Path):
         d_alpha = speed * theta.sin() / scale
         return Coefficients(alpha, sigma, d_alpha, -alpha * d_alpha / sigma)
 
+    def _time_at(self, level: Tensor) -> Tensor:
+        speed = math.pi / 2 / (1 + self.offset)
+        # alpha_t = sin(speed t) / cos(theta_1) is 1 / sqrt(1 + level^2).
+        return (math.cos(speed * self.offset) / (1 + level**2).sqrt()).asin() / speed
+
 
 class PolynomialPath(Path):
     """alpha_t = t^power, sigma_t = 1 - t^power (flow_matching's polynomial convex scheduler).
@@ -215,6 +229,9 @@ class PolynomialPath(Path):
         alpha = t**self.power
         d_alpha = self.power * t ** (self.power - 1)
         return Coefficients(alpha, 1 - alpha, d_alpha, -d_alpha)
+
+    def _time_at(self, level: Tensor) -> Tensor:
+        return (1 / (1 + level)) ** (1 / self.power)
 
 
 PATHS: dict[str, type[Path]] = {

@@ -41,15 +41,15 @@ def rollout_span(path: Path, prediction: str, level: float = ROLLOUT_LEVEL) -> t
     >>> [round(t, 3) for t in rollout_span(LinearPath(), "data")]
     [0.0, 0.99]
     """
-    start = path.time_at(1 / level) if prediction == "noise" else 0.0
+    start = float(path.time_at(1 / level)) if prediction == "noise" else 0.0
     ends_early = prediction == "data" or path.end < 1
-    return start, min(path.time_at(level), path.end) if ends_early else 1.0
+    return start, min(float(path.time_at(level)), path.end) if ends_early else 1.0
 
 
 def _times(t: Tensor, path: Path, source: str) -> Tensor:
     """`t` limited to the times at which a prediction of kind `source` determines the other two."""
     if source == "data":
-        return t.clamp(max=path.time_at(SAFE_LEVEL))
+        return t.clamp(max=float(path.time_at(SAFE_LEVEL)))
     start = SAFE_TIME if source == "noise" or path.still_at_start else 0.0
     return t.clamp(min=start)
 

@@ -26,7 +26,7 @@ from flowdopr.flow.solver import (
     check_solver,
     solve,
 )
-from flowdopr.flow.time import time_grid
+from flowdopr.flow.time import EDM_LOWEST, time_grid
 
 SOLVERS = ODE_SOLVERS + SDE_SOLVERS
 
@@ -109,11 +109,15 @@ class Sampling:
 
     def _within_span(self, level: float) -> Tensor:
         start, end = rollout_span(self.path, self.prediction, level)
+        if self.time_grid == "edm" and end < 1:
+            end = float(self.path.time_at(EDM_LOWEST))
         if isinstance(self.time_grid, str):
             steps, shift, rho = self.steps, self.grid_shift, self.grid_rho
             if self.stochastic and self.last_step_size is not None:
                 steps, end = steps - 1, min(end, 1 - self.last_step_size)
-            return time_grid(self.time_grid, steps, start=start, end=end, shift=shift, rho=rho)
+            return time_grid(
+                self.time_grid, steps, start=start, end=end, shift=shift, rho=rho, path=self.path
+            )
         times = time_grid(self.time_grid).tolist()
         if times[0] != 0:
             raise ValueError(
@@ -165,7 +169,7 @@ def finish(velocity: Velocity, x: Tensor, t: Tensor, path: Path) -> Tensor:
     give the posterior mean, which loses variations smaller than s.
     """
     level = _level(path, t)
-    middle = t.new_tensor(path.time_at(float(level) / 2))
+    middle = path.time_at(level / 2)
     noise = convert(velocity(x, t), x, t, path, "velocity", "noise")
     y = x / path(t).alpha
     halfway = path(middle).alpha * (y + (_level(path, middle) - level) * noise)

@@ -120,6 +120,8 @@ def _integrate(
     elif solver in ADAPTIVE_SOLVERS:
         # Without `step_t` the last step would go beyond the end and be interpolated back.
         options = {"step_t": grid[-1:], "max_num_steps": MAX_ADAPTIVE_STEPS}
+        if x_0.device.type == "mps":  # no float64 there, in which torchdiffeq keeps times
+            options["dtype"] = torch.float32
     ends = grid[[0, -1]]  # torchdiffeq keeps the state at each of the times given here
     try:
         states: Any = odeint(

@@ -12,9 +12,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from flowdopr.flow.path import LinearPath, Path
+
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal", "edm")
 TIME_GRIDS = ("uniform", "edm", "shifted")
-EDM_MEAN, EDM_STD = -1.2, 1.2  # mean and std of the log noise level, Karras et al. 2022, table 1
+# Karras et al. 2022, table 1: mean and standard deviation of the log noise level in training, and
+# the noise levels between which their grid goes.
+EDM_MEAN, EDM_STD = -1.2, 1.2
+EDM_HIGHEST, EDM_LOWEST = 80.0, 0.002
+LINEAR = LinearPath()
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -37,8 +43,8 @@ class TimeSampler:
 
     Args:
         distribution: "uniform"; "logit_normal", the sigmoid of a normal variable (Esser et al.
-            2024); "edm", log noise level ~ N(-1.2, 1.2^2) with t = 1 / (1 + noise level), which is
-            logit-normal with mean 1.2 and standard deviation 1.2.
+            2024); "edm", log noise level ~ N(-1.2, 1.2^2), with the level sigma_t / alpha_t of the
+            path.
         mean, std: those of the normal variable in "logit_normal"; a positive mean favours times
             near the data.
         shift: applied to the times drawn, see `shift_time`.
@@ -61,7 +67,9 @@ class TimeSampler:
         if not (self.std > 0 and self.shift > 0):
             raise ValueError(f"std={self.std}, shift={self.shift}: both must be positive")
 
-    def __call__(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(
+        self, batch_size: int, generator: torch.Generator | None = None, path: Path = LINEAR
+    ) -> Tensor:
         """(batch_size,) float32 times on the generator's device, in random order."""
         device = generator.device if generator is not None else None
         u = torch.rand(batch_size, generator=generator, device=device)
@@ -69,18 +77,18 @@ class TimeSampler:
             # Bins are shuffled so that every slice of the batch covers all of [0, 1].
             bins = torch.randperm(batch_size, generator=generator, device=device)
             u = (bins + u) / batch_size
-        return self.quantile(u)
+        return self.quantile(u, path)
 
-    def quantile(self, u: Tensor) -> Tensor:
-        """The quantile function at `u`, of any shape."""
+    def quantile(self, u: Tensor, path: Path = LINEAR) -> Tensor:
+        """The quantile function at `u`, of any shape; only "edm" depends on `path`."""
+        # u may be 0, or 1 by rounding, where the normal quantile is infinite.
+        normal = torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7))
         if self.distribution == "uniform":
             t = u
+        elif self.distribution == "edm":
+            t = path.time_at((EDM_MEAN - EDM_STD * normal).exp())  # t rises where the level falls
         else:
-            edm = self.distribution == "edm"
-            mean, std = (-EDM_MEAN, EDM_STD) if edm else (self.mean, self.std)
-            # u may be 0, or 1 by rounding, where the normal quantile is infinite.
-            normal = torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7))
-            t = torch.sigmoid(mean + std * normal)
+            t = torch.sigmoid(self.mean + self.std * normal)
         return shift_time(t, self.shift) if self.shift != 1 else t
 
 
@@ -92,6 +100,7 @@ def time_grid(
     end: float = 1.0,
     shift: float = 3.0,
     rho: float = 7.0,
+    path: Path = LINEAR,
 ) -> Tensor:
     """Increasing times (steps + 1,) from `start` to `end`, for a solver with fixed steps.
 
@@ -99,9 +108,10 @@ def time_grid(
     tensor([0.0000, 0.2500, 0.5000, 0.7500, 1.0000])
 
     Args:
-        kind: "uniform"; "edm", the grid of Karras et al. (2022, equation 5) with exponent `rho` and
-            noise levels from 80 to 0.002 and then 0, at t = 1 / (1 + noise level); "shifted", a
-            uniform grid mapped by `shift_time`; or a list of times, which replaces all the rest.
+        kind: "uniform"; "edm", the grid of Karras et al. (2022, equation 5) with exponent `rho`, at
+            the times where `path` has the noise levels from 80 to 0.002, and then `end`;
+            "shifted", a uniform grid mapped by `shift_time`; or a list of times, which replaces all
+            the rest.
         steps: number of intervals.
 
     Raises:
@@ -118,19 +128,24 @@ def time_grid(
     if not 0 <= start < end <= 1:
         raise ValueError(f"time_grid: start={start}, end={end}: need 0 <= start < end <= 1")
     if kind == "edm":
-        grid = _edm_grid(steps, rho)
-    else:
-        grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-        grid = shift_time(grid, shift) if kind == "shifted" else grid
+        return _edm_grid(steps, rho, path, start, end).float()
+    grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    grid = shift_time(grid, shift) if kind == "shifted" else grid
     return (start + (end - start) * grid).float()
 
 
-def _edm_grid(steps: int, rho: float) -> Tensor:
-    ramp = torch.linspace(0, 1, max(steps, 2), dtype=torch.float64)[:steps]
-    low, high = 0.002 ** (1 / rho), 80.0 ** (1 / rho)
-    t = 1 / (1 + (high + ramp * (low - high)) ** rho)
-    t[0] = 0.0  # noise level 80 becomes pure noise
-    return torch.cat([t, torch.ones(1, dtype=torch.float64)])
+def _edm_grid(steps: int, rho: float, path: Path, start: float, end: float) -> Tensor:
+    """EDM's noise levels within those of `start` and `end`, as times from `start` to `end`.
+
+    Where `end` lies beyond EDM's lowest level, the last interval leads from that level to `end`.
+    """
+    c = path(torch.tensor([start, end], dtype=torch.float64))
+    first, last = (c.sigma / c.alpha).tolist()
+    beyond = last < 0.999 * EDM_LOWEST  # and not equal but for rounding
+    high, low = min(first, EDM_HIGHEST) ** (1 / rho), max(last, EDM_LOWEST) ** (1 / rho)
+    ramp = torch.linspace(0, 1, max(steps + (not beyond), 2), dtype=torch.float64)
+    inner = path.time_at((high + ramp * (low - high)) ** rho)[1:steps]
+    return torch.cat([ramp.new_tensor([start]), inner, ramp.new_tensor([end])])
 
 
 def _custom_grid(times: Sequence[float]) -> Tensor:

@@ -157,6 +157,25 @@ def test_the_objective_compiles_as_one_graph():
     assert torch.allclose(compiled(x_1, y, draw), objective(model, x_1, y, draw))
 
 
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64, as Apple GPUs do."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else [result]:
+            assert getattr(tensor, "dtype", None) != torch.float64, func
+        return result
+
+
+def test_training_and_one_step_loss_need_no_float64():
+    objective = FlowMatching(time_sampler=TimeSampler("edm"))
+    x_1 = torch.rand(8, 1, 4, 4)
+    with NoFloat64():
+        draw = objective.draw(8, (1, 4, 4), generator=torch.Generator().manual_seed(0))
+        objective(lambda x, t, y: -x, x_1, None, draw)
+        assert one_step_loss(objective, lambda x, t, y: -x, [(x_1, None)]).count == 8
+
+
 def test_one_step_loss_repeats_and_bins_by_time():
     model, batches = Conditional(), [(torch.randn(40, *SHAPE), torch.arange(40) % 3)] * 3
     first = one_step_loss(FlowMatching(class_dropout_prob=0.9), model, batches, seed=5)

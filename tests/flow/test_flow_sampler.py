@@ -117,7 +117,7 @@ def test_the_finishing_step_is_of_second_order_in_the_noise_level(path):
     deviation, errors = 0.3, []
     velocity = guided_velocity(gaussian(0.0, deviation).model(path), path=path)
     for level in (0.08, 0.04, 0.02):
-        t = torch.tensor(path.time_at(level), dtype=torch.float64)
+        t = path.time_at(level)
         c = path(t)
         spread = ((c.alpha * deviation) ** 2 + c.sigma**2).sqrt()
         x = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None]

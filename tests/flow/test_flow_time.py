@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from analytic import EXAMPLE_PATHS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowdopr.flow import TimeSampler, shift_time, time_grid
+from flowdopr.flow import Sampling, TimeSampler, VariancePreservingPath, shift_time, time_grid
 from flowdopr.flow.time import TIME_DISTRIBUTIONS, TIME_GRIDS
 
 SAMPLERS = {
@@ -46,9 +47,10 @@ def test_logit_normal_has_its_mean_and_deviation():
     assert logit.std().item() == pytest.approx(0.8, abs=1e-3)
 
 
-def test_edm_noise_levels_are_log_normal():
-    t = TimeSampler("edm")(20_000, seeded())
-    log_level = ((1 - t) / t).log()
+@pytest.mark.parametrize("path", EXAMPLE_PATHS.values(), ids=EXAMPLE_PATHS)
+def test_edm_noise_levels_are_log_normal_on_every_path(path):
+    c = path(TimeSampler("edm")(20_000, seeded(), path).double())
+    log_level = (c.sigma / c.alpha).log()
     assert log_level.mean().item() == pytest.approx(-1.2, abs=1e-3)
     assert log_level.std().item() == pytest.approx(1.2, abs=2e-3)
 
@@ -99,12 +101,25 @@ def test_grids_increase_from_start_to_end(kind, steps, span):
     assert (grid.diff() > 0).all()
 
 
-def test_edm_grid_has_the_published_noise_levels():
-    t = time_grid("edm", 18).double()[1:-1]
-    level = (1 - t) / t
+@pytest.mark.parametrize("prediction", ["velocity", "data"])
+@pytest.mark.parametrize("path", EXAMPLE_PATHS.values(), ids=EXAMPLE_PATHS)
+def test_edm_grid_has_the_published_noise_levels_on_every_path(path, prediction):
+    """Equation 5 of Karras et al. with 18 levels; a span that ends early ends at the lowest."""
+    ends_early = prediction == "data" or path.end < 1
+    steps = 17 if ends_early else 18
+    sampling = Sampling(path, prediction, solver="heun2", steps=steps, time_grid="edm")
+    t = sampling.grid().double()
+    c = path(t[1 : None if ends_early else -1])
     i = torch.arange(1, 18).double()
     low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
-    assert torch.allclose(level, (high + i / 17 * (low - high)) ** 7, rtol=1e-3)
+    assert torch.allclose(c.sigma / c.alpha, (high + i / 17 * (low - high)) ** 7, rtol=2e-3)
+
+
+def test_an_edm_grid_starts_at_the_noise_of_a_path_that_has_less():
+    path = VariancePreservingPath(beta_min=0.1, beta_max=0.9)  # noise level 1.3 at t = 0
+    grid = time_grid("edm", 8, path=path)
+    assert grid[0] == 0
+    assert (grid.diff() > 0).all()
 
 
 def test_a_list_of_times_is_the_grid():
