@@ -151,6 +151,19 @@ class InceptionConfig(Section):
     """Path of its weights. null: downloaded at first use."""
 
 
+class ImageNetConfig(Section):
+    name: Literal["imagenet"]
+    """Feature space: EfficientNet-Lite0 trained on ImageNet, whose weights come with
+    `flowdopr[imagenet]`; gives FD."""
+
+
+class DINOv2Config(Section):
+    name: Literal["dinov2"]
+    """Feature space: DINOv2's ViT-B/14, with `flowdopr[imagenet]`; gives FD."""
+    weights: str
+    """Path of its weights, dinov2_vitb14_pretrain.pth."""
+
+
 class BitsPerDimConfig(Section):
     num_images: Count = 64
     """Number of held-out images. The ODE is solved by dopri5 without guidance."""
@@ -172,9 +185,9 @@ class ExcessConfig(Section):
 
 
 class EvaluateConfig(Section):
-    extractor: Annotated[ClassifierConfig | InceptionConfig, NAMED] = ClassifierConfig(
-        name="classifier"
-    )
+    extractor: Annotated[
+        ClassifierConfig | InceptionConfig | ImageNetConfig | DINOv2Config, NAMED
+    ] = ClassifierConfig(name="classifier")
     metrics: tuple[Literal["fd", "kid", "isc", "prc"], ...] = ("fd", "kid", "prc")
     """Metrics of rollouts: Frechet and kernel distance, inception score, precision and recall."""
     bpd: BitsPerDimConfig | None = None

@@ -27,6 +27,7 @@ from flowdopr.evaluate.extractors import (
 )
 from flowdopr.evaluate.fidelity import fidelity
 from flowdopr.evaluate.generate import ImageSampler, balanced_labels, labels_like_data
+from flowdopr.evaluate.pretrained import NETWORKS, pretrained_extractor
 from flowdopr.latents import build_datasets, build_pixel_datasets
 from flowdopr.runs import RunFolder
 
@@ -39,11 +40,13 @@ def build_extractor(config: Config, datasets: Datasets) -> Extractor:
     """The feature space that `evaluate.extractor` names.
 
     Raises:
-        ValueError: no classes to train a classifier on, or no Inception weights.
+        ValueError: no classes to train a classifier on, or missing weights or packages.
     """
     extractor = config.evaluate.extractor
     if extractor.name == "inception":
         return inception_extractor(extractor.weights)
+    if extractor.name in NETWORKS:
+        return pretrained_extractor(extractor.name, getattr(extractor, "weights", None))
     return classifier_extractor(datasets)
 
 

@@ -8,6 +8,7 @@ from flowdopr.flow.build import (
     build_time_sampler,
 )
 from flowdopr.flow.coupling import COUPLINGS, Coupling, make_coupling
+from flowdopr.flow.drift import energy_distance, rollout_drift
 from flowdopr.flow.guidance import ModelVelocity, guided_velocity
 from flowdopr.flow.likelihood import BitsPerDim, LogLikelihood, bits_per_dim, log_likelihood
 from flowdopr.flow.noise import image_generator
@@ -72,6 +73,7 @@ __all__ = [
     "build_sampling",
     "build_time_sampler",
     "convert",
+    "energy_distance",
     "excess_error",
     "generate",
     "guided_velocity",
@@ -80,6 +82,7 @@ __all__ = [
     "loss_weight",
     "make_coupling",
     "one_step_loss",
+    "rollout_drift",
     "rollout_excess",
     "rollout_span",
     "shift_time",

@@ -21,11 +21,13 @@ class OneStepLoss:
     """Mean squared error of the velocity, for each number of an image.
 
     mean: over all images. by_time: over the images with t in [0, 0.1), [0.1, 0.2), ... (nan where
-    there are none). count: number of images.
+    there are none). se_by_time: the standard errors of `by_time` over the images (nan for fewer
+    than two). count: number of images.
     """
 
     mean: float
     by_time: list[float]
+    se_by_time: list[float]
     count: int
 
 
@@ -47,10 +49,16 @@ class TimeBins:
         """Means of the values added so far, over all times and in each bin."""
         t, values = torch.cat(self.parts, 1).cpu().numpy()
         bins = (t * NUM_BINS).astype(int).clip(0, NUM_BINS - 1)
-        counts = np.bincount(bins, minlength=NUM_BINS)
-        sums = np.bincount(bins, weights=values, minlength=NUM_BINS)
-        by_time = np.divide(sums, counts, out=np.full(NUM_BINS, np.nan), where=counts > 0)
-        return OneStepLoss(float(sums.sum() / len(t)), by_time.tolist(), len(t))
+        counts, sums = np.bincount(bins, minlength=NUM_BINS), self._sums(bins, values)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = sums / counts
+            variances = self._sums(bins, (values - means[bins]) ** 2) / (counts - 1)
+            errors = np.where(counts > 1, np.sqrt(variances / counts), np.nan)
+        return OneStepLoss(sums.sum() / len(t), means.tolist(), errors.tolist(), len(t))
+
+    @staticmethod
+    def _sums(bins: np.ndarray, values: np.ndarray) -> np.ndarray:
+        return np.bincount(bins, weights=values, minlength=NUM_BINS)
 
 
 def path_points(

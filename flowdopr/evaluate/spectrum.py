@@ -1,0 +1,111 @@
+"""The spectrum of rollouts: their variance along the principal directions of the data.
+
+Gradient training fits directions of large variance first, and those of small variance late, where
+the loss shows little of it (arXiv 2603.02337). With the principal directions u_k of the training
+images, by falling variance s_k, and images x of the rollouts,
+
+    r_k = Var(u_k . x) / s_k,        spectrum_error = mean over k of |log r_k|.
+
+Images are taken as levels 0 to 255, and those larger than 32x32 are first averaged down to it.
+Directions in which the data vary less than the rounding to levels does are left out.
+
+Shapes: images uint8 `(N, C, H, W)`; D = C H W after averaging; K directions.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from flowdopr.data import ImageDataset
+from flowdopr.disk import replacing
+
+LARGEST_SIDE = 32
+ROUNDING = 1 / 12  # variance of a number's distance to the nearest level
+BINS = 32
+TOGETHER = 2048  # images in one product
+
+
+@dataclass(frozen=True)
+class PrincipalDirections:
+    """directions: (D, K), orthonormal columns. variances: (K,), falling, in squared levels."""
+
+    directions: Tensor
+    variances: Tensor
+
+
+def principal_directions(
+    images: ImageDataset, cache: Path, fingerprint: str
+) -> PrincipalDirections:
+    """Those of `images`, from the folder `cache` or computed now.
+
+    Args:
+        fingerprint: of the images; part of the file's name.
+
+    Raises:
+        ValueError: all images are equal.
+    """
+    key = hashlib.sha256(repr((fingerprint, len(images), LARGEST_SIDE)).encode()).hexdigest()
+    path = cache / f"directions-{key[:24]}.safetensors"
+    if path.is_file():
+        return PrincipalDirections(**load_file(path))
+    parts = torch.arange(len(images)).split(TOGETHER)
+    variances, directions = torch.linalg.eigh(_covariance(images.batch(i)[0] for i in parts))
+    kept = variances > ROUNDING
+    if not kept.any():
+        raise ValueError("evaluate.metrics: spectrum needs training images that differ")
+    tensors = {
+        "directions": directions[:, kept].flip(1).float().contiguous(),
+        "variances": variances[kept].flip(0).float(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, f".{os.getpid()}.part") as part:
+        save_file(tensors, part)
+    return PrincipalDirections(**tensors)
+
+
+def _covariance(batches: Iterable[Tensor]) -> Tensor:
+    """(D, D) float64 covariance of the images of all batches."""
+    count, total, products = 0, torch.zeros(()), torch.zeros(())
+    for images in batches:
+        x = _levels(images).double() - 127.5
+        count, total, products = count + len(x), total + x.sum(0), products + x.T @ x
+    mean = total / count
+    return products / count - mean[:, None] * mean
+
+
+def _levels(images: Tensor) -> Tensor:
+    """(N, D) float levels of images, averaged down to 32x32 if they are larger."""
+    height, width = (min(side, LARGEST_SIDE) for side in images.shape[2:])
+    return F.adaptive_avg_pool2d(images.float(), (height, width)).flatten(1)
+
+
+def log_ratios(images: Tensor, data: PrincipalDirections) -> Tensor:
+    """(K,) log r_k of `images`; a direction in which they do not vary counts as rounding."""
+    projections = torch.cat([_levels(part) @ data.directions for part in images.split(TOGETHER)])
+    return (projections.var(0).clamp(min=ROUNDING) / data.variances).log()
+
+
+def spectrum(images: Tensor, data: PrincipalDirections) -> dict[str, float | list[float]]:
+    """Metrics of the rollouts `images`, for a card.
+
+    Returns:
+        "spectrum_error": the mean of |log r_k|; "spectrum_error_lowest": that over the third of the
+        directions with the smallest variances; "spectrum": the geometric mean of r_k in up to 32
+        groups of neighbouring directions, by falling variance.
+    """
+    logs = log_ratios(images, data)
+    lowest = logs[-math.ceil(len(logs) / 3) :]
+    groups = logs.tensor_split(min(BINS, len(logs)))
+    return {
+        "spectrum_error": logs.abs().mean().item(),
+        "spectrum_error_lowest": lowest.abs().mean().item(),
+        "spectrum": [group.mean().exp().item() for group in groups],
+    }
