@@ -36,9 +36,11 @@ class WantedCards:
     """The checkpoints before the last one, by step."""
     by_nfe: tuple[CardRequest, ...]
     """The last checkpoint at each number of solver steps; `final` at the run's own number."""
+    by_noise: tuple[CardRequest, ...]
+    """The last checkpoint with each further evaluation seed."""
 
     def all(self) -> list[CardRequest]:
-        return list(dict.fromkeys([self.final, *self.curve, *self.by_nfe]))
+        return list(dict.fromkeys([self.final, *self.curve, *self.by_nfe, *self.by_noise]))
 
 
 def wanted_cards(plan: RunPlan) -> WantedCards:
@@ -56,6 +58,10 @@ def wanted_cards(plan: RunPlan) -> WantedCards:
             if steps == own_steps
             else CardRequest(train.steps, (*FD_ONLY, f"sample.solver.steps={steps}"))
             for steps in sorted(plan.nfe_steps)
+        ),
+        by_noise=tuple(
+            CardRequest(train.steps, (*FD_ONLY, f"evaluate.seed={seed}"))
+            for seed in plan.evaluation_seeds
         ),
     )
 

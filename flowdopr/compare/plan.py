@@ -22,6 +22,8 @@ class RunPlan:
     config: Config
     nfe_steps: tuple[int, ...] = ()
     """Solver steps at which the last checkpoint is evaluated again."""
+    evaluation_seeds: tuple[int, ...] = ()
+    """Evaluation seeds with which the last checkpoint is evaluated again."""
 
     @property
     def name(self) -> str:
@@ -85,8 +87,16 @@ def expand(config: Config) -> list[RunPlan]:
     if "fd" not in config.evaluate.metrics:
         raise ConfigError("evaluate.metrics: a study compares by fd; add fd")
     bases = {arm.name: _arm_config(config, arm) for arm in study.arms}
+    further = tuple(seed for seed in study.evaluation_seeds if seed != config.evaluate.seed)
     plans = [
-        RunPlan(arm.name, lr, seed, _run_config(bases[arm.name], arm, lr, seed), study.nfe_steps)
+        RunPlan(
+            arm.name,
+            lr,
+            seed,
+            _run_config(bases[arm.name], arm, lr, seed),
+            study.nfe_steps,
+            further,
+        )
         for seed in study.seeds
         for arm in study.arms
         for lr in arm.lrs

@@ -45,6 +45,8 @@ class RunResult:
     """Evaluations of all checkpoints, the last one included, by step."""
     by_nfe: tuple[Evaluation, ...] = ()
     """Evaluations of the last checkpoint, by NFE."""
+    by_noise: tuple[Evaluation, ...] = ()
+    """Evaluations of the last checkpoint with other evaluation seeds than the study's own."""
     global_batch_size: int = 0
     images_seen: int = 0
     seconds_per_step: float | None = None
@@ -91,6 +93,7 @@ def _finished(run: RunSnapshot, folder: RunFolder) -> RunResult:
         final=final,
         curve=_evaluations(run, (*run.wanted.curve, run.wanted.final)),
         by_nfe=_evaluations(run, run.wanted.by_nfe),
+        by_noise=_evaluations(run, run.wanted.by_noise),
         global_batch_size=train.global_batch_size,
         images_seen=train.global_batch_size * train.steps,
         seconds_per_step=median(speeds) if speeds else None,

@@ -1,4 +1,4 @@
-"""The statistics of a study: spreads over seeds, tuned learning rates, paired differences.
+"""The statistics of a study: spreads over seeds, tuned learning rates, claims about pairs of arms.
 
 Every number is a mean over seeds with its sample standard deviation, never a minimum. `fd` stands
 for the study's rollout metric, the Frechet distance in whichever feature space (FD or FID); lower
@@ -7,18 +7,18 @@ is better, as for the one-step loss.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
+from flowdopr.compare.claims import Claim, LogRatios, claim, holm, log_ratios
+from flowdopr.compare.matched import at_equal_loss, at_equal_time
 from flowdopr.compare.plan import RunPlan
 from flowdopr.compare.results import Metric, RunResult
 
-FEWEST_SEEDS_FOR_A_CLAIM = 3
-CONFIDENCE = 0.95
+AT_EQUAL_STEPS, AT_EQUAL_LOSS, AT_EQUAL_TIME = "at equal steps", "at equal loss", "at equal time"
+ONE_STEP_LOSS = "one-step loss"
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,13 @@ class RateSummary:
     arm: str
     lr: float
     runs: tuple[RunResult, ...]
+
+    def by_seed(self, metric: Metric) -> dict[int, list[float | None]]:
+        """The metric at the last checkpoint, for each evaluation seed, by seed."""
+        return {
+            run.plan.seed: [getattr(one, metric) for one in (run.final, *run.by_noise) if one]
+            for run in self.runs
+        }
 
     def spread(self, metric: Metric) -> Spread | None:
         """The spread of a metric over the seeds; None if no seed has it."""
@@ -65,40 +72,6 @@ class ArmSummary:
     def reported(self) -> RateSummary:
         """The tuned rate; the first rate if no run is finished, where all rates are empty."""
         return self.tuned or self.rates[0]
-
-
-@dataclass(frozen=True)
-class PairedDifference:
-    """`first` minus `second` on the seeds that both finished, each at its tuned learning rate."""
-
-    metric: str
-    first: str
-    second: str
-    by_seed: dict[int, float]
-    mean: float
-    sd: float | None
-    low: float | None
-    """Lower end of the 95 % t-interval of the mean difference; None for a single seed."""
-    high: float | None
-
-    @property
-    def n(self) -> int:
-        return len(self.by_seed)
-
-    @property
-    def enough_seeds(self) -> bool:
-        return self.n >= FEWEST_SEEDS_FOR_A_CLAIM
-
-    @property
-    def shown(self) -> bool:
-        """Whether there are enough seeds and the interval excludes zero."""
-        if self.low is None or self.high is None:
-            return False
-        return self.enough_seeds and (self.low > 0 or self.high < 0)
-
-
-PairDifferences = tuple[PairedDifference, PairedDifference | None]
-"""The differences of two arms in FD and, where both have one, in one-step loss."""
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
@@ -164,39 +137,50 @@ def matched_pairs(arms: Sequence[ArmSummary]) -> list[tuple[ArmSummary, ArmSumma
     ]
 
 
-def pair_differences(metric: str, arms: Sequence[ArmSummary]) -> list[PairDifferences]:
-    """The differences of each matched pair that shares a finished seed; `metric` names `fd`."""
-    differences = []
+def pair_claims(metric: str, arms: Sequence[ArmSummary]) -> list[list[Claim]]:
+    """The claims of each matched pair that shares a finished seed; `metric` names `fd`.
+
+    They are `fd` at equal steps, equal loss and equal time, where the pair has them, corrected by
+    Holm over all pairs; and, uncorrected because nothing is claimed of it, the one-step loss.
+    """
+    found = []
     for first, second in matched_pairs(arms):
-        if first.tuned is None or second.tuned is None:
-            continue
-        fd = paired_difference(metric, first.tuned, second.tuned, "fd")
-        loss = paired_difference("one-step loss", first.tuned, second.tuned, "one_step_loss")
-        if fd is not None:
-            differences.append((fd, loss))
-    return differences
+        if first.tuned is not None and second.tuned is not None:
+            found.append(_claims_of(metric, first.tuned, second.tuned))
+    corrected = iter(holm([one for claims, _ in found for one in claims]))
+    pairs = [[*(next(corrected) for _ in claims), *loss] for claims, loss in found]
+    return [pair for pair in pairs if pair]
 
 
-def paired_difference(
-    name: str, first: RateSummary, second: RateSummary, metric: Metric
-) -> PairedDifference | None:
-    """`metric` of `first` minus `second` by seed; None if no seed has both. `name` is its title."""
-    subtracted = {run.plan.seed: run.value(metric) for run in second.runs}
-    by_seed = {}
-    for run in sorted(first.runs, key=lambda run: run.plan.seed):
-        one, other = run.value(metric), subtracted.get(run.plan.seed)
-        if one is not None and other is not None:
-            by_seed[run.plan.seed] = one - other
-    values = spread(by_seed.values())
-    if values is None:
-        return None
-    low, high = t_interval(values)
-    return PairedDifference(name, first.arm, second.arm, by_seed, values.mean, values.sd, low, high)
+def _claims_of(
+    metric: str, first: RateSummary, second: RateSummary
+) -> tuple[list[Claim], list[Claim]]:
+    """The claims in `fd`, and that in the one-step loss if there is one."""
+    logs = {
+        f"{metric} {AT_EQUAL_STEPS}": paired_logs(first, second, "fd"),
+        f"{metric} {AT_EQUAL_LOSS}": _by_seed(first, second, at_equal_loss),
+        f"{metric} {AT_EQUAL_TIME}": _by_seed(first, second, at_equal_time),
+        ONE_STEP_LOSS: paired_logs(first, second, "one_step_loss"),
+    }
+    claims = [claim(name, first.arm, second.arm, values) for name, values in logs.items()]
+    known = [one for one in claims if one is not None]
+    return (
+        [one for one in known if one.measure != ONE_STEP_LOSS],
+        [one for one in known if one.measure == ONE_STEP_LOSS],
+    )
 
 
-def t_interval(values: Spread) -> tuple[float | None, float | None]:
-    """Student's t-interval of the mean at `CONFIDENCE`; (None, None) for a single value."""
-    if values.sd is None:
-        return None, None
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, values.n - 1) * values.sd / math.sqrt(values.n)
-    return values.mean - float(half), values.mean + float(half)
+def paired_logs(first: RateSummary, second: RateSummary, metric: Metric) -> LogRatios:
+    """log of `metric` of `first` over that of `second`, by seed and evaluation seed."""
+    return log_ratios(first.by_seed(metric), second.by_seed(metric))
+
+
+def _by_seed(
+    first: RateSummary,
+    second: RateSummary,
+    matched: Callable[[RunResult, RunResult], float | None],
+) -> LogRatios:
+    others = {run.plan.seed: run for run in second.runs}
+    pairs = [(run, others[run.plan.seed]) for run in first.runs if run.plan.seed in others]
+    found = {one.plan.seed: matched(one, other) for one, other in pairs}
+    return {seed: [value] for seed, value in sorted(found.items()) if value is not None}

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from flowdopr.compare.claims import Claim
 from flowdopr.compare.plan import study_path
 from flowdopr.compare.results import RunResult
-from flowdopr.compare.statistics import ArmSummary, PairDifferences, pair_differences, summarise
+from flowdopr.compare.statistics import ArmSummary, pair_claims, summarise
 from flowdopr.compare.verdict import Verdict, build_verdict
 from flowdopr.config import Config
 
@@ -36,8 +37,8 @@ class Study:
     arms: Sequence[ArmSummary]
     metric: str
     """Name of the rollout metric: `FID` in the Inception feature space, `FD` in any other."""
-    differences: Sequence[PairDifferences]
-    """Each arm with DoPr minus the arm of the same optimizer without it."""
+    pairs: Sequence[Sequence[Claim]]
+    """Each arm with DoPr against the arm of the same optimizer without it."""
     verdict: Verdict
     styles: dict[str, ArmStyle]
     """By the arm's name."""
@@ -55,9 +56,9 @@ def build_study(config: Config, runs: Sequence[RunResult]) -> Study:
     """Compute everything that the report shows about `runs`."""
     arms = summarise(runs)
     metric = next((run.metric for run in runs if run.final), "FD")
-    differences = pair_differences(metric, arms)
-    verdict = build_verdict(metric, runs, arms, differences)
-    return Study(config, runs, arms, metric, differences, verdict, arm_styles(arms))
+    pairs = pair_claims(metric, arms)
+    verdict = build_verdict(metric, runs, arms, pairs)
+    return Study(config, runs, arms, metric, pairs, verdict, arm_styles(arms))
 
 
 def arm_styles(arms: Sequence[ArmSummary]) -> dict[str, ArmStyle]:

@@ -111,18 +111,13 @@ def shared_values(study: Study, table: Sequence[Row]) -> dict[str, str]:
 
 def to_results(study: Study, table: Sequence[Row]) -> Row:
     """Everything the report says, as plain values for results.json."""
-    differences = [
-        asdict(difference) | {"enough_seeds": difference.enough_seeds, "shown": difference.shown}
-        for pair in study.differences
-        for difference in pair
-        if difference is not None
-    ]
+    claims = [asdict(one) | {"shown": one.shown} for pair in study.pairs for one in pair]
     return {
         "study": study.name,
         "metric": study.metric,
         "verdict": asdict(study.verdict),
         "arms": table,
-        "paired_differences": differences,
+        "claims": claims,
         "runs": [_plain_run(run) for run in study.runs],
     }
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
+from flowdopr.compare.claims import FEWEST_SEEDS, Claim, claim, holm
 from flowdopr.compare.formats import count, learning_rate, listing, mean_sd, number
 from flowdopr.compare.results import RunResult
 from flowdopr.compare.statistics import (
-    FEWEST_SEEDS_FOR_A_CLAIM,
+    ONE_STEP_LOSS,
     ArmSummary,
-    PairDifferences,
-    PairedDifference,
     RateSummary,
+    paired_logs,
     ranked,
 )
 
@@ -20,7 +21,7 @@ from flowdopr.compare.statistics import (
 @dataclass(frozen=True)
 class Verdict:
     headline: str
-    """Which arm had the best rollouts and which the lowest one-step loss."""
+    """Which arm had the best rollouts, if that is shown, and which the lowest one-step loss."""
     pairs: list[str]
     """One sentence for each pair DoPr-X against X."""
     notes: list[str]
@@ -31,11 +32,12 @@ def build_verdict(
     metric: str,
     runs: Sequence[RunResult],
     arms: Sequence[ArmSummary],
-    differences: Sequence[PairDifferences],
+    pairs: Sequence[Sequence[Claim]],
 ) -> Verdict:
     """The verdict on `arms`; `metric` is the name of the rollout metric, FD or FID."""
-    pairs = [_pair_sentence(*pair) for pair in differences]
-    return Verdict(_headline(metric, arms), pairs, _notes(metric, runs, arms))
+    number_of_claims = sum(one.measure != ONE_STEP_LOSS for pair in pairs for one in pair)
+    sentences = [_pair_sentence(pair, number_of_claims) for pair in pairs]
+    return Verdict(_headline(metric, arms), sentences, _notes(metric, runs, arms))
 
 
 def _headline(metric: str, arms: Sequence[ArmSummary]) -> str:
@@ -46,50 +48,85 @@ def _headline(metric: str, arms: Sequence[ArmSummary]) -> str:
     if not others:
         seeds = count(best.n, "seed")
         return f"{winner.arm} alone has finished runs: {metric} {mean_sd(best, 3)} ({seeds})."
-    sentence = f"The samples of {winner.arm} came closest to the data: {metric} {mean_sd(best, 3)}"
-    field = listing([f"{rate.arm} ({mean_sd(fd, 3)})" for fd, rate in others])
-    headline = f"{sentence}, ahead of {field}. {_loss_clause(winner, [r for _, r in ranking])}"
+    rates = [rate for _, rate in ranking]
+    beaten = _worse_than(winner, rates)
+    shown = {rate.arm: f"{rate.arm} ({mean_sd(fd, 3)})" for fd, rate in others}
+    apart = [words for arm, words in shown.items() if arm in beaten]
+    level = [words for arm, words in shown.items() if arm not in beaten]
+    lowest = f"{winner.arm} had the lowest mean {metric}, {mean_sd(best, 3)}"
+    if not level:
+        headline = f"The samples of {winner.arm} are closest to the data: {metric} "
+        headline += f"{mean_sd(best, 3)}, ahead of {listing(apart)}."
+    elif apart:
+        headline = (
+            f"{lowest}, ahead of {listing(apart)}; from {listing(level)} it is not told apart."
+        )
+    else:
+        headline = f"{lowest}, but is not told apart from {listing(level)}."
+    headline += f" {_loss_clause(winner, rates)}"
     fewest = min(fd.n for fd, _ in ranking)
-    if fewest < FEWEST_SEEDS_FOR_A_CLAIM:
+    if fewest < FEWEST_SEEDS:
         headline += f" With {count(fewest, 'seed')} an arm this is an observation, not a claim."
     return headline
 
 
-def _loss_clause(winner: RateSummary, ranking: Sequence[RateSummary]) -> str:
-    losses = [(loss.mean, rate.arm) for rate in ranking if (loss := rate.spread("one_step_loss"))]
+def _worse_than(winner: RateSummary, rates: Sequence[RateSummary]) -> set[str]:
+    """The arms whose rollouts are shown to be worse than the winner's.
+
+    Holm's correction is over all pairs of arms, because the winner is chosen by the same numbers.
+    """
+    claims = [
+        claim("fd", first.arm, second.arm, paired_logs(first, second, "fd"))
+        for first, second in combinations(rates, 2)
+    ]
+    corrected = holm([one for one in claims if one is not None])
+    return {one.second for one in corrected if one.first == winner.arm and one.shown}
+
+
+def _loss_clause(winner: RateSummary, rates: Sequence[RateSummary]) -> str:
+    losses = [(loss.mean, rate.arm) for rate in rates if (loss := rate.spread("one_step_loss"))]
     if not losses:
         return ""
     loss, arm = min(losses)
-    if arm == winner.arm:
-        return f"It also had the lowest one-step loss ({number(loss)})."
-    own = next(value for value, name in losses if name == winner.arm)
-    return f"The lowest one-step loss was {arm}'s: {number(loss)}, against {number(own)}."
+    own = next((value for value, name in losses if name == winner.arm), None)
+    if own is None:
+        return f"The lowest mean one-step loss was {arm}'s: {number(loss)}."
+    if number(own) == number(loss):
+        return f"Its mean one-step loss is the lowest, too: {number(loss)}."
+    return f"The lowest mean one-step loss was {arm}'s: {number(loss)}, against {number(own)}."
 
 
-def _pair_sentence(fd: PairedDifference, loss: PairedDifference | None) -> str:
-    changes = "; ".join(_change(difference) for difference in (fd, loss) if difference)
-    return f"{fd.first} against {fd.second}: {changes}. {_strength(fd)}"
+def _pair_sentence(claims: Sequence[Claim], number_of_claims: int) -> str:
+    first = claims[0]
+    ratios = "; ".join(_ratio(one) for one in claims)
+    return f"{first.first} over {first.second}: {ratios}. {_strength(claims, number_of_claims)}"
 
 
-def _change(difference: PairedDifference) -> str:
-    metric = difference.metric
-    if difference.mean == 0:
-        return f"{metric} equal"
-    lower = difference.mean < 0
-    agreeing = sum((value < 0) == lower for value in difference.by_seed.values() if value)
-    word = "lower" if lower else "higher"
-    amount = number(abs(difference.mean), 3)
-    return f"{metric} {word} by {amount} ({word} in {agreeing} of {count(difference.n, 'seed')})"
+def _ratio(one: Claim) -> str:
+    if one.interval is None:
+        return f"{one.measure} {number(one.ratio, 3)}"
+    low, high = (number(end, 3) for end in one.interval)
+    return f"{one.measure} {number(one.ratio, 3)} ({low} to {high})"
 
 
-def _strength(difference: PairedDifference) -> str:
-    if not difference.enough_seeds:
-        return f"{count(difference.n, 'seed').capitalize()}: too few for a claim."
-    low, high = number(difference.low, 3), number(difference.high, 3)
-    interval = f"The 95 % t-interval of the difference in {difference.metric}, {low} to {high},"
-    if difference.shown:
-        return f"{interval} leaves out zero."
-    return f"{interval} includes zero: no difference is shown."
+def _strength(claims: Sequence[Claim], number_of_claims: int) -> str:
+    fewest = min(one.seeds for one in claims)
+    if fewest < FEWEST_SEEDS:
+        return f"{count(fewest, 'seed').capitalize()}: too few for a claim."
+    tested = [one for one in claims if one.measure != ONE_STEP_LOSS]
+    words = [
+        f"{one.measure} is {'lower' if one.ratio < 1 else 'higher'} (p = {number(one.p_holm, 2)})"
+        for one in tested
+        if one.shown
+    ]
+    correction = f"after Holm's correction over {count(number_of_claims, 'claim')}"
+    if words:
+        return f"Shown {correction}: {listing(words)}."
+    widest = max(one.smallest_seen or 1.0 for one in tested)
+    return (
+        f"No difference is shown {correction}; with this spread of {count(fewest, 'seed')}, "
+        f"ratios between {number(1 / widest, 3)} and {number(widest, 3)} could not have been seen."
+    )
 
 
 def _notes(metric: str, runs: Sequence[RunResult], arms: Sequence[ArmSummary]) -> list[str]:

@@ -221,6 +221,9 @@ class CompareConfig(Section):
     """What is compared; each arm x learning rate x seed is one run."""
     seeds: Annotated[tuple[CountOrZero, ...], Field(min_length=1)] = (0, 1, 2)
     """Seeds of the runs."""
+    evaluation_seeds: tuple[CountOrZero, ...] = ()
+    """Further values of `evaluate.seed` with which the last checkpoint is evaluated, so that the
+    noise of the evaluation is known apart from that of training."""
     nfe_steps: tuple[Count, ...] = ()
     """Solver steps at which the last checkpoint is evaluated again, for the FD-against-NFE plot."""
     workers: Count = 1

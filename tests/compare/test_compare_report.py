@@ -83,7 +83,7 @@ def test_numbers_of_the_table(finished, capsys):
     folder = compare(finished, report_only=True)
     printed = capsys.readouterr().out
     assert str(folder / "report.html") in printed
-    assert "DoPr-AdamW came closest" in printed
+    assert "DoPr-AdamW had the lowest mean FD" in printed
     plain, dopr = csv.DictReader(io.StringIO((folder / "table.csv").read_text()))
     assert (plain["arm"], plain["optimizer"], plain["dopr"]) == ("AdamW", "adamw", "False")
     assert (dopr["arm"], dopr["optimizer"], dopr["dopr"]) == ("DoPr-AdamW", "adamw", "True")
@@ -116,18 +116,19 @@ def test_the_report_is_one_file(finished):
     images = re.findall(r'<img[^>]* src="([^"]*)"', page)
     assert len(images) == 3 + 2  # scatter, NFE, training; a grid an arm
     assert all(source.startswith("data:image/png;base64,") for source in images)
-    assert "DoPr-AdamW against AdamW" in page
+    assert "DoPr-AdamW over AdamW" in page
     assert "too few for a claim" in page
 
 
 def test_results_json_holds_every_run_and_difference(finished):
     folder = compare(finished, report_only=True)
     results = json.loads((folder / "results.json").read_text())
-    fd, loss = results["paired_differences"]
-    assert (fd["first"], fd["second"], fd["metric"]) == ("DoPr-AdamW", "AdamW", "FD")
-    assert fd["by_seed"] == {"0": -2.0, "1": -2.5}
-    assert (fd["mean"], fd["enough_seeds"], fd["shown"]) == (-2.25, False, False)
-    assert loss["mean"] == pytest.approx(-0.0225)
+    fd, *_, loss = results["claims"]
+    assert (fd["first"], fd["second"]) == ("DoPr-AdamW", "AdamW")
+    assert (fd["measure"], loss["measure"]) == ("FD at equal steps", "one-step loss")
+    assert fd["by_seed"] == pytest.approx({"0": 3 / 5, "1": 3.5 / 6})
+    assert fd["ratio"] == pytest.approx((3 / 5 * 3.5 / 6) ** 0.5)
+    assert (fd["shown"], fd["p_permutation"]) == (False, 0.5)
     table = list(csv.DictReader(io.StringIO((folder / "table.csv").read_text())))
     for row, arm in zip(table, results["arms"], strict=True):
         assert row == {key: "" if value is None else str(value) for key, value in arm.items()}

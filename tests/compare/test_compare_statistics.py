@@ -3,14 +3,12 @@
 import math
 
 import pytest
-from scipy import stats
 
 from flowdopr.compare.plan import RunPlan
 from flowdopr.compare.results import Evaluation, RunResult
 from flowdopr.compare.statistics import (
     RateSummary,
     matched_pairs,
-    paired_difference,
     spread,
     summarise,
 )
@@ -76,30 +74,6 @@ def test_an_arm_without_a_finished_run_has_no_rate():
     assert arm.tuned_by_loss is None
 
 
-def test_paired_difference_is_scipys_interval():
-    first = {0: 1.0, 1: 2.5, 2: 2.0, 3: 4.0}
-    second = {0: 2.0, 1: 3.0, 2: 3.5, 3: 4.5, 7: 100.0}  # seed 7 has no partner
-    found = paired_difference("FD", rate("dopr", first), rate("plain", second), "fd")
-    assert found.by_seed == {0: -1.0, 1: -0.5, 2: -1.5, 3: -0.5}
-    reference = stats.ttest_rel([*first.values()], [second[seed] for seed in first])
-    interval = reference.confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
-    assert found.mean == pytest.approx(-0.875)
-    assert found.shown
-
-
-def test_few_seeds_show_nothing_however_clear_they_look():
-    found = paired_difference("FD", rate("a", {0: 1.0, 1: 1.0}), rate("b", {0: 9.0, 1: 9.1}), "fd")
-    assert found.high < 0
-    assert not found.shown
-    single = paired_difference("FD", rate("a", {0: 1.0}), rate("b", {0: 9.0}), "fd")
-    assert (single.sd, single.low, single.high, single.shown) == (None, None, None, False)
-
-
-def test_no_shared_seed_no_difference():
-    assert paired_difference("FD", rate("a", {0: 1.0}), rate("b", {1: 9.0}), "fd") is None
-
-
 def test_pairs_are_an_optimizer_with_and_without_activation_preconditioning():
     optimizers = ["adamw", "dopr-adamw", "muon", "dopr-muon", "dopr-sgd"]
     summaries = summarise([result(name, 0.1, 0, 1.0, optimizer=name) for name in optimizers])
@@ -115,31 +89,51 @@ def study_of(pairs, seeds):
     ]
 
 
-def test_verdict_names_winner_and_disagreement():
+def test_verdict_with_few_seeds_is_an_observation():
     runs = study_of([("adamw", 5.0, 0.4), ("dopr-adamw", 3.0, 0.5)], seeds=2)
     said = verdict(runs)
-    assert said.headline.startswith(
-        "The samples of dopr-adamw came closest to the data: FD 3.00 ± 0.01, ahead of adamw"
+    assert said.headline == (
+        "dopr-adamw had the lowest mean FD, 3.00 ± 0.01, but is not told apart from adamw "
+        "(5.00 ± 0.01). The lowest mean one-step loss was adamw's: 0.4000, against 0.5000. "
+        "With 2 seeds an arm this is an observation, not a claim."
     )
-    assert "lowest one-step loss was adamw's: 0.4000, against 0.5000" in said.headline
-    assert "not a claim" in said.headline
-    assert said.pairs == [
-        "dopr-adamw against adamw: FD lower by 2.00 (lower in 2 of 2 seeds); "
-        "one-step loss higher by 0.100 (higher in 2 of 2 seeds). 2 seeds: too few for a claim."
-    ]
+    (pair,) = said.pairs
+    assert pair.startswith("dopr-adamw over adamw: FD at equal steps 0.600 (0.")
+    assert pair.endswith("one-step loss 1.25 (1.25 to 1.25). 2 seeds: too few for a claim.")
     assert said.notes == ["Every arm had the same tuning budget: 1 learning rate × 2 seeds."]
 
 
-def test_verdict_with_seeds_enough_gives_the_interval():
-    runs = [
-        result(name, 0.1, seed, fd, optimizer=name)
-        for name, distances in (("adamw", [5.0, 5.2, 5.4]), ("dopr-adamw", [4.0, 4.4, 4.3]))
-        for seed, fd in enumerate(distances)
+def by_arm(**distances):
+    """Runs of arms named after their optimizers, an underscore for a hyphen, seed by seed."""
+    return [
+        result(arm, 0.1, seed, fd, optimizer=arm)
+        for name, values in distances.items()
+        for seed, fd in enumerate(values)
+        for arm in [name.replace("_", "-")]
     ]
-    said = verdict(runs)
-    assert "not a claim" not in said.headline
-    assert said.pairs[0].endswith("leaves out zero.")
-    assert "t-interval" in said.pairs[0]
+
+
+def test_verdict_claims_what_the_seeds_show():
+    said = verdict(by_arm(adamw=[5.0, 5.2, 5.4], dopr_adamw=[4.0, 4.2, 4.3]))
+    assert said.headline.startswith(
+        "The samples of dopr-adamw are closest to the data: FD 4.17 ± 0.15, ahead of adamw"
+    )
+    assert "Its mean one-step loss is the lowest, too: 1.000." in said.headline
+    assert "Shown after Holm's correction over 1 claim: FD at equal steps is lower" in said.pairs[0]
+
+
+def test_verdict_names_no_winner_that_the_seeds_do_not_show():
+    said = verdict(by_arm(adamw=[1.0, 0.7, 1.3], dopr_adamw=[0.99, 0.71, 1.29]))
+    assert "dopr-adamw had the lowest mean FD" in said.headline
+    assert "but is not told apart from adamw" in said.headline
+    assert "No difference is shown after Holm's correction over 1 claim" in said.pairs[0]
+    assert "ratios between 0.967 and 1.03 could not have been seen" in said.pairs[0]
+
+
+def test_verdict_tells_the_beaten_from_the_level():
+    said = verdict(by_arm(adamw=[5.0, 5.2, 5.4], muon=[4.0, 4.1, 4.4], dopr_muon=[3.9, 4.2, 4.35]))
+    assert "ahead of adamw (5.20 ± 0.20)" in said.headline
+    assert "is not told apart" in said.headline
 
 
 def test_unequal_budgets_and_grid_edges_are_said():

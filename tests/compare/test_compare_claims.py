@@ -1,0 +1,137 @@
+"""Claims against scipy and by simulation; runs at equal loss and at equal time on known curves."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from flowdopr.compare.claims import bootstrap_interval, claim, holm, log_ratios
+from flowdopr.compare.matched import at_equal_loss, at_equal_time
+from flowdopr.compare.plan import RunPlan
+from flowdopr.compare.results import Evaluation, RunResult
+from flowdopr.config import Config
+
+CONFIG = Config.model_validate(
+    {
+        "name": "tiny",
+        "data": {"name": "digits"},
+        "model": {"name": "dit"},
+        "train": {"steps": 100, "global_batch_size": 8},
+    }
+)
+
+
+def claim_of(values, measure="FD"):
+    return claim(measure, "a", "b", {seed: [value] for seed, value in enumerate(values)})
+
+
+def test_a_claim_is_scipys_paired_test_on_logarithms():
+    first = {0: [1.0], 1: [2.5], 2: [2.0], 3: [4.0]}
+    second = {0: [2.0], 1: [3.0], 2: [3.5], 3: [4.5], 7: [100.0]}  # seed 7 has no partner
+    found = claim("FD", "a", "b", log_ratios(first, second))
+    logs = [np.log(values[0]) for values in first.values()]
+    others = [np.log(second[seed][0]) for seed in first]
+    expected = stats.ttest_rel(logs, others)
+    interval = expected.confidence_interval(0.95)
+    assert found.by_seed == pytest.approx({0: 0.5, 1: 2.5 / 3, 2: 2 / 3.5, 3: 4 / 4.5})
+    assert found.ratio == pytest.approx(math.exp(np.mean(logs) - np.mean(others)))
+    assert found.interval == pytest.approx((math.exp(interval.low), math.exp(interval.high)))
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.p_permutation == 2 / 2**4  # all four seeds agree
+    assert found.smallest_seen == pytest.approx(found.interval[1] / found.ratio)
+
+
+def test_evaluation_seeds_are_averaged_within_a_seed_and_resampled():
+    logs = log_ratios({0: [1.0, 4.0], 1: [2.0, None]}, {0: [1.0, 1.0], 1: [1.0, 5.0]})
+    assert logs == {0: [0.0, math.log(4)], 1: [math.log(2)]}
+    assert claim("FD", "a", "b", logs).by_seed == pytest.approx({0: 2.0, 1: 2.0})
+    assert claim("FD", "a", "b", logs).p == 0  # the means over evaluation seeds are equal
+    low, high = claim("FD", "a", "b", logs).bootstrap
+    assert low < 2 < high  # but the evaluation's noise shows in the bootstrap
+
+
+def test_the_bootstrap_has_the_deviation_of_the_mean_on_many_seeds():
+    values = np.random.default_rng(0).normal(size=400)
+    low, high = bootstrap_interval([[value] for value in values])
+    half = stats.norm.ppf(0.975) * values.std() / math.sqrt(len(values))
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
+
+
+def test_few_seeds_show_nothing_however_clear_they_look():
+    assert claim_of([-3.0, -3.0001]).p < 0.001
+    assert not claim_of([-3.0, -3.0001]).shown
+    single = claim_of([-3.0])
+    assert (single.ratio, single.interval, single.p, single.shown) == (
+        pytest.approx(math.exp(-3)),
+        None,
+        None,
+        False,
+    )
+    assert claim("FD", "a", "b", {}) is None
+
+
+def test_an_arm_against_itself_shows_nothing():
+    found = claim_of([0.0, 0.0, 0.0])
+    assert (found.ratio, found.p, found.p_permutation, found.shown) == (1, 1, 1, False)
+
+
+def test_holm_is_the_textbook_example():
+    """p 0.01, 0.04, 0.03, 0.005 become 0.03, 0.06, 0.06, 0.02 (Holm 1979)."""
+    claims = [claim_of([0.1, 0.2, 0.3]) for _ in range(4)]
+    given = [0.01, 0.04, 0.03, 0.005]
+    corrected = holm([replace(one, p=p) for one, p in zip(claims, given, strict=True)])
+    assert [one.p_holm for one in corrected] == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_under_the_null_few_studies_show_anything():
+    """Seven pairs without a difference, 500 studies: at most 5 % of them show one."""
+    rng, false = np.random.default_rng(0), 0
+    for _ in range(500):
+        draws = rng.normal(size=(7, 5))
+        means, errors = draws.mean(1), draws.std(1, ddof=1) / math.sqrt(5)
+        p = 2 * stats.t.sf(abs(means) / errors, 4)
+        smallest = claim_of(draws[p.argmin()])
+        assert smallest.p == pytest.approx(p.min())
+        false += smallest.p * 7 < 0.05  # Holm's first step
+    assert false / 500 < 0.05 + 2 * math.sqrt(0.05 * 0.95 / 500)
+
+
+def run(points, seconds=1.0, seed=0):
+    """A run whose checkpoints at steps 10, 20, ... have these (loss, FD)."""
+    curve = tuple(
+        Evaluation(step=10 * (number + 1), one_step_loss=loss, fd=fd)
+        for number, (loss, fd) in enumerate(points)
+    )
+    plan = RunPlan("arm", 0.1, seed, CONFIG)
+    return RunResult(plan, final=curve[-1], curve=curve, seconds_per_step=seconds)
+
+
+def test_equal_loss_takes_out_what_the_loss_explains():
+    """FD = loss^2 for both, at other losses: no difference. Halved for one: a ratio of 1/2."""
+    losses, others = np.linspace(1, 0.4, 30), np.linspace(0.9, 0.2, 40)
+    one, other = run([(x, x**2) for x in losses]), run([(x, x**2) for x in others])
+    assert one.final.fd != other.final.fd
+    assert at_equal_loss(one, other) == pytest.approx(0, abs=1e-3)
+    better = run([(x, x**2 / 2) for x in others])
+    assert at_equal_loss(better, one) == pytest.approx(math.log(0.5), abs=1e-3)
+    assert at_equal_loss(one, better) == -at_equal_loss(better, one)
+
+
+def test_equal_loss_needs_losses_in_common_and_bears_noise():
+    assert at_equal_loss(run([(1.0, 5), (0.9, 4)]), run([(0.8, 3), (0.7, 2)])) is None
+    assert at_equal_loss(run([(1.0, 5)]), run([(1.0, 5), (0.9, 4)])) is None
+    wavy = run([(1.0, 4), (0.9, 2), (0.8, 3), (0.7, 1)])  # 2 and 3 become their geometric mean
+    flat = run([(0.9, 1.0), (0.8, 1.0)])
+    assert at_equal_loss(wavy, flat) == pytest.approx(math.log(6) / 2)
+
+
+def test_equal_time_is_when_the_faster_run_has_ended():
+    fast, slow = run([(1, 8.0), (1, 4.0)], 1.0), run([(1, 6.0), (1, 3.0)], 1.5)
+    # At 20 s the slow run is a third of the way from 15 s (6.0) to 30 s (3.0).
+    expected = math.log(4.0) - (2 / 3 * math.log(6.0) + 1 / 3 * math.log(3.0))
+    assert at_equal_time(fast, slow) == pytest.approx(expected)
+    assert at_equal_time(fast, run([(1, 1.0)], 9.0)) is None
+    unknown = RunResult(fast.plan, final=fast.final, curve=fast.curve)
+    assert at_equal_time(fast, unknown) is None
