@@ -9,9 +9,9 @@ from pathlib import Path
 
 from flowdopr.compare.cards import read_run
 from flowdopr.compare.execute import Executor
-from flowdopr.compare.plan import RunPlan, expand, study_path, study_settings
+from flowdopr.compare.plan import RunPlan, expand, reported, study_path, study_settings
 from flowdopr.compare.progress import Display
-from flowdopr.compare.results import read_result
+from flowdopr.compare.results import RunResult, read_result
 from flowdopr.config import Config, ConfigError, apply_overrides, to_yaml
 from flowdopr.disk import locked, write_text
 from flowdopr.evaluate import trained_classifier
@@ -49,6 +49,7 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
     """
     # Imported here because every worker imports this package, and importing matplotlib is slow.
     from flowdopr.compare.report import write_report
+    from flowdopr.compare.statistics import summarise
     from flowdopr.compare.study import build_study
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -58,23 +59,33 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
         )
     if workers is not None:
         config = apply_overrides(config, [f"compare.workers={workers}"])
-    plans = expand(config)
-    runs = [read_run(plan) for plan in plans]
-    unfinished = [run.plan for run in runs if not run.finished]
-    failed: list[str] = []
-    if unfinished and not report_only:
-        failed = _execute(config, unfinished, done=len(plans) - len(unfinished))
-        runs = [read_run(plan) for plan in plans]
-    study = build_study(config, [read_result(run) for run in runs])
+    plans, failed = expand(config), []
+    runs = _results(config, [plan for plan in plans if plan.tuning], report_only, failed)
+    chosen = {arm.name: arm.chosen for arm in summarise(runs) if arm.chosen is not None}
+    runs += _results(config, reported(plans, chosen), report_only, failed)
+    study = build_study(config, runs)
     write_report(study)
     print("\n".join([study.verdict.headline, *study.verdict.pairs]))
     for name in ("report.html", "table.csv", "results.json", "plots"):
         print(study.folder / name)
     if failed:
         raise StudyFailed(
-            f"{study.folder}: {len(failed)} of {len(plans)} runs failed: {', '.join(failed)}"
+            f"{study.folder}: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}"
         )
     return study.folder
+
+
+def _results(
+    config: Config, plans: Sequence[RunPlan], report_only: bool, failed: list[str]
+) -> list[RunResult]:
+    """The results of `plans`, after running the unfinished ones; names of failed runs go into
+    `failed`."""
+    runs = [read_run(plan) for plan in plans]
+    unfinished = [run.plan for run in runs if not run.finished]
+    if unfinished and not report_only:
+        failed += _execute(config, unfinished, done=len(plans) - len(unfinished))
+        runs = [read_run(plan) for plan in plans]
+    return [read_result(run) for run in runs]
 
 
 def _execute(config: Config, plans: Sequence[RunPlan], done: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,8 @@ class RunPlan:
     """Solver steps at which the last checkpoint is evaluated again."""
     evaluation_seeds: tuple[int, ...] = ()
     """Evaluation seeds with which the last checkpoint is evaluated again."""
+    tuning: bool = False
+    """Whether the run chooses its arm's learning rate, and is not reported."""
 
     @property
     def name(self) -> str:
@@ -78,6 +81,9 @@ def study_path(config: Config) -> Path:
 def expand(config: Config) -> list[RunPlan]:
     """All runs of the study, seed by seed, so that each arm has a result early.
 
+    Where tuning seeds choose the learning rates, those that are reported are among them, each at
+    every rate; `reported` selects the rate.
+
     Raises:
         ConfigError: no `compare` section, no FD among the metrics, an arm's overrides are wrong
             (the message names the arm), `nfe_steps` for a solver that ignores them, or two runs
@@ -96,8 +102,9 @@ def expand(config: Config) -> list[RunPlan]:
             _run_config(bases[arm.name], arm, lr, seed),
             study.nfe_steps,
             further,
+            seed in study.tuning_seeds,
         )
-        for seed in study.seeds
+        for seed in (*study.tuning_seeds, *study.seeds)
         for arm in study.arms
         for lr in arm.lrs
     ]
@@ -108,6 +115,14 @@ def expand(config: Config) -> list[RunPlan]:
             "learning rates, which agree in six digits"
         )
     return plans
+
+
+def reported(plans: Sequence[RunPlan], chosen: Mapping[str, float]) -> list[RunPlan]:
+    """The runs that are reported: where tuning runs choose, those at each arm's `chosen` rate."""
+    apart = any(plan.tuning for plan in plans)
+    return [
+        plan for plan in plans if not plan.tuning and (not apart or plan.lr == chosen.get(plan.arm))
+    ]
 
 
 def _arm_config(config: Config, arm: ArmConfig) -> Config:

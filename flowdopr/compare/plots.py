@@ -36,8 +36,8 @@ def scatter(study: Study) -> Figure | None:
     drawn = False
     for arm in study.arms:
         style = study.styles[arm.name]
-        for rate in arm.rates:
-            face = style.colour if rate is arm.tuned else "none"
+        for rate in arm.every_rate:
+            face = style.colour if rate == arm.tuned else "none"
             points = _series([run.final for run in rate.runs if run.final], "one_step_loss", "fd")
             x, y = _columns(points)
             axes.plot(x, y, style.marker, color=style.colour, markerfacecolor=face, markersize=8)
@@ -82,7 +82,7 @@ def by_learning_rate(study: Study) -> Figure | None:
         means = [(rate.lr, spread.mean) for rate in arm.rates if (spread := rate.spread("fd"))]
         axes.plot(*_columns(means), style.line, color=style.colour, linewidth=2)
         for rate in arm.rates:
-            face = style.colour if rate is arm.tuned else "white"
+            face = style.colour if rate.lr == arm.chosen else "white"
             points = [(rate.lr, fd) for run in rate.runs if (fd := run.value("fd")) is not None]
             axes.plot(*_columns(points), style.marker, color=style.colour, markerfacecolor=face)
     axes.set_xscale("log")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from flowdopr.compare.claims import Claim, LogRatios, claim, holm, log_ratios
 from flowdopr.compare.matched import at_equal_loss, at_equal_time
@@ -19,6 +20,7 @@ from flowdopr.compare.results import Metric, RunResult
 
 AT_EQUAL_STEPS, AT_EQUAL_LOSS, AT_EQUAL_TIME = "at equal steps", "at equal loss", "at equal time"
 ONE_STEP_LOSS = "one-step loss"
+FEWEST_TO_CORRELATE = 4  # runs
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,13 @@ class ArmSummary:
     plan: RunPlan
     """The arm's first run, for the settings that all its runs share."""
     rates: tuple[RateSummary, ...]
-    """By learning rate, ascending."""
-    tuned: RateSummary | None
+    """The runs among which the rate is chosen, by learning rate, ascending: those of the tuning
+    seeds if there are any, else all."""
+    chosen: float | None
     """The rate of the lowest mean FD among those with the most finished seeds; None if no run is
     finished."""
+    tuned: RateSummary | None
+    """The reported runs at the chosen rate; None if none is finished."""
     tuned_by_loss: RateSummary | None
     """The rate that the mean one-step loss would have chosen instead."""
 
@@ -72,6 +77,12 @@ class ArmSummary:
     def reported(self) -> RateSummary:
         """The tuned rate; the first rate if no run is finished, where all rates are empty."""
         return self.tuned or self.rates[0]
+
+    @property
+    def every_rate(self) -> tuple[RateSummary, ...]:
+        """`rates`, and `tuned` where other seeds chose it."""
+        apart = self.tuned is not None and self.tuned not in self.rates
+        return (*self.rates, self.tuned) if apart and self.tuned else self.rates
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
@@ -91,18 +102,28 @@ def summarise(runs: Sequence[RunResult]) -> list[ArmSummary]:
 
 def _summarise_arm(runs: list[RunResult]) -> ArmSummary:
     first = runs[0].plan
-    rates = []
-    for lr in sorted({run.plan.lr for run in runs}):
-        done = tuple(run for run in runs if run.plan.lr == lr and run.done)
-        rates.append(RateSummary(first.arm, lr, done))
+    rates = _by_rate([run for run in runs if run.plan.tuning] or runs)
     # A learning rate at which seeds failed must not win by the seeds that survived.
     most = max(len(rate.runs) for rate in rates)
     eligible = [rate for rate in rates if rate.runs and len(rate.runs) == most]
+    best = _lowest(eligible, "fd")
+    own = _by_rate([run for run in runs if not run.plan.tuning])
     return ArmSummary(
         plan=first,
-        rates=tuple(rates),
-        tuned=_lowest(eligible, "fd"),
+        rates=rates,
+        chosen=best.lr if best else None,
+        tuned=next((rate for rate in own if best and rate.lr == best.lr and rate.runs), None),
         tuned_by_loss=_lowest(eligible, "one_step_loss"),
+    )
+
+
+def _by_rate(runs: Sequence[RunResult]) -> tuple[RateSummary, ...]:
+    """The finished runs at each learning rate, ascending."""
+    return tuple(
+        RateSummary(
+            runs[0].plan.arm, lr, tuple(run for run in runs if run.plan.lr == lr and run.done)
+        )
+        for lr in sorted({run.plan.lr for run in runs})
     )
 
 
@@ -119,6 +140,26 @@ def ranked(arms: Sequence[ArmSummary]) -> list[tuple[Spread, RateSummary]]:
 def _by_mean(rates: Iterable[RateSummary], metric: Metric) -> list[tuple[Spread, RateSummary]]:
     pairs = [(values, rate) for rate in rates if (values := rate.spread(metric)) is not None]
     return sorted(pairs, key=lambda pair: pair[0].mean)
+
+
+def rank_correlations(arms: Sequence[ArmSummary]) -> dict[str, float]:
+    """Spearman's correlation of the one-step loss with FD at the ends of runs: does the loss
+    predict the samples? Over the runs of all arms under "", and within each arm under its name;
+    without those of fewer than four runs."""
+    points = {arm.name: _ends(arm) for arm in arms}
+    sets = {"": [point for own in points.values() for point in own], **points}
+    found = {}
+    for name, own in sets.items():
+        loss, fd = np.array(own).reshape(-1, 2).T
+        if len(own) >= FEWEST_TO_CORRELATE and np.ptp(loss) > 0 and np.ptp(fd) > 0:
+            found[name] = float(stats.spearmanr(loss, fd).statistic)
+    return found
+
+
+def _ends(arm: ArmSummary) -> list[tuple[float, float]]:
+    runs = [run for rate in arm.every_rate for run in rate.runs]
+    pairs = [(run.value("one_step_loss"), run.value("fd")) for run in runs]
+    return [(loss, fd) for loss, fd in pairs if loss is not None and fd is not None]
 
 
 def matched_pairs(arms: Sequence[ArmSummary]) -> list[tuple[ArmSummary, ArmSummary]]:

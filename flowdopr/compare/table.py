@@ -16,7 +16,7 @@ from typing import Any
 
 from flowdopr.compare.formats import NONE, learning_rate, mean_sd, memory, number, percent, seconds
 from flowdopr.compare.results import Metric, RunResult
-from flowdopr.compare.statistics import ArmSummary, RateSummary
+from flowdopr.compare.statistics import ArmSummary, RateSummary, rank_correlations
 from flowdopr.compare.study import Study
 
 Row = dict[str, Any]
@@ -118,6 +118,7 @@ def to_results(study: Study, table: Sequence[Row]) -> Row:
         "verdict": asdict(study.verdict),
         "arms": table,
         "claims": claims,
+        "rank_correlations": rank_correlations(study.arms),
         "runs": [_plain_run(run) for run in study.runs],
     }
 

@@ -14,6 +14,7 @@ from flowdopr.compare.statistics import (
     ArmSummary,
     RateSummary,
     paired_logs,
+    rank_correlations,
     ranked,
 )
 
@@ -131,7 +132,8 @@ def _strength(claims: Sequence[Claim], number_of_claims: int) -> str:
 
 def _notes(metric: str, runs: Sequence[RunResult], arms: Sequence[ArmSummary]) -> list[str]:
     notes = [_budget(runs, arms), *_learning_rate_notes(metric, arms)]
-    if any(len(arm.rates) > 1 for arm in arms):
+    notes += _correlation_note(metric, arms)
+    if any(len(arm.rates) > 1 for arm in arms) and not any(run.plan.tuning for run in runs):
         notes.append(
             "Learning rates were chosen on the seeds that are reported, which flatters every arm."
         )
@@ -145,8 +147,23 @@ def _notes(metric: str, runs: Sequence[RunResult], arms: Sequence[ArmSummary]) -
     return notes
 
 
+def _correlation_note(metric: str, arms: Sequence[ArmSummary]) -> list[str]:
+    found = rank_correlations(arms)
+    if "" not in found:
+        return []
+    within = [f"{number(rho, 2)} within {arm}" for arm, rho in found.items() if arm]
+    over_all = f"{number(found[''], 2)} over all runs"
+    return [
+        f"Rank correlation of the one-step loss with {metric} at the ends of runs: "
+        f"{listing([over_all, *within])}."
+    ]
+
+
 def _budget(runs: Sequence[RunResult], arms: Sequence[ArmSummary]) -> str:
-    seeds = count(len({run.plan.seed for run in runs}), "seed")
+    tuning = {run.plan.seed for run in runs if run.plan.tuning}
+    seeds = count(len(tuning), "tuning seed")
+    if not tuning:
+        seeds = count(len({run.plan.seed for run in runs}), "seed")
     sizes = {arm.name: len(arm.rates) for arm in arms}
     if len(set(sizes.values())) <= 1:
         grid = count(next(iter(sizes.values()), 0), "learning rate")
@@ -160,16 +177,16 @@ def _budget(runs: Sequence[RunResult], arms: Sequence[ArmSummary]) -> str:
 def _learning_rate_notes(metric: str, arms: Sequence[ArmSummary]) -> list[str]:
     notes = []
     for arm in arms:
-        if len(arm.rates) < 2 or arm.tuned is None:
+        if len(arm.rates) < 2 or arm.chosen is None:
             continue
-        chosen = learning_rate(arm.tuned.lr)
-        if arm.tuned_by_loss and arm.tuned_by_loss.lr != arm.tuned.lr:
+        chosen = learning_rate(arm.chosen)
+        if arm.tuned_by_loss and arm.tuned_by_loss.lr != arm.chosen:
             other = learning_rate(arm.tuned_by_loss.lr)
             notes.append(
                 f"{arm.name}: {metric} chose learning rate {chosen}; the one-step loss would have "
                 f"chosen {other}."
             )
-        if arm.tuned.lr in (arm.rates[0].lr, arm.rates[-1].lr):
+        if arm.chosen in (arm.rates[0].lr, arm.rates[-1].lr):
             notes.append(
                 f"{arm.name}: the chosen learning rate {chosen} is at the edge of its grid."
             )

@@ -220,7 +220,10 @@ class CompareConfig(Section):
     arms: Annotated[tuple[ArmConfig, ...], Field(min_length=1)]
     """What is compared; each arm x learning rate x seed is one run."""
     seeds: Annotated[tuple[CountOrZero, ...], Field(min_length=1)] = (0, 1, 2)
-    """Seeds of the runs."""
+    """Seeds of the runs that are reported."""
+    tuning_seeds: tuple[CountOrZero, ...] = ()
+    """Seeds of the runs that choose each arm's learning rate, which alone is then run with `seeds`.
+    None: `seeds` choose it, which flatters every arm."""
     evaluation_seeds: tuple[CountOrZero, ...] = ()
     """Further values of `evaluate.seed` with which the last checkpoint is evaluated, so that the
     noise of the evaluation is known apart from that of training."""
@@ -234,8 +237,17 @@ class CompareConfig(Section):
         names = [arm.name for arm in self.arms]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"compare.arms: the name '{twice[0]}' is given twice")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"compare.seeds: a seed is given twice in {list(self.seeds)}")
+        seeds = [*self.tuning_seeds, *self.seeds]
+        if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+            raise ValueError(
+                f"compare.seeds, compare.tuning_seeds: the seed {twice[0]} is given twice; the "
+                "seeds that choose the learning rate must not be those that are reported"
+            )
+        if self.tuning_seeds and all(len(arm.lrs) == 1 for arm in self.arms):
+            raise ValueError(
+                "compare.tuning_seeds: every arm has one learning rate, so there is nothing to "
+                "choose; set compare.tuning_seeds=[]"
+            )
         return self
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flowdopr.compare.plan import expand
+from flowdopr.compare.plan import expand, reported
 from flowdopr.config import ConfigError, DoPrConfig, apply_overrides
 
 
@@ -15,6 +15,29 @@ def test_every_arm_rate_and_seed_once(study):
     names = [plan.name for plan in expand(config)]
     first = ["a-lr0.001-s0", "a-lr0.1-s0", "b-lr1e-05-s0", "b-lr1e07-s0"]
     assert names == first + [name.replace("-s0", "-s1") for name in first]
+
+
+def test_tuning_seeds_have_every_rate_and_reported_seeds_the_chosen_one(study):
+    config = apply_overrides(
+        arms(study, "[{name: a, lrs: [1e-3, 0.1]}, {name: b, lrs: [1e-5, 1e7]}]"),
+        ["compare.tuning_seeds=[5]"],
+    )
+    plans = expand(config)
+    tuning = [plan.name for plan in plans if plan.tuning]
+    assert tuning == ["a-lr0.001-s5", "a-lr0.1-s5", "b-lr1e-05-s5", "b-lr1e07-s5"]
+    chosen = [plan.name for plan in reported(plans, {"a": 0.1})]
+    assert chosen == ["a-lr0.1-s0", "a-lr0.1-s1"]
+
+
+@pytest.mark.parametrize(
+    ("lrs", "tuning", "words"),
+    [("[1e-3, 0.1]", "[1]", "the seed 1 is given twice"), ("[0.1]", "[5]", "nothing to choose")],
+)
+def test_tuning_seeds_are_others_than_those_reported(study, lrs, tuning, words):
+    with pytest.raises(ConfigError, match=words):
+        apply_overrides(
+            study, [f"compare.arms=[{{name: a, lrs: {lrs}}}]", f"compare.tuning_seeds={tuning}"]
+        )
 
 
 def test_a_run_is_a_config_of_its_own(study):

@@ -1,14 +1,17 @@
 """Means, deviations, tuned rates and paired intervals, against hand computation and scipy."""
 
 import math
+from dataclasses import replace
 
 import pytest
+from scipy import stats
 
 from flowdopr.compare.plan import RunPlan
 from flowdopr.compare.results import Evaluation, RunResult
 from flowdopr.compare.statistics import (
     RateSummary,
     matched_pairs,
+    rank_correlations,
     spread,
     summarise,
 )
@@ -100,7 +103,10 @@ def test_verdict_with_few_seeds_is_an_observation():
     (pair,) = said.pairs
     assert pair.startswith("dopr-adamw over adamw: FD at equal steps 0.600 (0.")
     assert pair.endswith("one-step loss 1.25 (1.25 to 1.25). 2 seeds: too few for a claim.")
-    assert said.notes == ["Every arm had the same tuning budget: 1 learning rate × 2 seeds."]
+    assert said.notes == [
+        "Every arm had the same tuning budget: 1 learning rate × 2 seeds.",
+        "Rank correlation of the one-step loss with FD at the ends of runs: −0.89 over all runs.",
+    ]
 
 
 def by_arm(**distances):
@@ -134,6 +140,35 @@ def test_verdict_tells_the_beaten_from_the_level():
     said = verdict(by_arm(adamw=[5.0, 5.2, 5.4], muon=[4.0, 4.1, 4.4], dopr_muon=[3.9, 4.2, 4.35]))
     assert "ahead of adamw (5.20 ± 0.20)" in said.headline
     assert "is not told apart" in said.headline
+
+
+def test_tuning_seeds_choose_the_rate_and_other_seeds_report_it():
+    def of_rate(lr, seed, fd, tuning):
+        run = result("a", lr, seed, fd)
+        return replace(run, plan=replace(run.plan, tuning=tuning))
+
+    tuning = [of_rate(lr, seed, fd, True) for lr, fd in ((0.1, 2.0), (0.2, 1.0)) for seed in (8, 9)]
+    (arm,) = summarise(tuning)
+    assert (arm.chosen, arm.tuned) == (0.2, None)
+    reports = [of_rate(0.2, seed, 5.0 + seed, False) for seed in (0, 1)]
+    (arm,) = summarise([*tuning, *reports])
+    assert [run.plan.seed for run in arm.reported.runs] == [0, 1]
+    assert arm.reported.spread("fd").mean == 5.5
+    assert len(arm.every_rate) == 3
+    notes = verdict([*tuning, *reports]).notes
+    assert notes[0] == "Every arm had the same tuning budget: 2 learning rates × 2 tuning seeds."
+    assert not any("flatters" in note for note in notes)
+
+
+def test_rank_correlations_over_all_runs_and_within_arms():
+    runs = [result("a", 0.1, seed, fd, fd) for seed, fd in enumerate([1.0, 2.0, 3.0, 4.0])]
+    runs += [result("b", 0.1, seed, 9 - fd, fd) for seed, fd in enumerate([1.0, 2.0, 3.0])]
+    found = rank_correlations(summarise(runs))
+    assert found.keys() == {"", "a"}  # b has three runs
+    assert found["a"] == pytest.approx(1)
+    losses, distances = [1, 2, 3, 4, 1, 2, 3], [1, 2, 3, 4, 8, 7, 6]
+    assert found[""] == pytest.approx(stats.spearmanr(losses, distances).statistic)
+    assert any("1.0 within a" in note for note in verdict(runs).notes)
 
 
 def test_unequal_budgets_and_grid_edges_are_said():

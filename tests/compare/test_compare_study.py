@@ -1,6 +1,7 @@
 """A real study, small: interrupted, gone on with, and then left alone because it is done."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -104,3 +105,23 @@ def test_several_processes_may_not_run_one_study(quick, monkeypatch):
     with pytest.raises(ConfigError, match="without accelerate launch"):
         compare(quick)
     assert not study_path(quick).exists()
+
+
+def test_tuning_runs_come_first_and_only_the_chosen_rate_is_reported(quick):
+    config = apply_overrides(
+        quick,
+        [
+            "compare.arms=[{name: a, lrs: [1e-4, 1e-2]}]",
+            "compare.tuning_seeds=[7]",
+            "compare.evaluation_seeds=[1]",
+        ],
+    )
+    folder = compare(config)
+    results = json.loads((folder / "results.json").read_text())
+    finals = {run["lr"]: run["final"]["fd"] for run in results["runs"] if run["seed"] == 7}
+    (reported,) = [run for run in results["runs"] if run["seed"] == 0]
+    assert reported["lr"] == min(finals, key=finals.get) == results["arms"][0]["lr"]
+    assert results["arms"][0]["fd_mean"] == reported["final"]["fd"]
+    (other,) = reported["by_noise"]
+    assert other["fd"] != reported["final"]["fd"]
+    assert len(list(folder.glob("a-lr*"))) == 3
