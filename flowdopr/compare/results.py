@@ -109,25 +109,25 @@ def _evaluations(run: RunSnapshot, requests: Sequence[CardRequest]) -> tuple[Eva
 
 
 def _evaluation(card: Card) -> Evaluation:
-    metrics, sampling = card["metrics"], card["sampling"]
+    metrics = card["metrics"]
     return Evaluation(
         step=card["step"],
         one_step_loss=metrics.get("one_step_loss"),
         fd=metrics.get("fid", metrics.get("fd")),
         label_accuracy=metrics.get("label_accuracy"),
-        nfe=sampling["nfe"],
-        num_images=sampling["num_images"],
+        nfe=card["sampling"]["nfe"],
+        num_images=card["settings"]["sampling"]["num_images"],
     )
 
 
 def _extractor(card: Card) -> str:
-    held_out = card["extractor"].get("held_out_accuracy")
+    held_out, warning = (card["extractor"].get(key) for key in ("held_out_accuracy", "warning"))
     accuracy = "" if held_out is None else f", {100 * held_out:.1f} % accurate on held-out images"
-    return f"{card['extractor']['space']}{accuracy}"
+    return f"{card['extractor']['space']}{accuracy}" + (f"; {warning}" if warning else "")
 
 
 def _sampling(card: Card) -> str:
-    sampling = card["sampling"]
+    sampling = card["settings"]["sampling"]
     solver, guidance = sampling["solver"], sampling["guidance"]
     if "steps" in solver:
         accuracy = f"{solver['steps']} steps"

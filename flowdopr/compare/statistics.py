@@ -37,6 +37,8 @@ class RateSummary:
     arm: str
     lr: float
     runs: tuple[RunResult, ...]
+    failed: int = 0
+    """Runs that failed, and so are in no mean."""
 
     def spread(self, metric: Metric) -> Spread | None:
         """The spread of a metric over the seeds; None if no seed has it."""
@@ -120,8 +122,9 @@ def _summarise_arm(runs: list[RunResult]) -> ArmSummary:
     first = runs[0].plan
     rates = []
     for lr in sorted({run.plan.lr for run in runs}):
-        done = tuple(run for run in runs if run.plan.lr == lr and run.done)
-        rates.append(RateSummary(first.arm, lr, done))
+        own = [run for run in runs if run.plan.lr == lr]
+        failed = sum(run.status == "failed" for run in own)
+        rates.append(RateSummary(first.arm, lr, tuple(run for run in own if run.done), failed))
     # A learning rate at which seeds failed must not win by the seeds that survived.
     most = max(len(rate.runs) for rate in rates)
     eligible = [rate for rate in rates if rate.runs and len(rate.runs) == most]
