@@ -92,7 +92,9 @@ def heartbeat(name: str) -> Iterator[None]:
             wait = max(_printed, began) + SECONDS_BETWEEN_LINES - now
             if wait <= 0:
                 wait = SECONDS_BETWEEN_LINES
-                print_line(str(next(reversed(_running), f"{name}: {now - began:.0f} s")))
+                print_line(
+                    str(next(reversed(_running), f"{name}: at work for {now - began:.0f} s"))
+                )
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

@@ -66,15 +66,16 @@ def evaluate(
         overrides: `a.b=value` for the sections sample and evaluate, and where the data lies.
 
     Raises:
-        ConfigError, ValueError: no such run or checkpoint, other data than the run's,
-            too few images, settings that cannot be used, missing Inception weights; one line each.
+        ConfigError, ValueError: no such run or checkpoint, other data than the run's, too few
+            images, settings that cannot be used, missing Inception weights; one line each.
+        RolloutsFailed: images are not finite, or the solver failed; no card is written.
     """
     started = time.perf_counter()
     folder = RunFolder.open(run)
     config = _changed(folder.config, overrides)
     sampler = ImageSampler.load(folder, config, step, config.evaluate.weights)
     origin, guide = sampler.origin(), sampler.guide_record()
-    settings = card_settings(config, folder.dataset)
+    chosen, settings = config.evaluate, card_settings(config, folder.dataset)
     path = card_path(folder.path / "evaluation", sampler.step, settings | guide)
     known = read_card(path)
     if known is not None and not force and known["checkpoint"] == origin["checkpoint"]:
@@ -88,15 +89,12 @@ def evaluate(
             )
         check_exact(config, datasets)
         pixels = build_pixel_datasets(config) if datasets.info.autoencoder else datasets
-        check_numbers(
-            config.evaluate.metrics, config.evaluate.fid_num_images, pixels.info.num_train
-        )
+        check_numbers(chosen.metrics, chosen.fid_num_images, pixels.info.num_train)
         extractor = build_extractor(config, pixels, sampler.device)
     record = autoencoder_record(datasets.info, config)
     labels = _labels(config, sampler.num_classes, datasets)
-    generated, nfe = _draw_features(
-        sampler, extractor, labels, load_decoder(record, sampler.device)
-    )
+    decode = load_decoder(record, sampler.device)
+    generated, nfe = _draw_features(sampler, extractor, labels, decode)
     if sampler.state.is_main_process:
         if extractor.warning:
             print_line(f"warning: {extractor.warning}")
@@ -104,7 +102,7 @@ def evaluate(
         distances, more = _measure_images(config, generated, labels, pixels, extractor)
         card = origin | how | more | {"settings": settings, "metrics": metrics | distances}
         card |= {"sampling": settings["sampling"] | guide | {"nfe": nfe}}
-        card |= {"proxy": config.evaluate.fid_num_images < FEWEST_FOR_FID}
+        card |= {"proxy": chosen.fid_num_images < FEWEST_FOR_FID}
         card |= {"autoencoder": record} if record else {}
         card |= {"extractor": extractor.to_dict(), "reference": _reference(pixels)}
         write_json(path, card | {"seconds": round(time.perf_counter() - started, 3)})
