@@ -18,6 +18,7 @@ import typer
 from typer import Argument, Option
 
 from flowdopr.exits import Commands, end, exit_code, one_line
+from flowdopr.terminal import heartbeat
 
 if TYPE_CHECKING:
     from flowdopr.config import Config
@@ -92,7 +93,7 @@ def train(
 def sample(
     context: typer.Context,
     run: RunPath,
-    out: Annotated[Path, Option(help="Folder for the images; new or empty.")],
+    out: Annotated[Path, Option(help="Folder for the images; a cut sampling into it goes on.")],
     overrides: Overrides = None,
     num: Annotated[int, Option(min=1, help="Number of images.")] = 64,
     solver: Annotated[
@@ -239,7 +240,8 @@ def run_command(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         arguments = arguments or ["--help"]
-        return command.main(arguments, prog_name="flowdopr", standalone_mode=False) or 0
+        with heartbeat("flowdopr"):
+            return command.main(arguments, prog_name="flowdopr", standalone_mode=False) or 0
     except KeyboardInterrupt:
         return end("interrupted", 130)
     except Exception as error:

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 KEPT = {
     "train": "steps after the newest checkpoint are lost; go on with --resume",
-    "sample": "nothing is written; the same command starts anew",
+    "sample": "complete batches are kept; the same command goes on",
     "evaluate": "no card is written, others stay as they were; the same command starts anew",
     "compare": "finished runs are kept; the same command goes on",
     "encode": "complete files are kept; the same command goes on",

@@ -1,7 +1,10 @@
-"""Progress bars and lines on stderr."""
+"""Progress on stderr: a bar in a terminal; elsewhere a line whenever there was none for a while."""
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,25 +13,32 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
 
+SECONDS_BETWEEN_LINES = 10.0
+
 # One console for everything: rich can print a line above a bar only if both use the same console.
 console = Console(stderr=True)
+
+_running: list[Counter] = []  # the innermost last
+_printed = time.monotonic()  # when the last line was printed
 
 
 def print_line(text: str) -> None:
     """Print `text` above a running bar, without wrapping or styling it."""
+    global _printed
+    _printed = time.monotonic()
     console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 class Counter:
-    """A running bar; call it with the number of items that were just completed."""
+    """Running work; call it with the number of items that were just completed."""
 
-    def __init__(self, bar: Progress, task: TaskID):
-        self._bar, self._task = bar, task
+    def __init__(self, what: str, bar: Progress, total: int, completed: int):
+        self.what, self._bar = what, bar
+        self._task = bar.add_task(what, total=total, completed=completed, note="")
 
     def __call__(self, number: int = 1) -> None:
         self._bar.advance(self._task, number)
@@ -37,10 +47,15 @@ class Counter:
         """Show `text` at the end of the bar."""
         self._bar.update(self._task, note=text)
 
+    def __str__(self) -> str:
+        task = self._bar.tasks[self._task]
+        note = f", {task.fields['note']}" if task.fields["note"] else ""
+        return f"{self.what}: {task.completed:,.0f} of {task.total:,.0f}{note}"
+
 
 @contextmanager
 def counting(what: str, total: int, *, completed: int = 0, shown: bool = True) -> Iterator[Counter]:
-    """A bar of `total` items within the block; nothing is drawn where stderr is no terminal."""
+    """A bar of `total` items within the block; where stderr is no terminal, see `heartbeat`."""
     columns = (
         TextColumn(what),
         BarColumn(),
@@ -50,4 +65,41 @@ def counting(what: str, total: int, *, completed: int = 0, shown: bool = True) -
     )
     hidden = not (shown and console.is_terminal)
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        yield Counter(bar, bar.add_task(what, total=total, completed=completed, note=""))
+        counter = Counter(what, bar, total, completed)
+        _running.append(counter)
+        try:
+            yield counter
+        finally:
+            _running.remove(counter)
+
+
+@contextmanager
+def heartbeat(name: str) -> Iterator[None]:
+    """Within the block, print a line whenever there was none for `SECONDS_BETWEEN_LINES`.
+
+    The line is the innermost running count, or else says that `name` is at work. Only the first
+    process of a launch prints it, and only where stderr is no terminal, which has bars instead.
+    """
+    if console.is_terminal or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    began, over = time.monotonic(), threading.Event()
+
+    def beat() -> None:
+        wait = SECONDS_BETWEEN_LINES
+        while not over.wait(wait):
+            now = time.monotonic()
+            wait = max(_printed, began) + SECONDS_BETWEEN_LINES - now
+            if wait <= 0:
+                wait = SECONDS_BETWEEN_LINES
+                print_line(
+                    str(next(reversed(_running), f"{name}: at work for {now - began:.0f} s"))
+                )
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "evaluate": {"config", "flow", "models", "data", "runs", "latents", *TOOLS},
     "compare": {"config", "data", "runs", "latents", "train", "evaluate", *TOOLS},
     "exits": set(),
-    "cli": {"exits", "config", "latents", "train", "evaluate", "compare"},
+    "cli": {"exits", "terminal", "config", "latents", "train", "evaluate", "compare"},
     "__main__": {"cli"},
     "__init__": set(),
 }

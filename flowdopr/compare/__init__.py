@@ -16,6 +16,7 @@ from flowdopr.config import Config, ConfigError, apply_overrides, to_yaml
 from flowdopr.disk import locked, write_text
 from flowdopr.evaluate import trained_classifier
 from flowdopr.latents import build_pixel_datasets
+from flowdopr.terminal import print_line
 from flowdopr.train import Interrupted
 
 __all__ = ["StudyFailed", "compare"]
@@ -42,8 +43,9 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
         one run folder for each run.
 
     Raises:
-        ConfigError, ValueError: no `compare` section, wrong overrides, a run folder of another
-            config, a launch of several processes, or another process is running this study.
+        ConfigError, ValueError: no `compare` section, wrong overrides, a training run in the study
+            folder, a run folder of another config, a launch of several processes, or another
+            process is running this study.
         Interrupted: stopped by Ctrl-C or SIGTERM, after the runs have saved.
         StudyFailed: some runs failed; the report is written and lists them.
     """
@@ -59,6 +61,11 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
         )
     if workers is not None:
         config = apply_overrides(config, [f"compare.workers={workers}"])
+    if (study_path(config) / "config.yaml").exists():
+        raise ConfigError(
+            f"{study_path(config)}: a training run is here; choose another folder for the study by "
+            "name=NEW"
+        )
     plans, failed = expand(config), []
     runs = _results(config, [plan for plan in plans if plan.tuning], report_only, failed)
     chosen = {arm.name: arm.chosen for arm in summarise(runs) if arm.chosen is not None}
@@ -112,5 +119,7 @@ def _train_classifiers(plans: Sequence[RunPlan]) -> None:
     """Train the feature extractor of each data set before any worker needs it."""
     chosen = [plan.config for plan in plans if plan.config.evaluate.extractor.name == "classifier"]
     for config in {config.data.model_dump_json(): config for config in chosen}.values():
-        print(f"feature extractor for {config.data.name}", file=sys.stderr)
-        trained_classifier(build_pixel_datasets(config))
+        print_line(f"feature extractor for {config.data.name}")
+        trained = trained_classifier(build_pixel_datasets(config))
+        if trained.warning:
+            print_line(f"warning: {trained.warning}")

@@ -109,7 +109,8 @@ def read_run(plan: RunPlan) -> RunSnapshot:
 def _cards_in(
     folder: RunFolder, plan: RunPlan, requests: list[CardRequest]
 ) -> dict[CardRequest, Card]:
-    cards = [read_card(path) for path in sorted((folder.path / "evaluation").glob("*.json"))]
+    paths = sorted((folder.path / "evaluation").glob("*.json"))
+    cards = [card for path in paths if (card := read_card(path)) is not None]
     settings = {
         overrides: card_settings(apply_overrides(plan.config, overrides), folder.dataset)
         for overrides in {request.overrides for request in requests}

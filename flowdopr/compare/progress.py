@@ -11,9 +11,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from flowdopr.compare.cards import wanted_cards
 from flowdopr.compare.plan import RunPlan
-from flowdopr.terminal import console, print_line
+from flowdopr.terminal import SECONDS_BETWEEN_LINES, console, print_line
 
-SECONDS_BETWEEN_LINES = 10.0
 TRAINING_SHARE = 0.8
 """Part of a run's bar that stands for training; the rest is evaluation."""
 
@@ -33,15 +32,15 @@ def progress_of(plan: RunPlan) -> tuple[float, str]:
 
 
 def last_step(run: Path) -> int:
-    """The step of the newest line in metrics.jsonl; 0 where there is none yet."""
+    """The step of the newest line in metrics.jsonl; 0 where there is none yet, or it is damaged."""
     try:
         with open(run / "metrics.jsonl", "rb") as handle:
             handle.seek(0, 2)
             handle.seek(max(0, handle.tell() - 4096))
             lines = handle.read().split(b"\n")[:-1]
-    except FileNotFoundError:
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return 0
-    return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
 class Display:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -22,6 +21,7 @@ from flowdopr.compare.study import Study
 from flowdopr.compare.table import Row, rows, shared_values, shown_rows, to_csv, to_results
 from flowdopr.config import to_yaml
 from flowdopr.disk import write_bytes, write_text
+from flowdopr.evaluate.card import write_json
 
 CAPTIONS = {
     "scatter": "Rollout quality against one-step loss, one marker a run: down and left is better. "
@@ -44,8 +44,7 @@ def write_report(study: Study) -> None:
     pictures = {name: to_png(figure) for name, figure in draw_all(study).items()}
     for name, png in pictures.items():
         write_bytes(study.folder / "plots" / f"{name}.png", png)
-    results = json.dumps(to_results(study, table), indent=2)
-    write_text(study.folder / "results.json", results + "\n")
+    write_json(study.folder / "results.json", to_results(study, table))
     write_text(study.folder / "table.csv", to_csv(table))
     write_text(study.folder / "report.html", render(study, table, pictures))
 

@@ -98,9 +98,9 @@ def _finished(run: RunSnapshot, folder: RunFolder) -> RunResult:
         images_seen=train.global_batch_size * train.steps,
         seconds_per_step=median(speeds) if speeds else None,
         peak_memory_bytes=max((line["peak_memory_mib"] * 2**20 for line in windows), default=None),
-        hardware=" | ".join(dict.fromkeys(launch["hardware"] for launch in launches)),
-        commit=" | ".join(dict.fromkeys(launch["commit"] for launch in launches)),
-        versions=made_by["versions"],
+        hardware=" | ".join(dict.fromkeys(one.get("hardware", "unknown") for one in launches)),
+        commit=" | ".join(dict.fromkeys(one.get("commit", "unknown") for one in launches)),
+        versions=made_by.get("versions", {}),
         sample_grid=grids[-1] if grids else None,
         extractor=_extractor(card),
         sampling=_sampling(card),
@@ -112,25 +112,25 @@ def _evaluations(run: RunSnapshot, requests: Sequence[CardRequest]) -> tuple[Eva
 
 
 def _evaluation(card: Card) -> Evaluation:
-    metrics, sampling = card["metrics"], card["sampling"]
+    metrics = card["metrics"]
     return Evaluation(
         step=card["step"],
         one_step_loss=metrics.get("one_step_loss"),
         fd=metrics.get("fid", metrics.get("fd")),
         label_accuracy=metrics.get("label_accuracy"),
-        nfe=sampling["nfe"],
-        num_images=sampling["num_images"],
+        nfe=card["sampling"]["nfe"],
+        num_images=card["settings"]["sampling"]["num_images"],
     )
 
 
 def _extractor(card: Card) -> str:
-    held_out = card["extractor"].get("held_out_accuracy")
+    held_out, warning = (card["extractor"].get(key) for key in ("held_out_accuracy", "warning"))
     accuracy = "" if held_out is None else f", {100 * held_out:.1f} % accurate on held-out images"
-    return f"{card['extractor']['space']}{accuracy}"
+    return f"{card['extractor']['space']}{accuracy}" + (f"; {warning}" if warning else "")
 
 
 def _sampling(card: Card) -> str:
-    sampling = card["sampling"]
+    sampling = card["settings"]["sampling"]
     solver, guidance = sampling["solver"], sampling["guidance"]
     if "steps" in solver:
         accuracy = f"{solver['steps']} steps"

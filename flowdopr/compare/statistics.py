@@ -39,6 +39,8 @@ class RateSummary:
     arm: str
     lr: float
     runs: tuple[RunResult, ...]
+    failed: int = 0
+    """Runs that failed, and so are in no mean."""
 
     def by_seed(self, metric: Metric) -> dict[int, list[float | None]]:
         """The metric at the last checkpoint, for each evaluation seed, by seed."""
@@ -119,12 +121,13 @@ def _summarise_arm(runs: list[RunResult]) -> ArmSummary:
 
 def _by_rate(runs: Sequence[RunResult]) -> tuple[RateSummary, ...]:
     """The finished runs at each learning rate, ascending."""
-    return tuple(
-        RateSummary(
-            runs[0].plan.arm, lr, tuple(run for run in runs if run.plan.lr == lr and run.done)
-        )
-        for lr in sorted({run.plan.lr for run in runs})
-    )
+    rates = []
+    for lr in sorted({run.plan.lr for run in runs}):
+        own = [run for run in runs if run.plan.lr == lr]
+        failed = sum(run.status == "failed" for run in own)
+        done = tuple(run for run in own if run.done)
+        rates.append(RateSummary(own[0].plan.arm, lr, done, failed))
+    return tuple(rates)
 
 
 def _lowest(rates: Iterable[RateSummary], metric: Metric) -> RateSummary | None:
@@ -152,7 +155,7 @@ def rank_correlations(arms: Sequence[ArmSummary]) -> dict[str, float]:
     for name, own in sets.items():
         loss, fd = np.array(own).reshape(-1, 2).T
         if len(own) >= FEWEST_TO_CORRELATE and np.ptp(loss) > 0 and np.ptp(fd) > 0:
-            found[name] = float(stats.spearmanr(loss, fd).statistic)
+            found[name] = float(stats.spearmanr(loss, fd)[0])
     return found
 
 

@@ -43,6 +43,7 @@ def _row(metric: str, arm: ArmSummary) -> Row:
         "metric": metric,
         **_mean_and_sd(rate, "fd"),
         "seeds": len(rate.runs),
+        "seeds_failed": rate.failed,
         "fd_images": final.num_images if final else None,
         "nfe": final.nfe if final else None,
         **_mean_and_sd(rate, "one_step_loss"),
@@ -85,7 +86,8 @@ def shown_rows(study: Study, table: Sequence[Row]) -> list[Row]:
             f"{study.metric} ↓": mean_sd(arm.reported.spread("fd"), 3),
             "one-step loss ↓": mean_sd(arm.reported.spread("one_step_loss")),
             "label accuracy ↑": percent(arm.reported.spread("label_accuracy")),
-            "seeds": row["seeds"],
+            "seeds": f"{row['seeds']}"
+            + f", {row['seeds_failed']} failed" * (row["seeds_failed"] > 0),
             "a step": seconds(row["seconds_per_step"]),
             "peak memory": memory(row["peak_memory_bytes"]),
         }

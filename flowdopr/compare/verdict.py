@@ -137,7 +137,8 @@ def _notes(metric: str, runs: Sequence[RunResult], arms: Sequence[ArmSummary]) -
         notes.append(
             "Learning rates were chosen on the seeds that are reported, which flatters every arm."
         )
-    for status, words in (("failed", "failed"), ("unfinished", "not finished")):
+    states = {"failed": "failed, which no mean includes", "unfinished": "not finished"}
+    for status, words in states.items():
         names = [run.plan.name for run in runs if run.status == status]
         if names:
             notes.append(f"{count(len(names), 'run')} {words}: {listing(names)}.")

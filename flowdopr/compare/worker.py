@@ -19,7 +19,7 @@ from pathlib import Path
 from flowdopr.compare.cards import read_run
 from flowdopr.compare.plan import expand
 from flowdopr.config import load_config
-from flowdopr.evaluate import evaluate
+from flowdopr.evaluate import RolloutsFailed, evaluate
 from flowdopr.train import Interrupted, TrainingFailed, train
 
 PATIENCE_SECONDS = 60.0
@@ -47,7 +47,7 @@ def main() -> None:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
-    except (TrainingFailed, ValueError, OSError) as error:
+    except (TrainingFailed, RolloutsFailed, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

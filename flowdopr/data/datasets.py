@@ -133,10 +133,11 @@ def _open_torchvision(data: DataConfig, *, train: bool):
             return reader(data.root, train=train, download=True)
     except (RuntimeError, OSError, EOFError) as error:
         failed = "could not be downloaded" if data.download else "data.download is false"
+        remedy = "" if data.download else "set data.download=true, "
         raise ValueError(
             f"data.root: {data.name} is not in '{data.root}' and {failed} "
-            f"({' '.join(str(error).split())}); put torchvision's files there, or give the folder "
-            "that has them"
+            f"({' '.join(str(error).split())}); {remedy}put torchvision's files there, or give "
+            "the folder that has them"
         ) from None
 
 

@@ -2,16 +2,25 @@
 
 from flowdopr.evaluate.classifier import trained_classifier
 from flowdopr.evaluate.draw import sample
-from flowdopr.evaluate.extractors import Extractor, classifier_extractor, inception_extractor
-from flowdopr.evaluate.fidelity import fidelity
+from flowdopr.evaluate.extractors import (
+    Extractor,
+    Features,
+    classifier_extractor,
+    inception_extractor,
+)
+from flowdopr.evaluate.fidelity import fidelity, reference_features
+from flowdopr.evaluate.generate import RolloutsFailed
 from flowdopr.evaluate.measure import evaluate
 
 __all__ = [
     "Extractor",
+    "Features",
+    "RolloutsFailed",
     "classifier_extractor",
     "evaluate",
     "fidelity",
     "inception_extractor",
+    "reference_features",
     "sample",
     "trained_classifier",
 ]

@@ -2,7 +2,7 @@
 
 run, step, weights, checkpoint {step, sha256}, settings {...}, metrics {...}, proxy,
 sampling {solver {name, ...}, guidance, nfe, num_images, labels, seed, ...},
-extractor {name, space, weights_sha256, held_out_accuracy}, one_step {times, seed},
+extractor {name, space, weights_sha256, held_out_accuracy, chance, warning}, one_step {times, seed},
 reference {name, fingerprint, num_images}, uint8, versions, commit, seconds
 
 `settings` holds every setting that decides the numbers; a card with the same settings need not be
@@ -16,11 +16,47 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from flowdopr.config import Config
 from flowdopr.data import DatasetInfo
 from flowdopr.disk import write_text
 from flowdopr.evaluate.classifier import RECIPE
 from flowdopr.flow import BATCH_DEPENDENT_SOLVERS
+from flowdopr.runs.folder import flat
+
+
+class _Checked(BaseModel, strict=True, allow_inf_nan=False):
+    pass
+
+
+class _Metrics(_Checked):
+    fd: float | None = None
+    fid: float | None = None
+    one_step_loss: float | None = None
+    label_accuracy: float | None = None
+
+
+class _Sampling(_Checked):
+    nfe: float
+
+
+class _Extractor(_Checked):
+    space: str
+    held_out_accuracy: float | None = None
+    warning: str | None = None
+
+
+class _Card(_Checked):
+    """The fields of a card that `evaluate` and `compare` read."""
+
+    step: int
+    weights: str
+    checkpoint: dict[str, Any]
+    settings: dict[str, Any]
+    metrics: _Metrics
+    sampling: _Sampling
+    extractor: _Extractor
 
 
 def autoencoder_record(dataset: DatasetInfo, config: Config) -> dict[str, Any] | None:
@@ -41,13 +77,8 @@ def sampling_settings(config: Config) -> dict[str, Any]:
     return config.sample.model_dump(mode="json", exclude=ignored)
 
 
-def card_settings(config: Config, dataset: DatasetInfo, *, processes: int = 1) -> dict[str, Any]:
-    """Every setting that the numbers of a card depend on, as plain JSON values.
-
-    Args:
-        processes: number of processes that draw the images; only solvers whose steps depend on the
-            batch give other images for another number.
-    """
+def card_settings(config: Config, dataset: DatasetInfo) -> dict[str, Any]:
+    """Every setting that the numbers of a card depend on, as plain JSON values."""
     chosen = config.evaluate
     conditional = config.model.class_conditional and dataset.num_classes > 0
     sampling = sampling_settings(config) | {
@@ -55,8 +86,6 @@ def card_settings(config: Config, dataset: DatasetInfo, *, processes: int = 1) -
         "labels": chosen.labels if conditional else None,
         "seed": chosen.seed,
     }
-    if "batch_size" in sampling:
-        sampling["processes"] = processes
     extractor = chosen.extractor.model_dump(mode="json")
     if chosen.extractor.name == "classifier":
         extractor["recipe"] = RECIPE
@@ -78,9 +107,9 @@ def card_settings(config: Config, dataset: DatasetInfo, *, processes: int = 1) -
 
 def answers(card: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Whether `card` was made with `settings` (`card_settings`); it may hold further metrics."""
-    made = card.get("settings", {})
+    made, metrics = card["settings"], card["settings"].get("metrics")
     same = all(made.get(key) == value for key, value in settings.items() if key != "metrics")
-    return same and set(settings["metrics"]) <= set(made.get("metrics", ()))
+    return same and isinstance(metrics, list) and all(one in metrics for one in settings["metrics"])
 
 
 def card_path(folder: Path, step: int, settings: Mapping[str, Any]) -> Path:
@@ -89,14 +118,43 @@ def card_path(folder: Path, step: int, settings: Mapping[str, Any]) -> Path:
     return folder / f"step-{step:08d}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
 
 
-def read_card(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The mapping in a JSON file; None if there is no such file, or it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
-def write_card(path: Path, card: Mapping[str, Any]) -> None:
-    """Write `card` whole or not at all; a number that is not finite becomes null."""
+def read_card(path: Path) -> dict[str, Any] | None:
+    """The card of an evaluation; None if it is damaged, so that it is made again."""
+    card = read_json(path)
+    try:
+        _Card.model_validate(card)
+    except ValidationError:
+        return None
+    return card
+
+
+def to_json(value: Any) -> str:
+    """Strict JSON; a number that is not finite becomes null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `to_json` whole or not at all, into a folder that is made if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(_finite(card), indent=2, allow_nan=False) + "\n")
+    write_text(path, to_json(value))
+
+
+def first_difference(old: Any, new: Any, ignored: str = "") -> str | None:
+    """The first dotted key whose values differ, with both; None if `old` and `new` are equal."""
+    before, now = flat(old), flat(json.loads(to_json(new)))
+    for key in sorted(before.keys() | now.keys()):
+        if key != ignored and before.get(key) != now.get(key):
+            return f"{key} was {before.get(key)}, now {now.get(key)}"
+    return None
 
 
 def _finite(value: Any) -> Any:

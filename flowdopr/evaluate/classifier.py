@@ -10,6 +10,7 @@ Shapes: images uint8 `(B, C, H, W)`, features `(B, 64)`, logits `(B, num_classes
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 from flowdopr.data import Datasets, ImageDataset, from_uint8
 from flowdopr.data.loader import picks_between
 from flowdopr.disk import file_sha256, replacing
+from flowdopr.terminal import counting
 
 RECIPE = 2  # part of the cache key: raise it with any change of the network or its training
 NUM_FEATURES = 64
@@ -68,11 +70,15 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class TrainedClassifier:
-    """A classifier on disk: the path of its weights, their hash, and its held-out accuracy."""
+    """A classifier on disk: the path of its weights and their hash, its accuracy on held-out
+    images, and that of a guess, the share of the most frequent class among them."""
 
     path: Path
     weights_sha256: str
     held_out_accuracy: float
+    chance: float
+    warning: str | None
+    """What is wrong with its features, in one line; None if nothing is."""
 
 
 def cache_folder() -> Path:
@@ -97,19 +103,41 @@ def trained_classifier(datasets: Datasets) -> TrainedClassifier:
             "on; use evaluate.extractor=inception"
         )
     path = cache_folder() / f"classifier-{info.fingerprint[:24]}-r{RECIPE}.safetensors"
-    if not path.is_file():
+    try:
+        right = load_classifier(path)[1]
+    except (OSError, ValueError):  # not there, or damaged
         with _same_everywhere():
             model = train_classifier(Classifier(info.image_shape, info.num_classes), datasets.train)
-        _save(path, model, accuracy(model, datasets.held_out))
-    return TrainedClassifier(path, file_sha256(path), _notes(path)["held_out_accuracy"])
+        right = accuracy(model, datasets.held_out)
+        _save(path, model, right)
+    labels = datasets.held_out.labels[_evenly_spaced(len(datasets.held_out), MAX_HELD_OUT)]
+    chance = labels.bincount().max().item() / len(labels)
+    warning = None
+    if right <= chance + 2 * math.sqrt(chance * (1 - chance) / len(labels)):
+        warning = (
+            f"the classifier of {info.name} is right on {100 * right:.1f} % of the held-out "
+            f"images, no better than a guess ({100 * chance:.1f} %): distances in its features "
+            "say little; use evaluate.extractor=inception"
+        )
+    return TrainedClassifier(path, file_sha256(path), right, chance, warning)
 
 
-def load_classifier(path: str | Path) -> Classifier:
-    """A classifier written by `trained_classifier`, on the CPU, in evaluation mode."""
-    notes = _notes(path)
-    model = Classifier(tuple(notes["image_shape"]), notes["num_classes"])
-    model.load_state_dict(load_file(path))
-    return model.eval().requires_grad_(False)
+def load_classifier(path: str | Path) -> tuple[Classifier, float]:
+    """A classifier written by `trained_classifier`, on the CPU, in evaluation mode, and its
+    accuracy on held-out images.
+
+    Raises:
+        ValueError, OSError: there is none, or the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = json.loads(file.metadata()["flowdopr"])
+        model = Classifier(tuple(notes["image_shape"]), notes["num_classes"])
+        model.load_state_dict(load_file(path))
+        right = float(notes["held_out_accuracy"])
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a classifier: {error}") from None
+    return model.eval().requires_grad_(False), right
 
 
 def train_classifier(model: Classifier, dataset: ImageDataset, steps: int = STEPS) -> Classifier:
@@ -117,14 +145,16 @@ def train_classifier(model: Classifier, dataset: ImageDataset, steps: int = STEP
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
-    for step in range(steps):
-        picks = picks_between(0, len(dataset), step * BATCH_SIZE, (step + 1) * BATCH_SIZE)
-        images, labels = dataset.batch(picks.indices)
-        loss = F.cross_entropy(model(images)[1], labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    with counting("training the classifier", steps) as progress:
+        for step in range(steps):
+            picks = picks_between(0, len(dataset), step * BATCH_SIZE, (step + 1) * BATCH_SIZE)
+            images, labels = dataset.batch(picks.indices)
+            loss = F.cross_entropy(model(images)[1], labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress()
     model.eval()
     with torch.no_grad():
         images, _ = dataset.batch(_evenly_spaced(len(dataset), 1000))
@@ -143,14 +173,8 @@ def accuracy(model: Classifier, dataset: ImageDataset) -> float:
     indices, right = _evenly_spaced(len(dataset), MAX_HELD_OUT), 0
     for part in indices.split(TOGETHER):
         images, labels = dataset.batch(part)
-        right += int((predict(model, images) == labels).sum())
+        right += int((model(images)[1].argmax(1) == labels).sum())
     return right / len(indices)
-
-
-@torch.no_grad()
-def predict(model: Classifier, images: Tensor) -> Tensor:
-    """Labels `(N,)` of uint8 images `(N, C, H, W)`, on the CPU."""
-    return torch.cat([model(part)[1].argmax(1) for part in images.split(TOGETHER)])
 
 
 @contextmanager
@@ -175,8 +199,3 @@ def _save(path: Path, model: Classifier, held_out_accuracy: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, f".{os.getpid()}.part") as part:
         save_file(model.state_dict(), part, metadata={"flowdopr": json.dumps(notes)})
-
-
-def _notes(path: str | Path) -> dict:
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["flowdopr"])

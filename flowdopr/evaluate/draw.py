@@ -1,25 +1,48 @@
-"""`sample`: images of a run as files."""
+"""`sample`: images of a run as files, which the same command goes on with after an interruption.
+
+    000000.png, 000001.png, ...   written batch by batch
+    unfinished/sampling.json      what they are drawn with; the folder is deleted at the end
+    unfinished/00000256.json      the batch that begins with image 256 is written
+    grid.png                      made from the PNGs
+    sampling.json                 the card, which says that all the above is there
+    samples.npz                   made from the PNGs, if asked for
+
+Shapes: images uint8 (N, C, H, W), labels (N,) int64.
+"""
 
 import json
 import math
-import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
 from flowdopr.config import Config, ConfigError, apply_overrides
-from flowdopr.evaluate.card import autoencoder_record, sampling_settings, write_card
-from flowdopr.evaluate.generate import ImageSampler, balanced_labels, repeated_labels
+from flowdopr.disk import locked, replacing
+from flowdopr.evaluate.card import (
+    autoencoder_record,
+    first_difference,
+    read_json,
+    sampling_settings,
+    write_json,
+)
+from flowdopr.evaluate.generate import ImageSampler, balanced_labels, mean_nfe, repeated_labels
+from flowdopr.latents import load_decoder
 from flowdopr.runs import RunFolder
+from flowdopr.terminal import counting
 
+CARD, UNFINISHED, NPZ = "sampling.json", "unfinished", "samples.npz"
+PNG_END = b"IEND\xaeB`\x82"
 MAX_IN_GRID = 100
 SMALLEST_IN_GRID = 32  # pixels; smaller images are magnified
 
@@ -37,12 +60,15 @@ def sample(
     npz: bool = False,
     autoencoder: str | None = None,
 ) -> Path:
-    """Draw `num` images into the folder `out`, which is returned and appears whole or not at all.
+    """Draw `num` images into the folder `out`, which is returned.
 
-    `out` holds 000000.png, ..., grid.png (the first 100), sampling.json and, if `npz`, samples.npz
-    (arr_0: uint8 (N, H, W, C); labels (N,) where there are any). Image i depends on (`seed`, i),
-    its label and the settings alone; with an adaptive solver or implicit Adams, which choose their
-    steps for a batch as a whole, it is the same only up to their tolerance.
+    `out` then holds 000000.png, ..., grid.png (the first 100), sampling.json and, if `npz`,
+    samples.npz (arr_0: uint8 (N, H, W, C); labels (N,) where there are any). Image i depends on
+    (`seed`, i), its label and the settings alone; with an adaptive solver or implicit Adams, which
+    choose their steps for a batch as a whole, within their tolerance also on its batch.
+
+    After an interruption the same call goes on: batches that are written are not drawn again, and
+    the images become those of an uninterrupted call, also with another number of processes.
 
     Args:
         overrides: `sample.key=value`, such as `sample.solver=dopri5`.
@@ -51,33 +77,33 @@ def sample(
         autoencoder: the new place of the autoencoder of a run on latents, if it was moved.
 
     Raises:
-        ConfigError, ValueError: `out` holds files, no such run or checkpoint, unknown labels,
-            settings that cannot be used.
+        ConfigError, ValueError: `out` holds other files or images of other settings, no such run or
+            checkpoint, unknown labels, settings that cannot be used.
+        RolloutsFailed: images are not finite, or the solver failed.
     """
     out = Path(out)
-    _check(num, out)
+    if num < 1:
+        raise ValueError(f"num={num}: at least one image must be asked for")
     folder = RunFolder.open(run)
     config = _changed(folder.config, overrides, autoencoder)
     record = autoencoder_record(folder.dataset, config)
     sampler = ImageSampler.load(folder, config, step, weights)
     y = _labels(num, labels, sampler.num_classes)
-    images, nfe = sampler.draw(num, y, seed=seed, autoencoder=record)
+    used = list(labels) if labels else None if y is None else "balanced"
+    drawn = {"batch_size": config.sample.batch_size, "num_images": num, "seed": seed}
+    sampling = sampling_settings(config) | sampler.guide_record() | drawn | {"labels": used}
+    card = sampler.origin() | {"sampling": sampling}
+    card |= {"autoencoder": record} if record else {}
+    with sampler.state.main_process_first():
+        complete = _is_complete(out, card)
+    if not complete:
+        _draw(sampler, out, y, card, load_decoder(record, sampler.device))
     if sampler.state.is_main_process:
-        used = list(labels) if labels else None if y is None else "balanced"
-        drawn = {"nfe": nfe, "num_images": num, "seed": seed, "labels": used}
-        sampling = sampling_settings(config) | sampler.guide_record() | drawn
-        card = sampler.origin() | {"sampling": sampling}
-        card |= {"autoencoder": record} if record else {}
-        _write_folder(out, images, y, card, npz=npz)
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+        if npz and not (out / NPZ).is_file():
+            _write_npz(out, num, y)
     sampler.state.wait_for_everyone()
     return out
-
-
-def _check(num: int, out: Path) -> None:
-    if num < 1:
-        raise ValueError(f"num={num}: at least one image must be asked for")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: holds files already; give a new or an empty folder")
 
 
 def _changed(config: Config, overrides: Iterable[str], autoencoder: str | None) -> Config:
@@ -103,29 +129,103 @@ def _labels(num: int, labels: Sequence[int] | None, num_classes: int) -> Tensor 
     return balanced_labels(num, num_classes) if num_classes else None
 
 
-def _write_folder(
-    out: Path, images: Tensor, labels: Tensor | None, card: Mapping[str, Any], *, npz: bool
+def _is_complete(out: Path, card: Mapping[str, Any]) -> bool:
+    """Whether all images of `card` are in `out`, rather than some or none.
+
+    Raises:
+        ValueError: `out` holds images of another card, or something else.
+    """
+    if not out.exists() or (out.is_dir() and {item.name for item in out.iterdir()} <= {UNFINISHED}):
+        return False
+    begun = read_json(out / CARD) or read_json(out / UNFINISHED / CARD)
+    if begun is None:
+        raise ValueError(f"{out}: holds files already; give a new or an empty folder")
+    difference = first_difference(begun, card, ignored="sampling.nfe")
+    if difference:
+        raise ValueError(f"{out}: holds images of other settings: {difference}; give a new folder")
+    return (out / CARD).is_file()
+
+
+def _draw(
+    sampler: ImageSampler,
+    out: Path,
+    labels: Tensor | None,
+    card: Mapping[str, Any],
+    decode: Callable[[Tensor], Tensor],
 ) -> None:
-    """Fill a folder beside `out`, then give it its name."""
-    out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    part.chmod(0o755)  # mkdtemp lets only the owner read it
-    try:
-        for number, image in enumerate(images):
-            to_pil_image(image).save(part / f"{number:06d}.png")
-        to_pil_image(grid(images)).save(part / "grid.png")
-        if npz:
-            arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy()}
-            if labels is not None:
-                arrays["labels"] = labels.numpy()
-            np.savez(part / "samples.npz", allow_pickle=False, **arrays)
-        write_card(part / "sampling.json", card)
-        if out.exists():
-            out.rmdir()
-        os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)  # after success it has another name
+    """Draw the batches that are not written yet, then make the grid and the card."""
+    main, sampling = sampler.state.is_main_process, card["sampling"]
+    remedy = "wait for it, or give another folder"
+    with locked(out / UNFINISHED, remedy) if main else nullcontext():
+        if main:
+            write_json(out / UNFINISHED / CARD, card)
+        sampler.state.wait_for_everyone()
+        batches = sampler.share(sampling["num_images"])
+        missing = [batch for batch in batches if not _is_written(out, batch)]
+        total, done = (sum(map(len, some)) for some in (batches, missing))
+        with counting("sampling", total, completed=total - done, shown=main) as progress:
+            for batch in missing:
+                images, nfe = sampler.draw(batch, labels, seed=sampling["seed"], decode=decode)
+                for number, image in zip(batch, images, strict=True):
+                    to_pil_image(image).save(_png(out, number))
+                write_json(_note(out, batch), {"nfe": nfe})
+                progress(len(batch))
+        sampler.state.wait_for_everyone()
+        if main:
+            _finish(out, card, sampler.batches(sampling["num_images"]))
+
+
+def _finish(out: Path, card: Mapping[str, Any], batches: Sequence[range]) -> None:
+    """Write the grid, and the card with the mean NFE of the batches."""
+    num = batches[-1].stop
+    first = torch.stack([_read(out, number) for number in range(min(num, MAX_IN_GRID))])
+    to_pil_image(grid(first)).save(out / "grid.png")
+    nfe = mean_nfe({batch: _nfe(out, batch) for batch in batches})
+    write_json(out / CARD, {**card, "sampling": card["sampling"] | {"nfe": nfe}})
+
+
+def _is_written(out: Path, batch: range) -> bool:
+    """Whether the batch is complete: its note is there, and none of its PNGs is missing or cut."""
+    return _nfe(out, batch) > 0 and all(
+        path.is_file() and path.read_bytes().endswith(PNG_END)
+        for path in (_png(out, number) for number in batch)
+    )
+
+
+def _png(out: Path, number: int) -> Path:
+    return out / f"{number:06d}.png"
+
+
+def _note(out: Path, batch: range) -> Path:
+    return out / UNFINISHED / f"{batch.start:08d}.json"
+
+
+def _nfe(out: Path, batch: range) -> int:
+    """The NFE in the note of a batch; 0 if it is not written yet, or damaged."""
+    nfe = (read_json(_note(out, batch)) or {}).get("nfe")
+    return nfe if isinstance(nfe, int) else 0
+
+
+def _read(out: Path, number: int) -> Tensor:
+    """Image `number` (C, H, W) from its file."""
+    with Image.open(_png(out, number)) as image:
+        return pil_to_tensor(image)
+
+
+def _write_npz(out: Path, num: int, labels: Tensor | None) -> None:
+    """samples.npz, written image by image: all of them may be more than the memory holds."""
+    channels, height, width = _read(out, 0).shape
+    header = {"descr": "|u1", "fortran_order": False, "shape": (num, height, width, channels)}
+    with replacing(out / NPZ) as part, zipfile.ZipFile(part, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            with counting(NPZ, num) as progress:
+                for number in range(num):
+                    file.write(_read(out, number).permute(1, 2, 0).numpy().tobytes())
+                    progress()
+        if labels is not None:
+            with archive.open("labels.npy", "w") as file:
+                np.lib.format.write_array(file, labels.numpy(), allow_pickle=False)
 
 
 def grid(images: Tensor) -> Tensor:

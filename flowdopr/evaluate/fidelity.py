@@ -1,22 +1,31 @@
-"""Distances between generated and real images, all computed by torch-fidelity.
+"""Distances between generated and real images, computed from features by torch-fidelity.
 
-Shapes: images uint8 `(N, C, H, W)` on the CPU.
+Shapes: images uint8 `(N, C, H, W)`; features `(N, D)` and logits `(N, K)` on the CPU.
 """
 
 import hashlib
+import os
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch_fidelity
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from flowdopr.data import ImageDataset
+from flowdopr.disk import replacing
 from flowdopr.evaluate.classifier import cache_folder
-from flowdopr.evaluate.extractors import Extractor
-from flowdopr.linalg import full_float32
+from flowdopr.evaluate.extractors import Extractor, Features
+from flowdopr.terminal import counting
 
-LARGEST_KID_SUBSET = 1000
+TOGETHER = 64  # real images in one call of an extractor
+KID_SUBSETS, LARGEST_KID_SUBSET = 100, 1000
 PRC_NEIGHBOURS = 3
 
 # torch-fidelity's names -> ours; the extractor names the Frechet distance, "fd" or "fid".
@@ -31,79 +40,82 @@ NAMES = {
 }
 
 
-class BareImages(Dataset[Tensor]):
-    """The images of a data set without labels; grey images are repeated to fill `channels`."""
+def check_numbers(metrics: Collection[str], generated: int, reference: int) -> None:
+    """Check that there are enough images for the `metrics`, before any is drawn.
 
-    def __init__(self, images: ImageDataset, channels: int | None = None):
-        self.images, self.channels = images, channels
+    Raises:
+        ValueError: there are too few.
+    """
+    needed = PRC_NEIGHBOURS + 2 if "prc" in metrics else 2
+    if metrics and min(generated, reference) < needed:
+        raise ValueError(
+            f"evaluate.metrics: {', '.join(metrics)} need at least {needed} generated and real "
+            f"images, there are {generated} and {reference}; raise evaluate.fid_num_images"
+        )
 
-    def __len__(self) -> int:
-        return len(self.images)
 
-    def __getitem__(self, index: int) -> Tensor:
-        image = self.images[index][0]
-        if self.channels is None or image.shape[0] == self.channels:
-            return image
-        return image.expand(self.channels, -1, -1)
+def reference_features(reference: ImageDataset, fingerprint: str, extractor: Extractor) -> Tensor:
+    """The features of the real images, cached for their `fingerprint` and the extractor's weights.
+
+    A cache file that is damaged is made again. It holds tensors alone and cannot run code.
+    """
+    key = repr((fingerprint, len(reference), extractor.weights_sha256, str(extractor.dtype)))
+    name = f"reference-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+    path = cache_folder() / "features" / name
+    try:
+        features = load_file(path)["features"]
+        if len(features) == len(reference):
+            return features
+    except (OSError, SafetensorError, KeyError):
+        pass
+    parts = []
+    with counting("features of the real images", len(reference)) as progress:
+        for indices in torch.arange(len(reference)).split(TOGETHER):
+            parts.append(extractor(reference.batch(indices)[0]).features)
+            progress(len(indices))
+    features = torch.cat(parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, f".{os.getpid()}.part") as part:
+        save_file({"features": features}, part)
+    return features
 
 
 def fidelity(
-    generated: ImageDataset,
-    reference: ImageDataset,
-    extractor: Extractor,
-    metrics: Collection[str],
-    *,
-    reference_fingerprint: str,
-    device: torch.device | str = "cpu",
-    batch_size: int = 64,
-) -> dict[str, float]:
-    """The chosen `metrics` (among fd, kid, isc, prc) of `generated` against `reference`.
+    generated: Features, reference: Tensor, extractor: Extractor, metrics: Collection[str]
+) -> tuple[dict[str, float | None], dict[str, Any]]:
+    """The chosen `metrics` (among fd, kid, isc, prc) of generated against real images.
 
-    Features of the reference are cached under a hash of its fingerprint and of the extractor's
-    weights; those of the generated images are not cached.
+    Args:
+        reference: features of the real images.
+        extractor: that of all features.
 
     Returns:
-        "fd" or "fid" (by the extractor), "kid_mean", "kid_std" (over 100 subsets of up to 1,000
-        images), "isc_mean", "isc_std", "precision", "recall", "f_score" (3 neighbours).
+        The metrics: "fd" or "fid" (by the extractor), "kid_mean", "kid_std", "isc_mean", "isc_std",
+        "precision", "recall", "f_score" (3 neighbours). And for the card, how they were measured:
+        KID's subsets. "kid_std" is their standard deviation; None if each of them has all
+        generated or all real images, because it would then leave out what varies between those.
 
     Raises:
         ValueError: too few images for a metric.
     """
-    if not metrics:
-        return {}
-    fewest = min(len(generated), len(reference))
-    needed = PRC_NEIGHBOURS + 2 if "prc" in metrics else 2
-    if fewest < needed:
-        raise ValueError(
-            f"evaluate.metrics: {', '.join(metrics)} need at least {needed} generated and real "
-            f"images, there are {len(generated)} and {len(reference)}; raise "
-            "evaluate.fid_num_images"
-        )
-    with full_float32():
-        found = torch_fidelity.calculate_metrics(
-            input1=BareImages(generated, extractor.channels),
-            input2=BareImages(reference, extractor.channels),
-            input2_cache_name=_cache_name(reference_fingerprint, len(reference), extractor),
-            cache_root=str(cache_folder() / "features"),
-            fid="fd" in metrics,
-            kid="kid" in metrics,
-            isc="isc" in metrics,
-            prc="prc" in metrics,
-            feature_extractor=extractor.name,
-            feature_extractor_weights_path=str(extractor.weights),
-            kid_subset_size=min(LARGEST_KID_SUBSET, fewest),
-            isc_splits=min(10, len(generated)),
-            prc_neighborhood=PRC_NEIGHBOURS,
-            batch_size=batch_size,
-            cuda=torch.device(device).type == "cuda",
-            save_cpu_ram=True,  # no loader processes; nearest neighbours in blocks
-            verbose=False,
-        )
+    check_numbers(metrics, len(generated.features), len(reference))
+    found, how, features = {}, {}, generated.features
+    if "fd" in metrics:
+        one, other = (fid_features_to_statistics(side) for side in (features, reference))
+        found |= fid_statistics_to_metric(one, other, verbose=False)
+    if "kid" in metrics:
+        fewest = min(len(features), len(reference))
+        size = min(LARGEST_KID_SUBSET, fewest)
+        subsets = {"kid_subsets": KID_SUBSETS, "kid_subset_size": size}
+        found |= kid_features_to_metric(features, reference, verbose=False, **subsets)
+        how["kid"] = {"subsets": KID_SUBSETS, "subset_size": size}
+        if size == fewest:
+            found[torch_fidelity.KEY_METRIC_KID_STD] = None
+            how["kid"] |= {"std": f"none: each subset has all {size} images of one side"}
+    if "isc" in metrics:
+        found |= isc_features_to_metric(generated.logits, splits=min(10, len(features)))
+    if "prc" in metrics:  # nearest neighbours in blocks, to save memory
+        options = {"prc_neighborhood": PRC_NEIGHBOURS, "save_cpu_ram": True, "verbose": False}
+        found |= prc_features_to_metric(features, reference, **options)
     names = NAMES | {torch_fidelity.KEY_METRIC_FID: extractor.distance}
-    return {names[key]: value for key, value in found.items()}
-
-
-def _cache_name(fingerprint: str, num_images: int, extractor: Extractor) -> str:
-    """A cache key with the images and the weights, which torch-fidelity's own key leaves out."""
-    parts = (fingerprint, num_images, extractor.weights_sha256, torch_fidelity.__version__)
-    return "reference-" + hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+    return {names[key]: value for key, value in found.items()}, how

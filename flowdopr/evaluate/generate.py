@@ -1,32 +1,39 @@
-"""Drawing images from one checkpoint of a run, shared out over the processes of the launch.
+"""Drawing images from one checkpoint of a run, a batch at a time.
+
+Batch k of a sampling holds the images k * batch_size, k * batch_size + 1, ..., and is always drawn
+as a whole, by one process. So an image is the same bit for bit whichever process draws it, and
+whatever was drawn before, also with a solver that chooses its steps for a batch.
 
 Shapes: images uint8 `(N, C, H, W)`, labels `(N,)` int64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from flowdopr.config import Config
 from flowdopr.data import UINT8_RULE, to_uint8
 from flowdopr.data.loader import picks_between
-from flowdopr.flow import build_sampling, generate
+from flowdopr.flow import Sampling, build_sampling, generate
 from flowdopr.flow.objective import num_classes_of
-from flowdopr.latents import load_decoder
 from flowdopr.linalg import full_float32
 from flowdopr.models.weights import weights_sha256
 from flowdopr.processes import device_of, this_process
 from flowdopr.runs import Guide, RunFolder, commit, load_guide, versions
-from flowdopr.terminal import counting
 
 DECODED_TOGETHER = 256  # decoded images are floats until they are rounded: not all at once
+
+
+class RolloutsFailed(RuntimeError):
+    """The rollouts of a checkpoint cannot be images; the message names the run and the step."""
+
+    exit_code = 1
 
 
 def balanced_labels(num: int, num_classes: int) -> Tensor:
@@ -52,6 +59,12 @@ def repeated_labels(num: int, labels: Sequence[int], num_classes: int) -> Tensor
     return torch.tensor(list(labels))[torch.arange(num) % len(labels)]
 
 
+def mean_nfe(calls: Mapping[range, int]) -> int | float:
+    """The mean NFE of an image, from that of each batch."""
+    total, num = sum(len(batch) * nfe for batch, nfe in calls.items()), sum(map(len, calls))
+    return total / num if total % num else total // num
+
+
 @dataclass(frozen=True)
 class ImageSampler:
     """One checkpoint of a run, loaded, with the guide and the settings that its images depend on.
@@ -65,6 +78,7 @@ class ImageSampler:
     weights: str
     model: nn.Module
     guide: Guide
+    sampling: Sampling
     state: PartialState
 
     @classmethod
@@ -72,12 +86,13 @@ class ImageSampler:
         """Load checkpoint `step` (None: the newest) and the guide that `config` names.
 
         Raises:
-            ConfigError, ValueError: no such checkpoint or weights, or a guide that does not fit.
+            ConfigError, ValueError: no such checkpoint or weights, a guide that does not fit, or
+                settings of sampling that do not go together.
         """
-        state = this_process()
+        state, sampling = this_process(), build_sampling(config)
         guide = load_guide(config, run.dataset, device_of(state))
         model, step = run.load_model(step, weights, device_of(state))
-        return cls(run, config, step, weights, model, guide, state)
+        return cls(run, config, step, weights, model, guide, sampling, state)
 
     @property
     def device(self) -> torch.device:
@@ -107,44 +122,60 @@ class ImageSampler:
         sha256 = {"sha256": weights_sha256(self.guide.model)}
         return {"guide": (self.guide.origin or {}) | sha256}
 
+    def batches(self, num: int) -> list[range]:
+        """The batches of images 0 to `num` - 1."""
+        size = self.config.sample.batch_size
+        return [range(first, min(first + size, num)) for first in range(0, num, size)]
+
+    def share(self, num: int) -> list[range]:
+        """Those of `batches` that this process draws."""
+        return self.batches(num)[self.state.process_index :: self.state.num_processes]
+
     def draw(
         self,
-        num: int,
+        batch: range,
         labels: Tensor | None,
         *,
         seed: int,
-        autoencoder: Mapping[str, Any] | None = None,
-    ) -> tuple[Tensor, int | float]:
-        """`num` images on the CPU of every process, and the model calls (NFE) per image.
+        decode: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, int]:
+        """The images of one of the `batches`, on the CPU, and the model calls (NFE) of each.
 
-        Each process draws one contiguous range. With a solver of fixed steps, image i depends on
-        (`seed`, i) and its label alone, whatever the number of processes and the batch size. A
-        solver in `BATCH_DEPENDENT_SOLVERS` chooses its steps for a whole batch, so there the same
-        holds only up to its tolerance. Computed in full float32.
+        With a solver of fixed steps, image i depends on (`seed`, i) and its label alone, up to
+        rounding. A solver in `BATCH_DEPENDENT_SOLVERS` chooses its steps for the whole batch, so
+        there it depends on the rest of its batch within the solver's tolerance. Computed in full
+        float32.
 
         Args:
-            autoencoder: what decodes the model's images; None where they are pixels.
+            labels: of all images of the sampling; None for an unconditional model.
+            decode: from the model's images to pixels, see `latents.load_decoder`.
+
+        Raises:
+            RolloutsFailed: the solver failed, or images are not finite.
         """
-        decode = load_decoder(autoencoder, self.device)
-        rank, world = self.state.process_index, self.state.num_processes
-        first, last = rank * num // world, (rank + 1) * num // world
-        share: list[tuple[Tensor, float]] = []
-        if last > first:
-            with counting("sampling", last - first, shown=rank == 0) as progress, full_float32():
+        with full_float32():
+            try:
                 samples = generate(
                     self.model,
-                    None if labels is None else labels[first:last],
-                    num_images=last - first,
+                    None if labels is None else labels[batch.start : batch.stop],
+                    num_images=len(batch),
                     seed=seed,
-                    first_index=first,
-                    batch_size=self.config.sample.batch_size,
+                    first_index=batch.start,
+                    batch_size=len(batch),
                     guide_model=self.guide.model,
-                    sampling=build_sampling(self.config),
-                    progress=progress,
+                    sampling=self.sampling,
                 )
-                parts = samples.images.split(DECODED_TOGETHER)
-                images = torch.cat([to_uint8(decode(part)) for part in parts])
-            share = [(images, samples.nfe * (last - first))]
-        shares = gather_object(share) if world > 1 else share
-        nfe = sum(calls for _, calls in shares) / num
-        return torch.cat([images for images, _ in shares]), int(nfe) if nfe.is_integer() else nfe
+            except ValueError as error:  # an adaptive solver that finds no step
+                raise RolloutsFailed(f"{self.run.path}: step {self.step}: {error}") from error
+            images, broken = [], 0
+            for part in samples.images.split(DECODED_TOGETHER):
+                pixels = decode(part)
+                broken += int((~pixels.flatten(1).isfinite().all(1)).sum())
+                images.append(to_uint8(pixels))
+        if broken:  # to_uint8 makes them black
+            raise RolloutsFailed(
+                f"{self.run.path}: step {self.step}: {broken} of the images {batch.start} to "
+                f"{batch.stop - 1} are not finite, because the training diverged or the guidance "
+                "is too strong; choose an earlier step, or train with a lower optimizer.lr"
+            )
+        return torch.cat(images), int(samples.nfe)

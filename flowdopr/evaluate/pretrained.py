@@ -11,9 +11,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
 from flowdopr.disk import file_sha256
 from flowdopr.evaluate.extractors import Extractor
@@ -34,8 +33,6 @@ class Network:
     space: str
     by_order: bool = False
     """Whether the file names its tensors otherwise than timm, in the same order."""
-    logits: bool = False
-    """Whether it classifies, as the inception score needs."""
 
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -47,7 +44,6 @@ NETWORKS = {
         std=(128.0, 128.0, 128.0),
         space="pooled features of EfficientNet-Lite0 trained on ImageNet, at 96x96 pixels",
         by_order=True,
-        logits=True,
     ),
     "dinov2": Network(
         "vit_base_patch14_dinov2",
@@ -57,55 +53,31 @@ NETWORKS = {
         space="class token of DINOv2 ViT-B/14, at 224x224 pixels",
     ),
 }
-"""By the name of `evaluate.extractor`; torch-fidelity knows them as `flowdopr-` and that name."""
-PREFIX = "flowdopr-"
+"""By the name of `evaluate.extractor`."""
 
 
-class PretrainedFeatures(FeatureExtractorBase):
-    """One of `NETWORKS` behind torch-fidelity's interface; float64 as in `ClassifierFeatures`."""
+class PretrainedFeatures(nn.Module):
+    """One of `NETWORKS`, from uint8 images (B, 3, H, W) to features (B, D) and logits (B, K); K is
+    0 for a network that does not classify."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self,
-        name: str,
-        features_list: list[str],
-        feature_extractor_weights_path: str | Path = "",
-        **_: object,
-    ):
-        super().__init__(name, features_list)
-        self.network = NETWORKS[name.removeprefix(PREFIX)]
-        self.model: Any = load_network(self.network, feature_extractor_weights_path)
-        for which in ("mean", "std"):
-            values = torch.tensor(getattr(self.network, which)).view(1, 3, 1, 1)
-            self.register_buffer(which, values)
+    def __init__(self, network: Network, weights: str | Path):
+        super().__init__()
+        self.side = network.side
+        self.model: Any = load_network(network, weights)
+        self.register_buffer("mean", torch.tensor(network.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(network.std).view(1, 3, 1, 1))
 
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return "features", "logits"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "logits" if metric == "isc" else "features"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
-        """uint8 `(B, 3, H, W)` -> the layers of `features_list`, in its order."""
-        side = (self.network.side, self.network.side)
-        x = F.interpolate(input.float(), side, mode="bicubic", antialias=True).clamp(0, 255)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        side = (self.side, self.side)
+        x = F.interpolate(images.float(), side, mode="bicubic", antialias=True).clamp(0, 255)
         x = self.model.forward_features((x - self.mean) / self.std)
-        layers = {"features": self.model.forward_head(x, pre_logits=True).double()}
-        if "logits" in self.features_list:
-            layers["logits"] = self.model.forward_head(x).double()
-        return tuple(layers[name] for name in self.features_list)
-
-
-for _name in NETWORKS:
-    register_feature_extractor(PREFIX + _name, PretrainedFeatures)
+        features = self.model.forward_head(x, pre_logits=True)
+        if not self.model.num_classes:
+            return features, features[:, :0]
+        return features, self.model.get_classifier()(features)
 
 
 def load_network(network: Network, weights: str | Path) -> Any:
@@ -115,7 +87,7 @@ def load_network(network: Network, weights: str | Path) -> Any:
         ValueError: timm is not installed, or the file cannot be read or holds another network.
     """
     timm, helpers = _optional("timm"), _optional("timm.models")
-    size = {} if network.logits else {"num_classes": 0, "img_size": network.side}
+    size = {} if network.by_order else {"num_classes": 0, "img_size": network.side}
     model = timm.create_model(network.model, pretrained=False, **size)
     try:  # reads tensors only (weights_only=True)
         helpers.load_checkpoint(model, str(weights), use_ema=False, remap=network.by_order)
@@ -127,7 +99,9 @@ def load_network(network: Network, weights: str | Path) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def pretrained_extractor(name: str, weights: str | None = None) -> Extractor:
+def pretrained_extractor(
+    name: str, weights: str | None = None, device: torch.device | str = "cpu"
+) -> Extractor:
     """The feature space of `NETWORKS[name]`, with the weights in `weights`.
 
     Args:
@@ -139,13 +113,12 @@ def pretrained_extractor(name: str, weights: str | None = None) -> Extractor:
     path = Path(weights) if weights else _packaged_weights()
     if not path.is_file():
         raise ValueError(f"evaluate.extractor.weights: there is no file '{path}'")
-    network = NETWORKS[name]
-    load_network(network, path)  # to find out before sampling
     return Extractor(
-        name=PREFIX + name,
-        space=network.space,
-        weights=path,
+        name=name,
+        space=NETWORKS[name].space,
         weights_sha256=file_sha256(path),
+        network=PretrainedFeatures(NETWORKS[name], path).to(device).eval(),
+        dtype=torch.float64,
         channels=3,
         distance="fd",
     )

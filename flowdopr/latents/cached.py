@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowdopr.config import Config, DataConfig
+from flowdopr.config.schema import USED_BY
 from flowdopr.data import build_image_datasets
 from flowdopr.data.info import DatasetInfo, Datasets
 from flowdopr.data.memory import ImageDataset, Picks
@@ -56,7 +57,9 @@ def build_pixel_datasets(config: Config) -> Datasets:
     notes = read_notes(data.root)
     moved = {"root": data.source_root, "held_out_root": data.held_out_root}
     moved = {key: place for key, place in moved.items() if place}
-    here = {"download": data.download, "num_workers": data.num_workers}
+    source_name = notes["source"]["data"]["name"]
+    used = [key for key in ("download", "num_workers") if source_name in USED_BY[key]]
+    here = {key: getattr(data, key) for key in used}
     source = DataConfig(**notes["source"]["data"] | moved | here)
     datasets = build_image_datasets(source)
     if datasets.info.fingerprint != notes["source"]["info"]["fingerprint"]:

@@ -302,7 +302,7 @@ def check_same_run(run: RunFolder, config: Config, dataset: DatasetInfo) -> None
     Raises:
         ConfigError: names the first setting that differs, and both values.
     """
-    old, new = _flat(to_dict(run.config)), _flat(to_dict(config))
+    old, new = flat(to_dict(run.config)), flat(to_dict(config))
     for key in sorted(old.keys() | new.keys()):
         free = any(key == name or key.startswith(name + ".") for name in FREE_ON_RESUME)
         if not free and old.get(key) != new.get(key):
@@ -321,11 +321,12 @@ def check_same_run(run: RunFolder, config: Config, dataset: DatasetInfo) -> None
         )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found

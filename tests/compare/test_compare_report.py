@@ -33,6 +33,7 @@ def card(plan, step, fd, config):
     return {
         "step": step,
         "weights": "ema",
+        "checkpoint": {},
         "settings": json.loads(json.dumps(card_settings(config, DIGITS))),
         "metrics": {"one_step_loss": 0.5 + fd / 100, "fd": fd, "label_accuracy": 0.9},
         "sampling": {

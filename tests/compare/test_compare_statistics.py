@@ -176,4 +176,4 @@ def test_unequal_budgets_and_grid_edges_are_said():
     notes = " ".join(verdict(runs).notes)
     assert "not equal: a 3 learning rates and b 1 learning rate" in notes
     assert "edge of its grid" in notes
-    assert "1 run failed: b-0" in notes
+    assert "1 run failed, which no mean includes: b-0" in notes

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,14 +12,15 @@ import time
 
 import pytest
 
-from flowdopr.compare import compare, execute
+from flowdopr.compare import StudyFailed, compare, execute
 from flowdopr.compare.cards import read_run
 from flowdopr.compare.plan import expand, study_path
 from flowdopr.compare.progress import last_step
+from flowdopr.compare.results import read_result
 from flowdopr.config import ConfigError, apply_overrides
 from flowdopr.evaluate import classifier
 from flowdopr.runs import RunFolder
-from flowdopr.train import Interrupted
+from flowdopr.train import Interrupted, train
 
 LONG = 300  # steps of the run that is interrupted: more than a second on any machine
 
@@ -79,6 +81,43 @@ def test_interrupted_then_gone_on_with_then_left_alone(quick, capfd):
     compare(quick)
     assert stamps(study_path(quick) / long.name) == everything
     assert "long" not in capfd.readouterr().err
+
+
+def test_a_run_whose_samples_are_not_finite_is_a_failed_one(quick):
+    arms = (
+        "[{name: good, lrs: [1e-3]}, "
+        "{name: wild, lrs: [1e-3], set: {sample.guidance.scale: 1e300}}]"
+    )
+    study = apply_overrides(quick, ["train.steps=8", f"compare.arms={arms}"])
+    with pytest.raises(StudyFailed, match=r"1 of 2 runs failed: wild-lr0.001-s0"):
+        compare(study)
+    good, wild = [read_result(read_run(plan)) for plan in expand(study)]
+    assert good.status == "done"
+    assert wild.status == "failed"
+    assert re.search(r"wild-lr0.001-s0: step 8: 40 of the images 0 to 39 are not", wild.reason)
+    rows = list(csv.DictReader((study_path(study) / "table.csv").read_text().splitlines()))
+    assert [(row["arm"], row["seeds"], row["seeds_failed"]) for row in rows] == [
+        ("good", "1", "0"),
+        ("wild", "0", "1"),
+    ]
+    page = (study_path(study) / "report.html").read_text()
+    assert "1 run failed, which no mean includes: wild-lr0.001-s0" in page
+    assert "<td>0, 1 failed</td>" in page
+
+
+def test_a_study_and_a_run_never_share_a_folder(quick):
+    run = apply_overrides(quick, ["train.steps=1", "compare=null"])
+    folder = train(run)
+    before = stamps(folder)
+    for report_only in (False, True):
+        with pytest.raises(ConfigError, match=r"a training run is here; .*by name=NEW") as caught:
+            compare(quick, report_only=report_only)
+        assert "\n" not in str(caught.value)
+    assert stamps(folder) == before
+    study = apply_overrides(quick, ["name=study"])
+    compare(study, report_only=True)
+    with pytest.raises(ConfigError, match="has files but is not a run; choose another by name=NEW"):
+        train(apply_overrides(run, ["name=study"]))
 
 
 def test_a_study_that_another_process_works_on_is_refused(quick):

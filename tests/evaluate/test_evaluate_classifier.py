@@ -13,7 +13,8 @@ from flowdopr.evaluate.classifier import Classifier, accuracy, load_classifier, 
 def test_it_reads_digits_and_says_how_well(digits):
     trained = trained_classifier(digits)
     assert trained.held_out_accuracy > 0.97
-    assert accuracy(load_classifier(trained.path), digits.held_out) == trained.held_out_accuracy
+    assert accuracy(load_classifier(trained.path)[0], digits.held_out) == trained.held_out_accuracy
+    assert trained.warning is None
 
 
 def test_it_is_trained_once(digits, monkeypatch):

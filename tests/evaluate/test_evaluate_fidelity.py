@@ -1,5 +1,8 @@
 """Distances against independent float64 computations, and the pitfalls around torch-fidelity."""
 
+import pickle
+from importlib import import_module
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -9,8 +12,14 @@ import torch
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 
 from flowdopr.data import ImageTensor
-from flowdopr.evaluate import classifier_extractor, fidelity, inception_extractor
-from flowdopr.evaluate.classifier import load_classifier
+from flowdopr.evaluate import (
+    classifier_extractor,
+    extractors,
+    fidelity,
+    inception_extractor,
+    reference_features,
+)
+from flowdopr.evaluate.classifier import cache_folder
 from flowdopr.linalg import full_float32
 
 ALL = ("fd", "kid", "isc", "prc")
@@ -25,15 +34,19 @@ def part(dataset, first, last):
     return ImageTensor(dataset.images[first:last], dataset.labels[first:last])
 
 
-def score(generated, reference, extractor, metrics=ALL):
-    """Cached under a fingerprint of the very images."""
-    key = str(hash(reference.images.numpy().tobytes()))
-    return fidelity(generated, reference, extractor, metrics, reference_fingerprint=key)
+def measure(generated, reference, extractor, metrics=ALL, key=None):
+    """Metrics and how they were measured; cached under a fingerprint of the very images."""
+    key = key or str(hash(reference.images.numpy().tobytes()))
+    real = reference_features(reference, key, extractor)
+    return fidelity(extractor(generated.images), real, extractor, metrics)
+
+
+def score(*args):
+    return measure(*args)[0]
 
 
 def features_of(dataset, extractor):
-    with torch.no_grad():
-        return load_classifier(extractor.weights)(dataset.images)[0].double().numpy()
+    return extractor(dataset.images).features.numpy()
 
 
 def test_a_set_is_at_no_distance_from_itself(digits, extractor):
@@ -71,9 +84,17 @@ def test_kid_is_the_unbiased_polynomial_mmd(digits, extractor):
     expected = (
         off_diagonal_mean(kernel(a, a)) + off_diagonal_mean(kernel(b, b)) - 2 * kernel(a, b).mean()
     )
-    found = score(left, right, extractor, ["kid"])
-    assert found["kid_mean"] == pytest.approx(expected, rel=1e-6)
-    assert found["kid_std"] == pytest.approx(0, abs=1e-6 * abs(expected))
+    found, how = measure(left, right, extractor, ["kid"])
+    assert found == {"kid_mean": pytest.approx(expected, rel=1e-6), "kid_std": None}
+    assert how["kid"]["std"] == "none: each subset has all 300 images of one side"
+
+
+def test_kid_varies_over_subsets_that_are_smaller_than_both_sides(digits, extractor, monkeypatch):
+    monkeypatch.setattr(import_module("flowdopr.evaluate.fidelity"), "LARGEST_KID_SUBSET", 100)
+    left, right = part(digits.train, 0, 300), part(digits.train, 300, 600)
+    found, how = measure(left, right, extractor, ["kid"])
+    assert found["kid_std"] > 0
+    assert how["kid"] == {"subsets": 100, "subset_size": 100}
 
 
 def test_every_metric_tells_noise_from_digits(digits, extractor):
@@ -101,8 +122,7 @@ def test_reference_features_are_reused_only_for_the_same_reference(digits, extra
     stranger = ImageTensor(255 - reference.images, reference.labels)
 
     def fd(reference, fingerprint):
-        found = fidelity(generated, reference, extractor, ["fd"], reference_fingerprint=fingerprint)
-        return found["fd"]
+        return measure(generated, reference, extractor, ["fd"], fingerprint)[0]["fd"]
 
     first = fd(reference, "A")
     assert fd(stranger, "A") == first  # the key says it is the same reference
@@ -117,6 +137,19 @@ def test_generated_images_are_never_cached(digits, extractor):
         for first in (200, 300)
     ]
     assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("damage", [b"", b"no tensors", None])
+def test_a_damaged_cache_of_reference_features_is_made_again(digits, extractor, damage):
+    reference = part(digits.train, 0, 50)
+    before = set((cache_folder() / "features").glob("*"))
+    first = reference_features(reference, "damaged", extractor)
+    (path,) = set((cache_folder() / "features").glob("*")) - before
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9] if damage is None else damage)
+    assert torch.equal(reference_features(reference, "damaged", extractor), first)
+    assert path.read_bytes() == whole
+    path.unlink()
 
 
 @pytest.mark.parametrize(("metrics", "count"), [(["prc"], 4), (["fd"], 1)])
@@ -170,7 +203,7 @@ def test_without_inception_weights_one_line_names_the_alternatives(tmp_path, mon
     def offline(*_, **__):
         raise URLError("no route to host")
 
-    monkeypatch.setattr(inception, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(extractors, "load_state_dict_from_url", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     torn = tmp_path / "torn.pth"
     torn.write_bytes(b"no weights")
@@ -181,3 +214,26 @@ def test_without_inception_weights_one_line_names_the_alternatives(tmp_path, mon
             inception_extractor(weights)
         assert str(caught.value).endswith("use evaluate.extractor=classifier (FD)")
         assert "\n" not in str(caught.value)
+
+
+class Intruder:
+    """Unpickling it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_file_of_weights_cannot_run_code(tmp_path):
+    stolen = tmp_path / "stolen"
+    for name, write in {
+        "torch": torch.save,
+        "pickle": lambda x, p: p.write_bytes(pickle.dumps(x, protocol=2)),
+    }.items():
+        path = tmp_path / name
+        write({"weights": Intruder(stolen)}, path)
+        with pytest.raises(ValueError, match="cannot be read"):
+            inception_extractor(str(path))
+        assert not stolen.exists()

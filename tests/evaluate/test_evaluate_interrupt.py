@@ -1,6 +1,4 @@
-"""Ctrl-C ends `sample` and `evaluate` in one line, and leaves no half of anything."""
-
-import pytest
+"""Ctrl-C ends `sample` and `evaluate` in one line, which says what is kept."""
 
 from flowdopr.cli import run_command
 from flowdopr.evaluate import draw, measure
@@ -11,17 +9,17 @@ def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("place", [(ImageSampler, "draw"), (draw, "grid")])
-def test_sample_leaves_nothing(make_run, tmp_path, monkeypatch, capsys, place):
-    run = make_run()
-    monkeypatch.setattr(*place, interrupt)
-    before = sorted(tmp_path.rglob("*"))
-    assert (
-        run_command(["sample", str(run.path), "--num", "4", "--out", str(tmp_path / "out")]) == 130
-    )
-    line = "flowdopr: sample stopped; nothing is written; the same command starts anew\n"
+def test_sample_goes_on_with_the_same_command(make_run, tmp_path, monkeypatch, capsys):
+    run, out = make_run(), tmp_path / "out"
+    command = ["sample", str(run.path), "--num", "4", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(draw, "grid", interrupt)
+        assert run_command(command) == 130
+    line = "flowdopr: sample stopped; complete batches are kept; the same command goes on\n"
     assert capsys.readouterr().err == line
-    assert sorted(tmp_path.rglob("*")) == before
+    monkeypatch.setattr(ImageSampler, "draw", None)
+    assert run_command(command) == 0
+    assert (out / "sampling.json").is_file()
 
 
 def test_evaluate_keeps_the_cards_that_are_there(make_run, monkeypatch, capsys):

