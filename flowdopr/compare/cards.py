@@ -15,7 +15,12 @@ from flowdopr.evaluate.card import answers, card_settings, read_card
 from flowdopr.runs import RunFolder, check_same_run
 
 Card = dict[str, Any]
-FD_ONLY = ("evaluate.metrics=[fd]", "evaluate.bpd=null", "evaluate.excess=null")
+FD_ONLY = (
+    "evaluate.metrics=[fd]",
+    "evaluate.bpd=null",
+    "evaluate.excess=null",
+    "evaluate.drift=null",
+)
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def rank_correlations(arms: Sequence[ArmSummary]) -> dict[str, float]:
     for name, own in sets.items():
         loss, fd = np.array(own).reshape(-1, 2).T
         if len(own) >= FEWEST_TO_CORRELATE and np.ptp(loss) > 0 and np.ptp(fd) > 0:
-            found[name] = float(stats.spearmanr(loss, fd)[0])
+            found[name] = stats.spearmanr(loss, fd).statistic.item()  # pyright: ignore
     return found
 
 

@@ -184,17 +184,31 @@ class ExcessConfig(Section):
     E[x_1 | x_t]."""
 
 
+class DriftConfig(Section):
+    num_images: Annotated[int, Field(ge=2)] = 512
+    """Number of held-out images, and of rollouts."""
+
+
 class EvaluateConfig(Section):
     extractor: Annotated[
         ClassifierConfig | InceptionConfig | ImageNetConfig | DINOv2Config, NAMED
     ] = ClassifierConfig(name="classifier")
-    metrics: tuple[Literal["fd", "kid", "isc", "prc"], ...] = ("fd", "kid", "prc")
-    """Metrics of rollouts: Frechet and kernel distance, inception score, precision and recall."""
+    metrics: tuple[Literal["fd", "kid", "isc", "prc", "spectrum"], ...] = (
+        "fd",
+        "kid",
+        "prc",
+        "spectrum",
+    )
+    """Metrics of rollouts: Frechet and kernel distance, inception score, precision and recall, and
+    the variance along the principal directions of the data, which needs no feature space."""
     bpd: BitsPerDimConfig | None = None
     """Bits per dimension of held-out images: its settings, `{}` for the defaults. null: not
     measured."""
     excess: ExcessConfig | None = None
     """The model's excess error over the training set's exact velocity: its settings, `{}` for the
+    defaults. null: not measured."""
+    drift: DriftConfig | None = None
+    """Distance of the rollouts' states from the path's points over time: its settings, `{}` for the
     defaults. null: not measured."""
     fid_num_images: Annotated[int, Field(ge=2)] = 10_000
     """Generated images; fewer than 50,000 is a labelled proxy."""

@@ -102,6 +102,8 @@ def card_settings(config: Config, dataset: DatasetInfo) -> dict[str, Any]:
         settings["bpd"] = chosen.bpd.model_dump(mode="json") | batch
     if chosen.excess is not None:
         settings["excess"] = chosen.excess.model_dump(mode="json")
+    if chosen.drift is not None:
+        settings["drift"] = chosen.drift.model_dump(mode="json")
     return settings
 
 

@@ -1,5 +1,6 @@
 """Metrics of the model itself, which need no samples: the held-out one-step loss, bits per
-dimension of held-out images, and the excess over the exact velocity of the training set.
+dimension of held-out images, the excess over the exact velocity of the training set, and the drift
+of rollouts from the path.
 
 Each function returns its metrics and, for the card, the settings that they were measured with.
 """
@@ -24,6 +25,7 @@ from flowdopr.flow import (
     build_sampling,
     excess_error,
     one_step_loss,
+    rollout_drift,
     rollout_excess,
     rollout_span,
 )
@@ -78,6 +80,7 @@ def measure_model(config: Config, model: nn.Module, datasets: Datasets, device: 
         ("one_step", True, held_out_loss),
         ("likelihood", config.evaluate.bpd, likelihood),
         ("oracle", config.evaluate.excess, excess),
+        ("drift", config.evaluate.drift, drift),
     ):
         if chosen:
             numbers, settings[section] = measure(config, model, datasets, device)
@@ -93,7 +96,11 @@ def held_out_loss(config: Config, model: nn.Module, datasets: Datasets, device: 
         loss = one_step_loss(objective, model, held_out, seed=seed)
     start, end = rollout_span(objective.path, objective.prediction)
     times = {"distribution": "uniform", "start": start, "end": end}
-    metrics = {"one_step_loss": loss.mean, "one_step_loss_by_time": loss.by_time}
+    metrics = {
+        "one_step_loss": loss.mean,
+        "one_step_loss_by_time": loss.by_time,
+        "one_step_loss_by_time_se": loss.se_by_time,
+    }
     return metrics, {"times": times, "seed": seed}
 
 
@@ -138,7 +145,8 @@ def excess(config: Config, model: nn.Module, datasets: Datasets, device: Any) ->
     `excess` is measured at points of the path, where `train_one_step_loss` = `excess` +
     `irreducible` in expectation; `rollout_excess` at the points that the model's own rollouts
     visit. There the error in velocity grows without bound towards t = 1, so read it by time, or
-    set `evaluate.excess.space=data`.
+    set `evaluate.excess.space=data`. `feedback_gap_by_time` is the ratio of the two in each bin of
+    time: above 1 where the model's own rollouts lead it to states that it knows less well.
     """
     chosen = config.evaluate.excess
     assert chosen is not None
@@ -172,6 +180,9 @@ def excess(config: Config, model: nn.Module, datasets: Datasets, device: Any) ->
         "rollout_excess": rollout.mean,
         "rollout_excess_by_time": rollout.by_time,
     }
+    if chosen.space == "velocity":  # that of `excess`
+        pairs = zip(rollout.by_time, on_path.excess.by_time, strict=True)
+        metrics["feedback_gap_by_time"] = [a / b if b else math.nan for a, b in pairs]
     settings = {
         "num_images": num,
         "training_images": len(images),
@@ -181,6 +192,29 @@ def excess(config: Config, model: nn.Module, datasets: Datasets, device: Any) ->
         "seed": seed,
     }
     return metrics, settings
+
+
+def drift(config: Config, model: nn.Module, datasets: Datasets, device: Any) -> Measured:
+    """`drift_by_time`: the energy distance of the rollouts' states from held-out points of the path
+    (`flow.rollout_drift`), and `drift`, its mean over the model calls."""
+    chosen = config.evaluate.drift
+    assert chosen is not None
+    held_out, seed = datasets.held_out, config.evaluate.seed
+    num = min(chosen.num_images, len(held_out))
+    points = picks_between(0, len(held_out), 0, num).indices
+    parts = [held_out.drawn(Picks(part, part < 0, 0 * part), 0) for part in points.split(128)]
+    x_1, labels = (torch.cat(column).to(device) for column in zip(*parts, strict=True))
+    with full_float32():
+        found = rollout_drift(
+            build_objective(config),
+            model,
+            x_1,
+            labels if num_classes_of(model) else None,
+            seed=seed,
+            sampling=_unguided(config),
+        )
+    metrics = {"drift": found.mean, "drift_by_time": found.by_time}
+    return metrics, {"num_images": num, "guidance_scale": 1.0, "seed": seed}
 
 
 def _unguided(config: Config, **changes: Any) -> Sampling:

@@ -1,12 +1,9 @@
 """`evaluate`: one checkpoint of a run, measured into a card."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowdopr.config import Config, ConfigError, apply_overrides
@@ -19,38 +16,16 @@ from flowdopr.evaluate.card import (
     read_card,
     write_json,
 )
-from flowdopr.evaluate.exact import Measured, check_exact, measure_model
-from flowdopr.evaluate.extractors import (
-    CLASSIFIER,
-    Extractor,
-    Features,
-    classifier_extractor,
-    inception_extractor,
-)
-from flowdopr.evaluate.fidelity import check_numbers, fidelity, reference_features
-from flowdopr.evaluate.generate import ImageSampler, balanced_labels, labels_like_data, mean_nfe
-from flowdopr.evaluate.pretrained import NETWORKS, pretrained_extractor
+from flowdopr.evaluate.exact import check_exact, measure_model
+from flowdopr.evaluate.generate import ImageSampler, balanced_labels, labels_like_data
+from flowdopr.evaluate.images import ImageMetrics
 from flowdopr.latents import build_datasets, build_pixel_datasets, load_decoder
 from flowdopr.runs import RunFolder
-from flowdopr.terminal import counting, print_line
+from flowdopr.terminal import print_line
 
 FEWEST_FOR_FID = 50_000  # with fewer generated images, the card says that its distances are proxies
 PLACES = ("root", "held_out_root", "download", "num_workers", "autoencoder", "source_root")
 CHANGEABLE = ("sample.", "evaluate.", *(f"data.{key}=" for key in PLACES))
-
-
-def build_extractor(config: Config, datasets: Datasets, device: torch.device) -> Extractor:
-    """The feature space that `evaluate.extractor` names.
-
-    Raises:
-        ValueError: no classes to train a classifier on, or missing weights or packages.
-    """
-    extractor = config.evaluate.extractor
-    if extractor.name == "inception":
-        return inception_extractor(extractor.weights, device)
-    if extractor.name in NETWORKS:
-        return pretrained_extractor(extractor.name, getattr(extractor, "weights", None), device)
-    return classifier_extractor(datasets, device)
 
 
 def evaluate(
@@ -78,7 +53,7 @@ def evaluate(
     config = _changed(folder.config, overrides)
     sampler = ImageSampler.load(folder, config, step, config.evaluate.weights)
     origin, guide = sampler.origin(), sampler.guide_record()
-    chosen, settings = config.evaluate, card_settings(config, folder.dataset)
+    settings = card_settings(config, folder.dataset)
     path = card_path(folder.path / "evaluation", sampler.step, settings | guide)
     known = read_card(path)
     if known is not None and not force and known["checkpoint"] == origin["checkpoint"]:
@@ -92,49 +67,23 @@ def evaluate(
             )
         check_exact(config, datasets)
         pixels = build_pixel_datasets(config) if datasets.info.autoencoder else datasets
-        check_numbers(chosen.metrics, chosen.fid_num_images, pixels.info.num_train)
-        extractor = build_extractor(config, pixels, sampler.device)
+        metrics = ImageMetrics.build(config, pixels, sampler.device)
     record = autoencoder_record(datasets.info, config)
     labels = _labels(config, sampler.num_classes, datasets)
-    decode = load_decoder(record, sampler.device)
-    generated, nfe = _draw_features(sampler, extractor, labels, decode)
+    drawn = metrics.draw(sampler, labels, load_decoder(record, sampler.device))
     if sampler.state.is_main_process:
-        if extractor.warning:
-            print_line(f"warning: {extractor.warning}")
-        metrics, how = measure_model(config, sampler.model, datasets, sampler.device)
-        distances, more = _measure_images(config, generated, labels, pixels, extractor)
-        card = origin | how | more | {"settings": settings, "metrics": metrics | distances}
-        card |= {"sampling": settings["sampling"] | guide | {"nfe": nfe}}
-        card |= {"proxy": chosen.fid_num_images < FEWEST_FOR_FID}
+        if metrics.extractor.warning:
+            print_line(f"warning: {metrics.extractor.warning}")
+        numbers, how = measure_model(config, sampler.model, datasets, sampler.device)
+        distances, more = metrics.measure(drawn, labels)
+        card = origin | how | more | {"settings": settings, "metrics": numbers | distances}
+        card |= {"sampling": settings["sampling"] | guide | {"nfe": drawn.nfe}}
+        card |= {"proxy": config.evaluate.fid_num_images < FEWEST_FOR_FID}
         card |= {"autoencoder": record} if record else {}
-        card |= {"extractor": extractor.to_dict(), "reference": _reference(pixels)}
+        card |= {"extractor": metrics.extractor.to_dict(), "reference": metrics.reference()}
         write_json(path, card | {"seconds": round(time.perf_counter() - started, 3)})
     sampler.state.wait_for_everyone()
     return path
-
-
-def _draw_features(
-    sampler: ImageSampler,
-    extractor: Extractor,
-    labels: Tensor | None,
-    decode: Callable[[Tensor], Tensor],
-) -> tuple[Features, int | float]:
-    """The features of the generated images, and their NFE, in every process.
-
-    The images themselves are forgotten batch by batch: all of them may be more than memory holds.
-    """
-    chosen, main = sampler.config.evaluate, sampler.state.is_main_process
-    batches, found = sampler.share(chosen.fid_num_images), []
-    with counting("sampling", sum(map(len, batches)), shown=main) as progress:
-        for batch in batches:
-            images, nfe = sampler.draw(batch, labels, seed=chosen.seed, decode=decode)
-            found.append((batch, extractor(images), nfe))
-            progress(len(batch))
-    if sampler.state.num_processes > 1:
-        found = sorted(gather_object(found), key=lambda item: item[0].start)
-    columns = zip(*(features for _, features, _ in found), strict=True)
-    features = Features(*(torch.cat(column) for column in columns))
-    return features, mean_nfe({batch: nfe for batch, _, nfe in found})
 
 
 def _labels(config: Config, num_classes: int, datasets: Datasets) -> Tensor | None:
@@ -144,35 +93,6 @@ def _labels(config: Config, num_classes: int, datasets: Datasets) -> Tensor | No
     if config.evaluate.labels == "balanced":
         return balanced_labels(config.evaluate.fid_num_images, num_classes)
     return labels_like_data(config.evaluate.fid_num_images, datasets.train.labels)
-
-
-def _measure_images(
-    config: Config,
-    generated: Features,
-    labels: Tensor | None,
-    pixels: Datasets,
-    extractor: Extractor,
-) -> Measured:
-    """Distances of the generated images to the real ones in `pixels`, and their label accuracy."""
-    metrics, how = {}, {}
-    if config.evaluate.metrics:
-        real = reference_features(pixels.reference, pixels.info.fingerprint, extractor)
-        metrics, how = fidelity(generated, real, extractor, config.evaluate.metrics)
-    balanced = labels is not None and config.evaluate.labels == "balanced"
-    if balanced and extractor.name == CLASSIFIER:
-        right = generated.logits.argmax(1) == labels
-        metrics["label_accuracy"] = right.double().mean().item()
-    return metrics, how
-
-
-def _reference(pixels: Datasets) -> dict[str, Any]:
-    """The real images of the distances, for the card."""
-    info = pixels.info
-    return {
-        "name": f"{info.name} train",
-        "fingerprint": info.fingerprint,
-        "num_images": info.num_train,
-    }
 
 
 def _changed(config: Config, overrides: Iterable[str]) -> Config:

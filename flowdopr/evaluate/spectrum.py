@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,16 +30,24 @@ from flowdopr.disk import replacing
 
 LARGEST_SIDE = 32
 ROUNDING = 1 / 12  # variance of a number's distance to the nearest level
-BINS = 32
+GROUPS = 32
+CENTRE = 127.5  # subtracted before squares are summed, so that fewer digits cancel
 TOGETHER = 2048  # images in one product
 
 
 @dataclass(frozen=True)
 class PrincipalDirections:
-    """directions: (D, K), orthonormal columns. variances: (K,), falling, in squared levels."""
+    """mean: (D,) levels. directions: (D, K), orthonormal columns. variances: (K,), falling, in
+    squared levels."""
 
+    mean: Tensor
     directions: Tensor
     variances: Tensor
+
+    def moments(self, images: Tensor) -> Tensor:
+        """(2, K): sums over `images` of u_k . (x - mean) and of its square, in float64."""
+        along = ((_levels(images) - self.mean) @ self.directions).double()
+        return torch.stack([along.sum(0), along.square().sum(0)])
 
 
 def principal_directions(
@@ -54,14 +63,18 @@ def principal_directions(
     """
     key = hashlib.sha256(repr((fingerprint, len(images), LARGEST_SIDE)).encode()).hexdigest()
     path = cache / f"directions-{key[:24]}.safetensors"
-    if path.is_file():
+    try:
         return PrincipalDirections(**load_file(path))
+    except (OSError, SafetensorError, TypeError):  # missing, or damaged and made again
+        pass
     parts = torch.arange(len(images)).split(TOGETHER)
-    variances, directions = torch.linalg.eigh(_covariance(images.batch(i)[0] for i in parts))
+    mean, covariance = _mean_and_covariance(images.batch(part)[0] for part in parts)
+    variances, directions = torch.linalg.eigh(covariance)
     kept = variances > ROUNDING
     if not kept.any():
         raise ValueError("evaluate.metrics: spectrum needs training images that differ")
     tensors = {
+        "mean": mean.float(),
         "directions": directions[:, kept].flip(1).float().contiguous(),
         "variances": variances[kept].flip(0).float(),
     }
@@ -71,14 +84,14 @@ def principal_directions(
     return PrincipalDirections(**tensors)
 
 
-def _covariance(batches: Iterable[Tensor]) -> Tensor:
-    """(D, D) float64 covariance of the images of all batches."""
+def _mean_and_covariance(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """(D,) and (D, D) of the images of all batches, in float64."""
     count, total, products = 0, torch.zeros(()), torch.zeros(())
     for images in batches:
-        x = _levels(images).double() - 127.5
+        x = _levels(images).double() - CENTRE
         count, total, products = count + len(x), total + x.sum(0), products + x.T @ x
     mean = total / count
-    return products / count - mean[:, None] * mean
+    return mean + CENTRE, products / count - mean[:, None] * mean
 
 
 def _levels(images: Tensor) -> Tensor:
@@ -87,23 +100,25 @@ def _levels(images: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(images.float(), (height, width)).flatten(1)
 
 
-def log_ratios(images: Tensor, data: PrincipalDirections) -> Tensor:
-    """(K,) log r_k of `images`; a direction in which they do not vary counts as rounding."""
-    projections = torch.cat([_levels(part) @ data.directions for part in images.split(TOGETHER)])
-    return (projections.var(0).clamp(min=ROUNDING) / data.variances).log()
+def spectrum(
+    moments: Tensor, count: int, data: PrincipalDirections
+) -> dict[str, float | list[float]]:
+    """Metrics of rollouts, for a card.
 
-
-def spectrum(images: Tensor, data: PrincipalDirections) -> dict[str, float | list[float]]:
-    """Metrics of the rollouts `images`, for a card.
+    Args:
+        moments: `PrincipalDirections.moments`, summed over all `count` images.
 
     Returns:
         "spectrum_error": the mean of |log r_k|; "spectrum_error_lowest": that over the third of the
         directions with the smallest variances; "spectrum": the geometric mean of r_k in up to 32
-        groups of neighbouring directions, by falling variance.
+        groups of neighbouring directions, by falling variance. A direction in which the rollouts do
+        not vary counts as rounding.
     """
-    logs = log_ratios(images, data)
+    total, squares = moments
+    variances = (squares - total**2 / count) / (count - 1)
+    logs = (variances.clamp(min=ROUNDING) / data.variances).log()
     lowest = logs[-math.ceil(len(logs) / 3) :]
-    groups = logs.tensor_split(min(BINS, len(logs)))
+    groups = logs.tensor_split(min(GROUPS, len(logs)))
     return {
         "spectrum_error": logs.abs().mean().item(),
         "spectrum_error_lowest": lowest.abs().mean().item(),

@@ -54,6 +54,30 @@ def test_both_are_in_the_card_with_their_settings(make_run, digits):
     }
 
 
+def test_the_feedback_gap_is_the_ratio_of_both_errors_where_they_are_in_one_space(make_run):
+    run = make_run()
+    wanted = [*SMALL, "evaluate.metrics=[]", "evaluate.excess.num_images=20"]
+    found = json.loads(evaluate(run.path, wanted).read_text())["metrics"]
+    ratios = [
+        None if rollout is None else rollout / path
+        for rollout, path in zip(
+            found["rollout_excess_by_time"], found["excess_by_time"], strict=True
+        )
+    ]
+    assert found["feedback_gap_by_time"] == pytest.approx(ratios)
+    other = json.loads(evaluate(run.path, [*wanted, "evaluate.excess.space=data"]).read_text())
+    assert "feedback_gap_by_time" not in other["metrics"]
+
+
+def test_drift_grows_along_the_rollouts_of_an_untrained_model(make_run):
+    run = make_run()
+    wanted = [*SMALL, "evaluate.metrics=[]", "evaluate.drift.num_images=100"]
+    card = json.loads(evaluate(run.path, [*wanted, "sample.solver.steps=10"]).read_text())
+    by_time = card["metrics"]["drift_by_time"]
+    assert abs(by_time[0]) < 0.01 < 0.1 < by_time[-1] < 1
+    assert card["drift"] == {"num_images": 100, "guidance_scale": 1.0, "seed": 0}
+
+
 def test_bits_per_dim_are_those_of_the_flow_room(make_run, digits):
     run = make_run()
     model, _ = run.load_model()

@@ -25,9 +25,13 @@ def test_a_card_says_all_that_is_needed(make_run, digits):
     assert path.parent == run.path / "evaluation"
     assert (card["run"], card["step"], card["weights"], card["proxy"]) == ("tiny", 2, "ema", True)
     assert set(card["metrics"]) == {
-        *("one_step_loss", "one_step_loss_by_time", "fd", "kid_mean", "kid_std"),
-        *("precision", "recall", "f_score", "label_accuracy"),
+        *("one_step_loss", "one_step_loss_by_time", "one_step_loss_by_time_se"),
+        *("fd", "kid_mean", "kid_std", "precision", "recall", "f_score", "label_accuracy"),
+        *("spectrum", "spectrum_error", "spectrum_error_lowest"),
     }
+    assert card["floor"]["num_images"] == 40
+    for name in ("fd", "kid_mean", "spectrum_error"):
+        assert card["floor"][name] < card["metrics"][name]
     assert (
         card["sampling"].items()
         >= {

@@ -1,0 +1,165 @@
+"""Metrics of generated images: distances to the real ones, their spectrum, and what real held-out
+images get in the same metrics.
+
+Shapes: images uint8 `(N, C, H, W)`, labels `(N,)` int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from flowdopr.config import Config
+from flowdopr.config.schema import EvaluateConfig
+from flowdopr.data import Datasets
+from flowdopr.data.loader import picks_between
+from flowdopr.evaluate.classifier import cache_folder
+from flowdopr.evaluate.exact import Measured
+from flowdopr.evaluate.extractors import (
+    CLASSIFIER,
+    Extractor,
+    Features,
+    classifier_extractor,
+    inception_extractor,
+)
+from flowdopr.evaluate.fidelity import TOGETHER, check_numbers, fidelity, reference_features
+from flowdopr.evaluate.generate import ImageSampler, mean_nfe
+from flowdopr.evaluate.pretrained import NETWORKS, pretrained_extractor
+from flowdopr.evaluate.spectrum import PrincipalDirections, principal_directions, spectrum
+from flowdopr.terminal import counting
+
+NEED_FEATURES = frozenset({"fd", "kid", "isc", "prc"})
+FEWEST_FOR_FLOOR = 8  # real held-out images
+
+
+def build_extractor(config: Config, datasets: Datasets, device: torch.device) -> Extractor:
+    """The feature space that `evaluate.extractor` names.
+
+    Raises:
+        ValueError: no classes to train a classifier on, or missing weights or packages.
+    """
+    extractor = config.evaluate.extractor
+    if extractor.name == "inception":
+        return inception_extractor(extractor.weights, device)
+    if extractor.name in NETWORKS:
+        return pretrained_extractor(extractor.name, getattr(extractor, "weights", None), device)
+    return classifier_extractor(datasets, device)
+
+
+class Drawn(NamedTuple):
+    """What is kept of the generated images, of which there may be more than memory holds.
+
+    moments: along the principal directions, if the spectrum is measured. nfe: their mean NFE.
+    """
+
+    features: Features
+    moments: Tensor
+    nfe: int | float
+
+
+@dataclass(frozen=True)
+class ImageMetrics:
+    """The chosen metrics of images, with the real images `pixels` that they compare with."""
+
+    chosen: EvaluateConfig
+    pixels: Datasets
+    extractor: Extractor
+    directions: PrincipalDirections | None
+    """None if the spectrum is not measured."""
+
+    @classmethod
+    def build(cls, config: Config, pixels: Datasets, device: torch.device) -> ImageMetrics:
+        """Train, load or download what the metrics need.
+
+        Raises:
+            ValueError: too few images, or as `build_extractor`.
+        """
+        chosen, directions = config.evaluate, None
+        check_numbers(chosen.metrics, chosen.fid_num_images, pixels.info.num_train)
+        extractor = build_extractor(config, pixels, device)
+        if "spectrum" in chosen.metrics:
+            cache = cache_folder() / "spectra"
+            directions = principal_directions(pixels.reference, cache, pixels.info.fingerprint)
+        return cls(chosen, pixels, extractor, directions)
+
+    def draw(
+        self, sampler: ImageSampler, labels: Tensor | None, decode: Callable[[Tensor], Tensor]
+    ) -> Drawn:
+        """Draw `evaluate.fid_num_images` images, shared out over the processes; the result is the
+        same in all of them."""
+        main = sampler.state.is_main_process
+        batches, found = sampler.share(self.chosen.fid_num_images), []
+        with counting("sampling", sum(map(len, batches)), shown=main) as progress:
+            for batch in batches:
+                images, nfe = sampler.draw(batch, labels, seed=self.chosen.seed, decode=decode)
+                found.append((batch, self.extractor(images), self._moments(images), nfe))
+                progress(len(batch))
+        if sampler.state.num_processes > 1:
+            found = sorted(gather_object(found), key=lambda item: item[0].start)
+        batches, features, moments, calls = zip(*found, strict=True)
+        joined = Features(*(torch.cat(column) for column in zip(*features, strict=True)))
+        nfe = mean_nfe(dict(zip(batches, calls, strict=True)))
+        return Drawn(joined, torch.stack(moments).sum(0), nfe)
+
+    def _moments(self, images: Tensor) -> Tensor:
+        return torch.zeros(2, 0) if self.directions is None else self.directions.moments(images)
+
+    def measure(self, drawn: Drawn, labels: Tensor | None) -> Measured:
+        """The metrics of generated images of these labels; the settings include the `floor`."""
+        metrics, how = self._distances(drawn.features)
+        metrics |= self._spectrum(drawn.moments, self.chosen.fid_num_images)
+        if (
+            labels is not None
+            and self.chosen.labels == "balanced"
+            and self.extractor.name == CLASSIFIER
+        ):
+            right = drawn.features.logits.argmax(1) == labels
+            metrics["label_accuracy"] = right.double().mean().item()
+        return metrics, how | {"floor": self.floor()} if metrics else how
+
+    def floor(self) -> dict[str, Any]:
+        """The metrics of real held-out images, as many as are generated if there are so many.
+
+        They are what a perfect model would get: metrics of few images are biased.
+        """
+        held_out = self.pixels.held_out
+        num = min(self.chosen.fid_num_images, len(held_out))
+        if num < FEWEST_FOR_FLOOR:
+            return {"num_images": num}
+        chosen = picks_between(0, len(held_out), 0, num).indices
+        parts = (held_out.batch(part)[0] for part in chosen.split(TOGETHER))
+        moments = torch.stack([self._moments(part) for part in parts]).sum(0)
+        found = {"num_images": num} | self._spectrum(moments, num)
+        if self._needed():
+            name = f"held out beside {self.pixels.info.fingerprint}"
+            own = reference_features(held_out, name, self.extractor)[chosen]
+            distances, _ = self._distances(Features(own, own[:, :0]), without=("isc",))
+            found |= distances
+        return found
+
+    def _needed(self) -> list[str]:
+        return sorted(NEED_FEATURES & set(self.chosen.metrics))
+
+    def _distances(self, features: Features, without: tuple[str, ...] = ()) -> Measured:
+        if not self._needed():
+            return {}, {}
+        pixels, wanted = self.pixels, [one for one in self._needed() if one not in without]
+        real = reference_features(pixels.reference, pixels.info.fingerprint, self.extractor)
+        return fidelity(features, real, self.extractor, wanted)
+
+    def _spectrum(self, moments: Tensor, num: int) -> dict[str, Any]:
+        return {} if self.directions is None else spectrum(moments, num, self.directions)
+
+    def reference(self) -> dict[str, Any]:
+        """The real images of the distances, for the card."""
+        info = self.pixels.info
+        return {
+            "name": f"{info.name} train",
+            "fingerprint": info.fingerprint,
+            "num_images": info.num_train,
+        }
