@@ -76,6 +76,9 @@ def train(
     resume: Annotated[
         bool, Option("--resume", help="Go on from the newest checkpoint, if there is one.")
     ] = False,
+    changed_data: Annotated[
+        bool, Option("--changed-data", help="With --resume: go on although the images changed.")
+    ] = False,
     print_config: PrintConfig = False,
 ) -> None:
     """Train a model into the run folder <output>/<name>.
@@ -83,10 +86,12 @@ def train(
     Ctrl-C and SIGTERM save a checkpoint first; the same command with --resume goes on exactly where
     it stopped. Runs on several processes or GPUs under `accelerate launch -m flowdopr train ...`.
     """
+    if changed_data and not resume:
+        raise ValueError("--changed-data: it belongs to --resume, a new run takes any images")
     resolved = _resolved(config, overrides, print_config)
     from flowdopr.train import train as run_train
 
-    _tell(run_train(resolved, resume=resume))
+    _tell(run_train(resolved, resume=resume, changed_data=changed_data))
 
 
 @app.command()

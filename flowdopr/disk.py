@@ -1,4 +1,4 @@
-"""Writing files atomically, and locking a folder for one process at a time."""
+"""Writing files atomically, the folder of cached files, and locking a folder for one process."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ except ImportError:  # Windows has no fcntl, so nothing is locked there
 LOCK = ".lock"
 """The lock file of a folder; it names the process that locked it last."""
 SECONDS_BETWEEN_TRIES = 0.2
+
+
+def cache_folder() -> Path:
+    """`$FLOWDOPR_CACHE`, or `flowdopr` in the user's cache folder."""
+    named = os.environ.get("FLOWDOPR_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(named) if named else Path(base) / "flowdopr"
 
 
 @contextmanager

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "optim": {"cpu", "linalg"},
     "flow": {"config", "linalg"},
     "models": {"config", "cpu"},
-    "data": {"config", "disk"},
+    "data": {"config", "disk", "terminal"},
     "runs": {"config", "disk", "data", "models"},
     "latents": {"config", "data", "models", "runs", *TOOLS},
     "train": {"config", "optim", "flow", "models", "data", "runs", "latents", *TOOLS},

@@ -27,6 +27,7 @@ USED_BY = {  # the data sets that use a setting, where not all do
     "resize": FILES,
     "held_out_fraction": ("digits", *FILES),
     "held_out_root": (*FILES, "latents"),
+    "on_bad_image": FILES,
     "download": (*DOWNLOADED, "latents"),
     "num_workers": (*FILES, "latents"),
     **dict.fromkeys(("autoencoder", "source_root"), ("latents",)),
@@ -57,6 +58,10 @@ class DataConfig(Section):
     held_out_root: str | None = None
     """`folder`, `zip`: folder or archive of the held-out images, instead of a share of `root`.
     `latents`: where those are now."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """What an image that cannot be decoded does. error: training looks at as many images as it can
+    within some seconds, and ends. skip: all images are decoded once, which a cache remembers, and
+    the data set is that without the broken ones; for a large one, run `flowdopr check` first."""
     download: bool = True
     """Download a torchvision data set that is not in `root` yet."""
     num_workers: CountOrZero = 0

@@ -1,5 +1,6 @@
 """Images in and batches out: data sets, their fingerprint, the resumable loader, the uint8 rule."""
 
+from flowdopr.data.check import check_start
 from flowdopr.data.datasets import build_image_datasets
 from flowdopr.data.info import DatasetInfo, Datasets
 from flowdopr.data.loader import build_loader, plain_batches
@@ -14,6 +15,7 @@ __all__ = [
     "ImageTensor",
     "build_image_datasets",
     "build_loader",
+    "check_start",
     "from_uint8",
     "plain_batches",
     "to_float",

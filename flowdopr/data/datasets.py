@@ -8,6 +8,7 @@ fixed share of each class is held out, the same one for every seed and on every 
 import hashlib
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,16 +17,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from flowdopr.config import DataConfig
-from flowdopr.data.files import (
-    Archive,
-    Folder,
-    ImageFiles,
-    decode,
-    find_classes,
-    fingerprint_files,
-)
+from flowdopr.data.check import broken_images
+from flowdopr.data.files import ImageFiles, load
 from flowdopr.data.info import DatasetInfo, Datasets
+from flowdopr.data.labels import Classes, find_classes
 from flowdopr.data.memory import ImageTensor
+from flowdopr.data.sources import Archive, Folder, Source, fingerprint_files, shown
 from flowdopr.data.transforms import fit
 
 TORCHVISION = {
@@ -49,10 +46,22 @@ def build_image_datasets(data: DataConfig) -> Datasets:
         return _in_memory(data, *_load_digits(data.held_out_fraction))
     if data.name in TORCHVISION:
         return _in_memory(data, *_load_torchvision(data))
+    sources = open_sources(data)
+    if data.on_bad_image == "skip":
+        for source in sources:
+            source.leave_out(broken_images(source))
+    return _from_two(data, *sources) if len(sources) == 2 else _from_files(data, *sources)
+
+
+def open_sources(data: DataConfig) -> list[Source]:
+    """The folders or archives that `data` names: `root`, and `held_out_root` if there is one.
+
+    Raises:
+        ValueError: see `Folder` and `Archive`.
+    """
     kind = Archive if data.name == "zip" else Folder
-    if data.held_out_root is not None:
-        return _from_two(data, kind(data.root), kind(data.held_out_root, "data.held_out_root"))
-    return _from_files(data, kind(data.root))
+    others = [data.held_out_root] if data.held_out_root is not None else []
+    return [kind(data.root), *(kind(root, "data.held_out_root") for root in others)]
 
 
 def split(labels: Tensor, held_out_fraction: float, names: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -148,56 +157,65 @@ def _to_tensors(dataset) -> ImageTensor:
     return ImageTensor(images.contiguous(), torch.as_tensor(dataset.targets).long())
 
 
-def _from_files(data: DataConfig, source: Folder | Archive) -> Datasets:
+def _from_files(data: DataConfig, source: Source) -> Datasets:
     """The images of a folder or archive, a share of each class held out."""
-    labels, names = find_classes(source)
-    every = torch.tensor(labels)
-    train, held_out = split(every, data.held_out_fraction, names)
+    classes = find_classes(source)
+    every = torch.tensor(classes.labels)
+    train, held_out = split(every, data.held_out_fraction, classes.names)
     settings = (data.image_size, data.held_out_fraction)
-    return _pair(data, (source, train, every), (source, held_out, every), names, settings)
+    datasets = _pair(data, (source, train, classes), (source, held_out, classes), settings)
+    return replace(datasets, remarks=(*classes.remarks, *source.remarks()))
 
 
-def _from_two(data: DataConfig, source: Folder | Archive, other: Folder | Archive) -> Datasets:
+def _from_two(data: DataConfig, source: Source, other: Source) -> Datasets:
     """All images of one folder or archive to train on, all of another held out."""
-    (labels, names), (other_labels, other_names) = find_classes(source), find_classes(other)
-    if names != other_names:
-        odd = sorted(set(names) ^ set(other_names))[0]
+    train, held_out = find_classes(source), find_classes(other)
+    if train.listed and held_out.listed:  # by number; either may lack the last ones
+        names = max(train.names, held_out.names, key=len)
+        train, held_out = (part._replace(names=names) for part in (train, held_out))
+    if train.names != held_out.names:
+        odd = sorted(set(train.names) ^ set(held_out.names))[0]
         raise ValueError(
-            f"data.held_out_root: the classes in '{other.root}' are not those in '{source.root}': "
-            f"only one of them has '{odd}'"
+            f"data.held_out_root: the classes in '{shown(other.root)}' are not those in "
+            f"'{shown(source.root)}': only one of them has '{odd}'"
         )
-    train, held_out = (torch.tensor(part) for part in (labels, other_labels))
     parts = (
-        (source, torch.arange(len(train)), train),
-        (other, torch.arange(len(held_out)), held_out),
+        (source, torch.arange(len(train.labels)), train),
+        (other, torch.arange(len(held_out.labels)), held_out),
     )
-    settings = (data.image_size, fingerprint_files(other, ()))
-    return _pair(data, *parts, names, settings)
+    settings = (data.image_size, fingerprint_files(other, _of_list(held_out)))
+    remarks = (*train.remarks, *source.remarks(), *held_out.remarks, *other.remarks())
+    return replace(_pair(data, *parts, settings), remarks=remarks)
 
 
-Part = tuple[Folder | Archive, Tensor, Tensor]  # indices into the files, labels of all files
+def _of_list(classes: Classes) -> tuple[str, ...]:
+    """What a fingerprint has of labels that no folder names."""
+    labels = torch.tensor(classes.labels).numpy().tobytes()
+    return (hashlib.sha256(labels).hexdigest(),) if classes.listed else ()
 
 
-def _pair(
-    data: DataConfig, train: Part, held_out: Part, names: tuple[str, ...], settings: tuple
-) -> Datasets:
+Part = tuple[Source, Tensor, Classes]  # with the indices of the part's files
+
+
+def _pair(data: DataConfig, train: Part, held_out: Part, settings: tuple) -> Datasets:
     """Two splits of files; only the first file is decoded, for its shape."""
-    channels, source = data.channels or 3, train[0]
+    channels, (source, _, classes) = data.channels or 3, train
     transform = fit(data.image_size, channels, data.resize)
-    first = transform(decode(source, source.names[0]))
+    first = transform(load(source, source.names[0]))
     image_shape = (channels, first.shape[1], first.shape[2])
     resize = () if data.resize == "bilinear" else (data.resize,)
     splits = [
-        ImageFiles(files, part, labels[part], transform, image_shape)
-        for files, part, labels in (train, held_out)
+        ImageFiles(files, part, torch.tensor(found.labels)[part], transform, image_shape)
+        for files, part, found in (train, held_out)
     ]
+    settings = (data.name, image_shape, *settings, *resize, *_of_list(classes))
     info = DatasetInfo(
         name=data.name,
         image_shape=image_shape,
-        num_classes=len(names),
-        class_names=names,
+        num_classes=len(classes.names),
+        class_names=classes.names,
         num_train=len(splits[0]),
         num_held_out=len(splits[1]),
-        fingerprint=fingerprint_files(source, (data.name, image_shape, *settings, *resize)),
+        fingerprint=fingerprint_files(source, settings),
     )
     return Datasets(splits[0], splits[1], info)

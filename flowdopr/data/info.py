@@ -4,9 +4,28 @@ Shapes: `image_shape` is that of the model's input: pixels (C, H, W) or latents 
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from flowdopr.data.memory import ImageDataset
+
+T = TypeVar("T")
+MOST_NAMES = 6  # of classes on one line
+
+
+def parse_json(kind: type[T], content: str | bytes) -> T:
+    """The JSON text `content` as a `kind`, a type that pydantic can check.
+
+    Raises:
+        ValueError: it is no JSON, or not a `kind`; says where, but not in which file.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
 
 
 @dataclass(frozen=True)
@@ -43,13 +62,27 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class Datasets:
-    """The two splits, not augmented: the loader mirrors images."""
+    """The two splits, not augmented: the loader mirrors images.
+
+    `remarks` are for the log: what was left out, and where the labels come from.
+    """
 
     train: ImageDataset
     held_out: ImageDataset
     info: DatasetInfo
+    remarks: tuple[str, ...] = ()
 
     @property
     def reference(self) -> ImageDataset:
         """The images that generated ones are compared with: the training set."""
         return self.train
+
+    def summary(self) -> str:
+        """What was found, on one line."""
+        info, names = self.info, list(self.info.class_names)
+        shape = " x ".join(map(str, info.image_shape))
+        if len(names) > MOST_NAMES:
+            names[MOST_NAMES - 1 : -1] = ["..."]
+        classes = f"{info.num_classes} classes ({', '.join(names)})" if names else "no classes"
+        counts = f"{info.num_train:,} to train on, {info.num_held_out:,} held out"
+        return "; ".join([f"{info.name}: {counts}, {shape}, {classes}", *self.remarks])

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from flowdopr.data import Datasets, ImageDataset, from_uint8
 from flowdopr.data.loader import picks_between
-from flowdopr.disk import file_sha256, replacing
+from flowdopr.disk import cache_folder, file_sha256, replacing
 from flowdopr.terminal import counting
 
 RECIPE = 2  # part of the cache key: raise it with any change of the network or its training
@@ -79,13 +79,6 @@ class TrainedClassifier:
     chance: float
     warning: str | None
     """What is wrong with its features, in one line; None if nothing is."""
-
-
-def cache_folder() -> Path:
-    """`$FLOWDOPR_CACHE`, or `flowdopr` in the user's cache folder."""
-    named = os.environ.get("FLOWDOPR_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(named) if named else Path(base) / "flowdopr"
 
 
 def trained_classifier(datasets: Datasets) -> TrainedClassifier:

@@ -19,8 +19,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from flowdopr.data import ImageDataset
-from flowdopr.disk import replacing
-from flowdopr.evaluate.classifier import cache_folder
+from flowdopr.disk import cache_folder, replacing
 from flowdopr.evaluate.extractors import Extractor, Features
 from flowdopr.terminal import counting
 

@@ -39,6 +39,7 @@ DELETED = ".deleted"  # suffix of a checkpoint while it is being deleted
 FREE_ON_RESUME = (
     *("name", "output", "sample", "evaluate", "compare"),
     *("data.root", "data.held_out_root", "data.download", "data.num_workers"),
+    "data.on_bad_image",  # which images are left is in the fingerprint
     *("data.autoencoder", "data.source_root"),
     *(f"train.{key}" for key in ("steps", "log_every", "validate_every", "sample_every")),
     *("train.checkpoint_every", "train.keep_checkpoints"),
@@ -72,7 +73,13 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, config: Config, dataset: DatasetInfo, made_by: dict[str, Any], *, resume: bool
+        cls,
+        config: Config,
+        dataset: DatasetInfo,
+        made_by: dict[str, Any],
+        *,
+        resume: bool,
+        changed_data: bool = False,
     ) -> RunFolder:
         """Prepare the folder `<output>/<name>` for training, from the newest checkpoint if any.
 
@@ -81,11 +88,12 @@ class RunFolder:
         Args:
             made_by: what `provenance` returned, for versions.json.
             resume: allow a folder that has checkpoints of this run.
+            changed_data: allow that they were trained on other images.
 
         Raises:
             ConfigError: see `check_place`.
         """
-        cls.check_place(config, dataset, resume=resume)
+        cls.check_place(config, dataset, resume=resume, changed_data=changed_data)
         path = Path(config.output) / config.name
         for folder in (CHECKPOINTS, "samples", "evaluation"):
             (path / folder).mkdir(parents=True, exist_ok=True)
@@ -102,7 +110,9 @@ class RunFolder:
         return run
 
     @classmethod
-    def check_place(cls, config: Config, dataset: DatasetInfo, *, resume: bool) -> None:
+    def check_place(
+        cls, config: Config, dataset: DatasetInfo, *, resume: bool, changed_data: bool = False
+    ) -> None:
         """Check that this run may be written into its folder; writes nothing.
 
         Raises:
@@ -118,7 +128,7 @@ class RunFolder:
                         f"{path}: a run is here already; go on with it by --resume, "
                         "or choose another folder by name=NEW"
                     )
-                check_same_run(before, config, dataset)
+                check_same_run(before, config, dataset, changed_data=changed_data)
         elif path.exists() and not {item.name for item in path.iterdir()} <= BEFORE_CONFIG:
             raise ConfigError(
                 f"{path}: the folder has files but is not a run; choose another by name=NEW"
@@ -296,8 +306,13 @@ def _steps_in(folder: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
-def check_same_run(run: RunFolder, config: Config, dataset: DatasetInfo) -> None:
+def check_same_run(
+    run: RunFolder, config: Config, dataset: DatasetInfo, *, changed_data: bool = False
+) -> None:
     """Check that the weights of `run` come from the settings and the data given here.
+
+    Args:
+        changed_data: allow other images of the same shape and classes.
 
     Raises:
         ConfigError: names the first setting that differs, and both values.
@@ -315,10 +330,18 @@ def check_same_run(run: RunFolder, config: Config, dataset: DatasetInfo) -> None
             f"{run.path}: train.steps was {run.config.train.steps}, now {config.train.steps}: "
             f"the {config.train.lr_decay} learning rate depends on it, so the run cannot be resumed"
         )
-    if dataset.fingerprint != run.dataset.fingerprint:
+    if dataset.fingerprint != run.dataset.fingerprint and not changed_data:
         raise ConfigError(
-            f"{run.path}: the images in {config.data.root} are not those this run was trained on"
+            f"{run.path}: the images in {config.data.root} are not those this run was trained on; "
+            "give those, or go on with these by --resume --changed-data"
         )
+    for key in ("image_shape", "class_names"):
+        was, now = getattr(run.dataset, key), getattr(dataset, key)
+        if was != now:
+            raise ConfigError(
+                f"{run.path}: the {key} of the data was {was}, now {now}; "
+                "choose another folder by name=NEW"
+            )
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from flowdopr.config import Config, ConfigError
-from flowdopr.data import DatasetInfo
+from flowdopr.data import DatasetInfo, check_start
 from flowdopr.disk import locked
 from flowdopr.flow import build_objective, build_sampling
 from flowdopr.latents import build_datasets, load_decoder
@@ -27,13 +27,16 @@ from flowdopr.train.signals import TrainingFailed
 log = logging.getLogger("flowdopr.train")
 
 
-def train(config: Config, *, resume: bool = False, patience: float = 0.0) -> Path:
+def train(
+    config: Config, *, resume: bool = False, changed_data: bool = False, patience: float = 0.0
+) -> Path:
     """Train as `config` says and return the run folder, `<output>/<name>`.
 
     Runs on the devices and processes that accelerate finds.
 
     Args:
         resume: continue from the newest checkpoint, or start if there is none.
+        changed_data: continue on other images than before, of the same shape and classes.
         patience: seconds to wait for another process that is training this run.
 
     Raises:
@@ -47,15 +50,21 @@ def train(config: Config, *, resume: bool = False, patience: float = 0.0) -> Pat
         datasets = build_datasets(config)
     components = build_components(config, datasets.info, accelerator.device)
     run = RunFolder(Path(config.output) / config.name, config, datasets.info)
+    unchecked: list[str] = []
     with ExitStack() as held:
         if accelerator.is_main_process:
-            run.check_place(config, datasets.info, resume=resume)
+            allowed = {"resume": resume, "changed_data": changed_data}
+            run.check_place(config, datasets.info, **allowed)
+            unchecked = check_start(datasets)
             remedy = "wait for it, or choose another folder by name=NEW"
             held.enter_context(locked(run.path, remedy, patience=patience))
             made_by = provenance(accelerator.device) | {"processes": accelerator.num_processes}
-            run = RunFolder.create(config, datasets.info, made_by, resume=resume)
+            made_by |= {"data": datasets.info.fingerprint}
+            run = RunFolder.create(config, datasets.info, made_by, **allowed)
         accelerator.wait_for_everyone()
         held.enter_context(run_log(run.path / "log.txt" if accelerator.is_main_process else None))
+        for line in (datasets.summary(), *unchecked):
+            log.info("%s", line)
         try:
             log_roles(config.name, components.model, components.optimizer, run.path / "log.txt")
             trainer = Trainer(config, accelerator, datasets, components, run)

@@ -4,7 +4,7 @@ import zipfile
 
 import pytest
 
-from flowdopr.data.files import Folder
+from flowdopr.data.sources import Folder
 from flowdopr.latents import build_datasets
 
 

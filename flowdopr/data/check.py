@@ -1,0 +1,119 @@
+"""Finding the images that cannot be decoded before training meets them.
+
+With `data.on_bad_image: skip` all are decoded once, and the result is cached under the names, sizes
+and times of the files. So every process, and a run that is resumed, leaves out the same images.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import PIL
+
+from flowdopr.data.files import BadImage, ImageFiles, load
+from flowdopr.data.info import Datasets, parse_json
+from flowdopr.data.sources import Source, shown
+from flowdopr.disk import cache_folder, replacing
+from flowdopr.terminal import counting
+
+START_SECONDS = 10.0  # that training spends on each split
+THREADS, TOGETHER = 16, 256  # enough to hide the latency of a network disk
+
+Item = TypeVar("Item", bound=Hashable)
+
+
+def check_start(datasets: Datasets, seconds: float = START_SECONDS) -> list[str]:
+    """Read images of both splits as training does, each for at most `seconds`, in a fixed order.
+
+    Returns remarks on what was not looked at.
+
+    Raises:
+        ValueError: an image cannot be used.
+    """
+    remarks = []
+    for part in (datasets.train, datasets.held_out):
+        if not isinstance(part, ImageFiles):
+            continue
+        order = np.random.RandomState(0).permutation(len(part)).tolist()
+        done, found = _faults(part.__getitem__, order, seconds)
+        place = shown(part.source.root)
+        if found:
+            more = f"; so it is with {len(found)} of the {done:,} images looked at"
+            raise ValueError(f"{next(iter(found.values()))}{more if len(found) > 1 else ''}")
+        if done < len(part):
+            remarks.append(
+                f"{done:,} of {len(part):,} images in '{place}' were checked within "
+                f"{seconds:g} s; flowdopr check {place} checks all"
+            )
+    return remarks
+
+
+def check_all(source: Source) -> dict[str, ValueError]:
+    """The error of each image of `source` that cannot be used, by name. Decodes all of them.
+
+    The result is kept for `broken_images`, unless a file could not be read at all.
+    """
+    kept = _cache_file(source)
+    _, found = _faults(partial(load, source), source.names, math.inf)
+    reasons = {name: error.reason for name, error in found.items() if isinstance(error, BadImage)}
+    if len(reasons) == len(found):
+        with suppress(OSError):  # without a cache, the next one decodes all again
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(kept, f".{os.getpid()}.part") as part:
+                part.write_text(json.dumps(reasons), encoding="utf-8")
+    return found
+
+
+def broken_images(source: Source) -> dict[str, str]:
+    """The reason of each image of `source` that cannot be decoded, by name; cached.
+
+    Raises:
+        ValueError: a file could not be read at all, which another try may mend.
+    """
+    with suppress(OSError, ValueError):
+        return parse_json(dict[str, str], _cache_file(source).read_bytes())
+    reasons = {}
+    for name, error in check_all(source).items():
+        if not isinstance(error, BadImage):
+            raise error
+        reasons[name] = error.reason
+    return reasons
+
+
+def _cache_file(source: Source) -> Path:
+    return cache_folder() / f"broken-{source.state()[:24]}-pillow-{PIL.__version__}.json"
+
+
+def _faults(
+    read: Callable[[Item], object], items: Sequence[Item], seconds: float
+) -> tuple[int, dict[Item, ValueError]]:
+    """Read `items` in order for about `seconds`: how many were read, and the errors of those that
+    cannot be."""
+
+    def fault(item: Item) -> ValueError | None:
+        try:
+            read(item)
+        except ValueError as error:
+            return error
+        return None
+
+    found, done, deadline = {}, 0, time.monotonic() + seconds
+    with (
+        ThreadPoolExecutor(THREADS) as pool,
+        counting("checking images", len(items)) as progress,
+    ):
+        while done < len(items) and time.monotonic() < deadline:
+            chunk = items[done : done + TOGETHER]
+            for item, error in zip(chunk, pool.map(fault, chunk), strict=True):
+                found |= {item: error} if error else {}
+                progress()
+            done += len(chunk)
+    return done, found

@@ -1,0 +1,123 @@
+"""The classes of images: from a dataset.json as EDM and StyleGAN write it, or one folder a class.
+
+    {"labels": [["00000/img00000000.png", 6], ...]}     or {"labels": null}: no classes
+
+Labels are ints, 0 where there are no classes.
+"""
+
+import posixpath
+import re
+from typing import Annotated, NamedTuple
+
+from pydantic import BaseModel, Field
+
+from flowdopr.data.info import MOST_NAMES, parse_json
+from flowdopr.data.sources import LABEL_FILE, Source, shown
+
+# Names of folders that are parts of a data set; those that come first are preferred to train on.
+SPLITS = ("train", "training", "valid", "validation", "val", "dev", "eval", "test", "testing")
+EDM_NAME = re.compile(r"(.*/)?\d{5}/img\d{8}\.\w+")
+
+
+class LabelFile(BaseModel):
+    """The content of a dataset.json."""
+
+    labels: list[tuple[str, Annotated[int, Field(ge=0, lt=10**6, strict=True)]]] | None
+
+
+class Classes(NamedTuple):
+    """The label of each of a source's images, and the names of the classes (none: no classes).
+
+    `listed`: whether a dataset.json lists them. `remarks`: what a user should know of them.
+    """
+
+    labels: list[int]
+    names: tuple[str, ...]
+    listed: bool = False
+    remarks: tuple[str, ...] = ()
+
+
+def find_classes(source: Source) -> Classes:
+    """The classes of the images of `source`.
+
+    A dataset.json decides, if there is one beside or above the images. Without it, each folder is
+    a class; a folder that contains all others (`images` of `images/cat/1.png` and
+    `images/dog/2.png`) is not, and neither are EDM's folders of 1,000 images.
+
+    Raises:
+        ValueError: no image at all, a dataset.json that does not list these images, some images in
+            class folders and some beside them, or folders such as `train` and `val`.
+    """
+    if not source.names:
+        raise ValueError(
+            f"{source.setting}: '{shown(source.root)}' holds no image that Pillow reads"
+            + "".join(f"; {remark}" for remark in source.remarks())
+        )
+    folders = [posixpath.dirname(name) for name in source.names]
+    top = _parts(posixpath.commonpath(folders))
+    for depth in range(len(top), -1, -1):
+        file = "/".join([*top[:depth], LABEL_FILE])
+        if file in source.others:
+            return _listed(source, file)
+    inner = [_parts(folder)[len(top) :] for folder in folders]
+    if not any(inner) or all(map(EDM_NAME.fullmatch, source.names)):
+        return Classes([0] * len(inner), ())
+    if [] in inner:
+        raise ValueError(
+            f"{source.setting}: '{source.where(source.names[inner.index([])])}' lies beside class "
+            "folders; put it into one of them, or all images into one folder"
+        )
+    classes = [folder[0] for folder in inner]
+    names = sorted(set(classes))
+    _refuse_splits(source, "/".join(top), names)
+    number = {name: label for label, name in enumerate(names)}
+    beside = [path for path in source.others if posixpath.dirname(path[:-1]) == "/".join(top)]
+    empty = [posixpath.basename(path[:-1]) for path in beside if path.endswith("/")]
+    empty = [shown(folder) for folder in empty if folder not in number]
+    remarks = (f"without an image: {', '.join(empty[:MOST_NAMES])}",) if empty else ()
+    labels = [number[name] for name in classes]
+    return Classes(labels, tuple(map(shown, names)), remarks=remarks)
+
+
+def _parts(folder: str) -> list[str]:
+    return folder.split("/") if folder else []
+
+
+def _refuse_splits(source: Source, top: str, names: list[str]) -> None:
+    if not {name.lower() for name in names} <= set(SPLITS) or len(names) < 2:
+        return
+    first, second = sorted(names, key=lambda name: SPLITS.index(name.lower()))[:2]
+    places = [source.where(posixpath.join(top, name)) for name in (first, second)]
+    if source.root.is_file():
+        remedy = f"make an archive of each, for data.root ('{first}') and data.held_out_root"
+    else:
+        remedy = f"set data.root={places[0]} and data.held_out_root={places[1]}"
+    raise ValueError(
+        f"{source.setting}: '{first}' and '{second}' in '{shown(source.root)}' are parts of a data "
+        f"set, not classes; {remedy}"
+    )
+
+
+def _listed(source: Source, file: str) -> Classes:
+    """The classes in the dataset.json at the path `file`, whose paths are relative to its folder.
+
+    They are 0 to the highest label, as in EDM.
+    """
+    folder, remark = file.removesuffix(LABEL_FILE), f"classes as in '{source.where(file)}'"
+    try:
+        labels = parse_json(LabelFile, source.read(file)).labels
+        if labels is None:
+            return Classes([0] * len(source.names), (), True, (remark,))
+        number = {folder + path.replace("\\", "/"): label for path, label in labels}
+        if lost := number.keys() - {*source.names, *source.broken}:
+            raise ValueError(f"there is no image '{shown(min(lost))}'")
+        if bare := set(source.names) - number.keys():
+            raise ValueError(f"labels: '{shown(min(bare))}' has none")
+    except Exception as error:  # reading from an archive fails in many ways
+        raise ValueError(
+            f"{source.setting}: '{source.where(file)}' does not list these images "
+            f"({shown(error)}); correct or remove it; its form is "
+            '{"labels": null} or {"labels": [["PATH", NUMBER], ...]}'
+        ) from None
+    names = map(str, range(max(number.values()) + 1))
+    return Classes([number[name] for name in source.names], tuple(names), True, (remark,))

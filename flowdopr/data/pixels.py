@@ -1,0 +1,65 @@
+"""From the bytes of an image file to pixels.
+
+Pillow decodes. Orientation is that of the EXIF tag; of several frames or pages the first counts;
+what is transparent lies on white; of 16 bits the upper 8 count; CMYK and other colours become RGB
+by Pillow's own conversion, without colour profiles.
+
+Shapes: an image is uint8 RGB `(3, H, W)`.
+"""
+
+import io
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+# Pillow recognises these, but cannot decode them, or only by running another program.
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+SIXTEEN_BITS = {"PNG", "PPM"}  # formats that Pillow may open with 16 bits in its 32-bit mode
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """The formats that Pillow decodes, by its own names."""
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - NOT_DECODED))
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """The suffixes of files in these formats, such as `.png`."""
+    known = {*formats(), "MPO"}  # which Pillow opens as a JPEG
+    return frozenset(end for end, kind in Image.registered_extensions().items() if kind in known)
+
+
+def decode(content: bytes) -> Tensor:
+    """uint8 RGB `(3, H, W)`, upright.
+
+    Raises:
+        ValueError: Pillow cannot decode it, or its pixels have no known range. Not the whole line
+            that a user sees.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=formats()) as image:
+            sixteen = image.mode.startswith("I;16") or (
+                image.mode == "I" and image.format in SIXTEEN_BITS
+            )
+            return pil_to_tensor(_eight_bits(ImageOps.exif_transpose(image), sixteen=sixteen))
+    except UnidentifiedImageError:
+        raise ValueError("no image format that Pillow decodes") from None
+    except Exception as error:  # decoders fail in many ways
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
+def _eight_bits(image: Image.Image, *, sixteen: bool) -> Image.Image:
+    """The image as opaque 8-bit RGB."""
+    if sixteen:
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{image.mode} pixels have no known range, expected 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
