@@ -1,4 +1,4 @@
-"""The command line: `flowdopr train | sample | evaluate | compare | encode`.
+"""The command line: `flowdopr train | sample | evaluate | compare | encode | check`.
 
 Each command is one call into the package. Bad input ends with one line and exit code 2, a run that
 failed with 1, a signal with 128 + its number, success with 0. Modules are imported inside the
@@ -232,6 +232,24 @@ def encode(
         batch_size=batch_size,
     )
     _tell(path)
+
+
+@app.command()
+def check(
+    data: Annotated[Path, Argument(help="Config, or a folder or ZIP archive of images.")],
+    overrides: Overrides = None,
+) -> None:
+    """Decode every image of DATA as training does, and print a line for each broken one.
+
+    Of latents, the checksums are compared. The exit code is 1 if anything is broken.
+    """
+    from flowdopr.latents import check as run_check
+
+    broken = run_check(data, overrides or ())
+    for line in broken:
+        print(line)
+    if broken:
+        raise typer.Exit(1)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,6 +13,7 @@ KEPT = {
     "sample": "complete batches are kept; the same command goes on",
     "evaluate": "no card is written, others stay as they were; the same command starts anew",
     "compare": "finished runs are kept; the same command goes on",
+    "check": "nothing is kept of it; the same command starts anew",
     "encode": "complete files are kept; the same command goes on",
 }
 """What remains of each command's work after Ctrl-C stops it at once."""

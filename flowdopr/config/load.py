@@ -30,6 +30,7 @@ from flowdopr.config.types import Sections, choices, field_of, sections_in
 from flowdopr.config.yaml12 import dump_yaml, parse_yaml
 
 MOST_SHOWN = 5  # wrong settings in one message
+DATA_ALONE = {"data", "evaluate"}  # sections of a file that is only a base of configs
 ROOT = (Config,)
 Values = dict[str, Any]
 
@@ -208,6 +209,9 @@ def _resolved(values: Values, overrides: Iterable[str], place: str) -> Config:
     states = [(place, values)]
     for override in overrides:
         states.append((f"override '{override}'", _override(states[-1][1], override)))
+    if values.keys() <= DATA_ALONE and not {"model", "train"} & states[-1][1].keys():
+        remedy = _with_base(Path(place))
+        raise ConfigError(f"{place}: describes a data set alone, as a base of configs; {remedy}")
     config, wrong = _validated(states[-1][1])
     if config is not None:
         return config
@@ -221,6 +225,14 @@ def _resolved(values: Values, overrides: Iterable[str], place: str) -> Config:
     message = "; ".join(f"{source}: {'; '.join(lines)}" for source, lines in by_source.items())
     more = len(wrong) - MOST_SHOWN
     raise ConfigError(f"{message}; and {more} more" if more > 0 else message)
+
+
+def _with_base(base: Path) -> str:
+    """The remedy for a file that is only the base of other configs."""
+    for path in sorted(base.parent.glob("*.yaml")):
+        if f"\nbase: {base.name}\n" in path.read_text(encoding="utf-8", errors="replace"):
+            return f"give one of them, such as {path}"
+    return f"write one with base: {base.name}"
 
 
 def _validated(values: Values) -> tuple[Config | None, list[str]]:

@@ -1,7 +1,7 @@
 """Images in and batches out: data sets, their fingerprint, the resumable loader, the uint8 rule."""
 
-from flowdopr.data.check import check_start
-from flowdopr.data.datasets import build_image_datasets
+from flowdopr.data.check import check_all, check_start
+from flowdopr.data.datasets import build_image_datasets, open_sources
 from flowdopr.data.info import DatasetInfo, Datasets
 from flowdopr.data.loader import build_loader, plain_batches
 from flowdopr.data.memory import ImageDataset, ImageTensor
@@ -15,8 +15,10 @@ __all__ = [
     "ImageTensor",
     "build_image_datasets",
     "build_loader",
+    "check_all",
     "check_start",
     "from_uint8",
+    "open_sources",
     "plain_batches",
     "to_float",
     "to_uint8",

@@ -28,6 +28,7 @@ START_SECONDS = 10.0  # that training spends on each split
 THREADS, TOGETHER = 16, 256  # enough to hide the latency of a network disk
 
 Item = TypeVar("Item", bound=Hashable)
+Fault = TypeVar("Fault", bound=ValueError)
 
 
 def check_start(datasets: Datasets, seconds: float = START_SECONDS) -> list[str]:
@@ -43,7 +44,7 @@ def check_start(datasets: Datasets, seconds: float = START_SECONDS) -> list[str]
         if not isinstance(part, ImageFiles):
             continue
         order = np.random.RandomState(0).permutation(len(part)).tolist()
-        done, found = _faults(part.__getitem__, order, seconds)
+        done, found = _faults(part.__getitem__, order, seconds, ValueError)
         place = shown(part.source.root)
         if found:
             more = f"; so it is with {len(found)} of the {done:,} images looked at"
@@ -56,15 +57,15 @@ def check_start(datasets: Datasets, seconds: float = START_SECONDS) -> list[str]
     return remarks
 
 
-def check_all(source: Source) -> dict[str, ValueError]:
-    """The error of each image of `source` that cannot be used, by name. Decodes all of them.
+def check_all(source: Source) -> dict[str, BadImage]:
+    """What is wrong with each image of `source` that cannot be used, by name. Decodes all of them.
 
     The result is kept for `broken_images`, unless a file could not be read at all.
     """
     kept = _cache_file(source)
-    _, found = _faults(partial(load, source), source.names, math.inf)
-    reasons = {name: error.reason for name, error in found.items() if isinstance(error, BadImage)}
-    if len(reasons) == len(found):
+    _, found = _faults(partial(load, source), source.names, math.inf, BadImage)
+    if all(bad.decoding for bad in found.values()):
+        reasons = {name: bad.reason for name, bad in found.items()}
         with suppress(OSError):  # without a cache, the next one decodes all again
             kept.parent.mkdir(parents=True, exist_ok=True)
             with replacing(kept, f".{os.getpid()}.part") as part:
@@ -76,16 +77,15 @@ def broken_images(source: Source) -> dict[str, str]:
     """The reason of each image of `source` that cannot be decoded, by name; cached.
 
     Raises:
-        ValueError: a file could not be read at all, which another try may mend.
+        BadImage: a file could not be read at all, which another try may mend.
     """
     with suppress(OSError, ValueError):
         return parse_json(dict[str, str], _cache_file(source).read_bytes())
-    reasons = {}
-    for name, error in check_all(source).items():
-        if not isinstance(error, BadImage):
-            raise error
-        reasons[name] = error.reason
-    return reasons
+    found = check_all(source)
+    for bad in found.values():
+        if not bad.decoding:
+            raise bad
+    return {name: bad.reason for name, bad in found.items()}
 
 
 def _cache_file(source: Source) -> Path:
@@ -93,15 +93,14 @@ def _cache_file(source: Source) -> Path:
 
 
 def _faults(
-    read: Callable[[Item], object], items: Sequence[Item], seconds: float
-) -> tuple[int, dict[Item, ValueError]]:
-    """Read `items` in order for about `seconds`: how many were read, and the errors of those that
-    cannot be."""
+    read: Callable[[Item], object], items: Sequence[Item], seconds: float, kind: type[Fault]
+) -> tuple[int, dict[Item, Fault]]:
+    """Read `items` in order for about `seconds`: how many were read, and the errors of a `kind`."""
 
-    def fault(item: Item) -> ValueError | None:
+    def fault(item: Item) -> Fault | None:
         try:
             read(item)
-        except ValueError as error:
+        except kind as error:
             return error
         return None
 

@@ -9,6 +9,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from flowdopr.data.files import ImageFiles, load
 from flowdopr.data.info import DatasetInfo, Datasets
 from flowdopr.data.labels import Classes, find_classes
 from flowdopr.data.memory import ImageTensor
-from flowdopr.data.sources import Archive, Folder, Source, fingerprint_files, shown
+from flowdopr.data.sources import Archive, Folder, Source, fingerprint_files, shown, why
 from flowdopr.data.transforms import fit
 
 TORCHVISION = {
@@ -124,37 +125,69 @@ def _load_digits(held_out_fraction: float) -> tuple[ImageTensor, ImageTensor, Se
 
 def _load_torchvision(data: DataConfig) -> tuple[ImageTensor, ImageTensor, Sequence[str]]:
     train, held_out = (_open_torchvision(data, train=train) for train in (True, False))
-    return _to_tensors(train), _to_tensors(held_out), train.classes
+    try:
+        return _to_tensors(train), _to_tensors(held_out), train.classes
+    except Exception as error:
+        raise _damaged(data, error) from None
 
 
 def _open_torchvision(data: DataConfig, *, train: bool):
     """The data set if it is in `root`, else downloaded if that is allowed and works."""
     reader = TORCHVISION[data.name]
-    try:
-        with warnings.catch_warnings():
-            # CIFAR's pickles are older than NumPy 2's way of naming a dtype.
-            warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
-            try:
-                return reader(data.root, train=train, download=False)
-            except RuntimeError:
-                if not data.download:
-                    raise
+    with warnings.catch_warnings():
+        # CIFAR's pickles are older than NumPy 2's way of naming a dtype.
+        warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
+        try:
+            return reader(data.root, train=train, download=False)
+        except Exception as error:  # torchvision checks little of what it reads
+            if "not found" not in str(error):
+                raise _damaged(data, error) from None
+        if not data.download:
+            raise ValueError(
+                f"data.root: {data.name} is not in '{shown(data.root)}' and data.download is "
+                f"false; put {_archives(data)}, and set data.download=true: what is there is not "
+                "downloaded"
+            )
+        try:
             return reader(data.root, train=train, download=True)
-    except (RuntimeError, OSError, EOFError) as error:
-        failed = "could not be downloaded" if data.download else "data.download is false"
-        remedy = "" if data.download else "set data.download=true, "
-        raise ValueError(
-            f"data.root: {data.name} is not in '{data.root}' and {failed} "
-            f"({' '.join(str(error).split())}); {remedy}put torchvision's files there, or give "
-            "the folder that has them"
-        ) from None
+        except Exception as error:  # of the network, of the disk, of what was downloaded
+            raise ValueError(
+                f"data.root: {data.name} is not in '{shown(data.root)}' and could not be "
+                f"downloaded ({why(error)}); put {_archives(data)}, or give the folder that has "
+                "it"
+            ) from None
+
+
+def _archives(data: DataConfig) -> str:
+    """The files that torchvision downloads, and the folder to put them into."""
+    reader, folder = TORCHVISION[data.name], Path(data.root)
+    if issubclass(reader, torchvision.datasets.MNIST):
+        names, folder = [name for name, _ in reader.resources], folder / reader.__name__ / "raw"
+    else:
+        names = [reader.filename]
+    return f"{', '.join(names)} into '{shown(folder)}'"
+
+
+def _damaged(data: DataConfig, error: Exception) -> ValueError:
+    return ValueError(
+        f"data.root: {data.name} in '{shown(data.root)}' is damaged ({why(error)}); delete it, so "
+        f"that it is downloaded again, or put {_archives(data)}"
+    )
 
 
 def _to_tensors(dataset) -> ImageTensor:
-    """MNIST's `(N, H, W)` tensor or CIFAR's `(N, H, W, C)` array as `(N, C, H, W)`."""
-    images = torch.as_tensor(dataset.data)
+    """MNIST's `(N, H, W)` tensor or CIFAR's `(N, H, W, C)` array as `(N, C, H, W)`.
+
+    Raises:
+        ValueError: no pixels, or labels that do not fit.
+    """
+    images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets).long()
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-    return ImageTensor(images.contiguous(), torch.as_tensor(dataset.targets).long())
+    if not images.numel() or len(images) != len(labels):
+        raise ValueError(f"{tuple(images.shape)} pixels with {len(labels)} labels")
+    if labels.min() < 0 or labels.max() >= len(dataset.classes):
+        raise ValueError(f"labels beyond the {len(dataset.classes)} classes")
+    return ImageTensor(images.contiguous(), labels)
 
 
 def _from_files(data: DataConfig, source: Source) -> Datasets:

@@ -9,39 +9,45 @@ from torch import Tensor
 
 from flowdopr.data.memory import ImageDataset
 from flowdopr.data.pixels import decode
-from flowdopr.data.sources import Source, shown
+from flowdopr.data.sources import Source, why
+
+BAD_IMAGE_REMEDY = (
+    "repair or remove it, or set data.on_bad_image=skip (flowdopr check lists all such images); a "
+    "run that has begun then goes on by --resume --changed-data"
+)
 
 
 class BadImage(ValueError):
-    """An image that cannot be decoded. `reason` is the part of the message that says why."""
+    """An image that cannot be used.
 
-    def __init__(self, message: str, reason: str = ""):  # unpickled by the message alone
-        super().__init__(message)
-        self.reason = reason
+    Attributes:
+        reason: the part of the message that says why.
+        decoding: whether its bytes are wrong; else they could not be read, which may pass.
+    """
+
+    reason, decoding = "", True  # unpickling, which knows the message alone, restores them after
+
+    @classmethod
+    def of(cls, source: Source, name: str, error: Exception) -> "BadImage":
+        failed = isinstance(error, OSError)  # of the disk, as all that `decode` raises is no such
+        reason = getattr(error, "strerror", None) or why(error)
+        remedy = "put it back or make it readable" if failed else BAD_IMAGE_REMEDY
+        place = f"{source.setting}: cannot read the image '{source.where(name)}'"
+        bad = cls(f"{place} ({reason}); {remedy}")
+        bad.reason, bad.decoding = reason, not failed
+        return bad
 
 
 def load(source: Source, name: str) -> Tensor:
     """uint8 RGB `(3, H, W)`, upright.
 
     Raises:
-        BadImage: the file's bytes are no image that can be decoded.
-        ValueError: the file cannot be read at all.
+        BadImage: it cannot be read or decoded.
     """
     try:
         return decode(source.read(name))
-    except OSError as error:  # of the disk, as all that `decode` raises is a ValueError
-        raise ValueError(
-            f"{source.setting}: cannot read the image '{source.where(name)}' "
-            f"({error.strerror or shown(error)}); put it back or make it readable"
-        ) from None
     except Exception as error:  # archives fail in many ways
-        reason = shown(error)
-        raise BadImage(
-            f"{source.setting}: cannot read the image '{source.where(name)}' ({reason}); repair or "
-            "remove it, or set data.on_bad_image=skip (flowdopr check lists all such images); a "
-            "run that has begun then goes on by --resume --changed-data",
-            reason,
-        ) from None
+        raise BadImage.of(source, name, error) from None
 
 
 class ImageFiles(ImageDataset):

@@ -12,7 +12,7 @@ from typing import Annotated, NamedTuple
 from pydantic import BaseModel, Field
 
 from flowdopr.data.info import MOST_NAMES, parse_json
-from flowdopr.data.sources import LABEL_FILE, Source, shown
+from flowdopr.data.sources import LABEL_FILE, Source, shown, why
 
 # Names of folders that are parts of a data set; those that come first are preferred to train on.
 SPLITS = ("train", "training", "valid", "validation", "val", "dev", "eval", "test", "testing")
@@ -116,7 +116,7 @@ def _listed(source: Source, file: str) -> Classes:
     except Exception as error:  # reading from an archive fails in many ways
         raise ValueError(
             f"{source.setting}: '{source.where(file)}' does not list these images "
-            f"({shown(error)}); correct or remove it; its form is "
+            f"({why(error)}); correct or remove it; its form is "
             '{"labels": null} or {"labels": [["PATH", NUMBER], ...]}'
         ) from None
     names = map(str, range(max(number.values()) + 1))

@@ -70,11 +70,11 @@ class Source:
                 kind = "links to nothing" if suffix(path) in suffixes() else suffix(path)
                 kinds[kind or "without suffix"] += 1
         found = ", ".join(f"{count} {shown(kind)}" for kind, count in kinds.most_common(5))
-        remarks = [f"skipped {kinds.total()} files that are no images ({found})"] if kinds else []
+        remarks = [f"skipped as no images: {found}"] if kinds else []
         if self.broken:
             name, reason = next(iter(self.broken.items()))
-            first = f"the first: {self.where(name)}: {reason}"
-            remarks.append(f"skipped {len(self.broken)} broken images ({first})")
+            first = f"the first is {self.where(name)} ({reason})"
+            remarks.append(f"skipped as broken: {len(self.broken):,}, {first}")
         return remarks
 
 
@@ -144,7 +144,7 @@ class Archive(Source):
             self._entries = {_plain(entry.filename): entry for entry in self._zip().infolist()}
         except Exception as error:  # zipfile fails in many ways on damaged bytes
             raise ValueError(
-                f"{setting}: '{shown(root)}' cannot be read as a ZIP: {shown(error)}; copy or "
+                f"{setting}: '{shown(root)}' cannot be read as a ZIP: {why(error)}; copy or "
                 "download it again"
             ) from None
         listed = ((path, not path.endswith("/")) for path in self._entries)
@@ -189,10 +189,15 @@ def _digest(settings: Sequence[object], names: list[str], stamps: Sequence[objec
     return digest.hexdigest()
 
 
-def shown(text: object) -> str:
-    """A path or an error on one line, with escapes for what is no UTF-8 or cannot be printed."""
-    readable = str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(readable.split()))
+def shown(path: object) -> str:
+    """A path on one line, with escapes for what is no UTF-8 or cannot be printed."""
+    readable = str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in readable)
+
+
+def why(error: Exception) -> str:
+    """The message of an error on one line, or its type if it has none."""
+    return shown(" ".join(str(error).split())) or type(error).__name__
 
 
 def suffix(path: str) -> str:

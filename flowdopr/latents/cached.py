@@ -12,7 +12,6 @@ Shapes: latents float32 `(B, L, h, w)`, labels int64 `(B,)`.
 """
 
 import bisect
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -28,11 +27,10 @@ from torch import Tensor
 from flowdopr.config import Config, DataConfig
 from flowdopr.config.schema import USED_BY
 from flowdopr.data import build_image_datasets
-from flowdopr.data.info import DatasetInfo, Datasets
+from flowdopr.data.info import DatasetInfo, Datasets, parse_json
 from flowdopr.data.memory import ImageDataset, Picks
-
-NOTES = "latents.json"
-SPLITS = ("train", "held_out")
+from flowdopr.data.sources import shown, why
+from flowdopr.latents.notes import NOTES, SPLITS, Notes, Shard, read_notes
 
 
 def build_datasets(config: Config) -> Datasets:
@@ -57,35 +55,22 @@ def build_pixel_datasets(config: Config) -> Datasets:
     notes = read_notes(data.root)
     moved = {"root": data.source_root, "held_out_root": data.held_out_root}
     moved = {key: place for key, place in moved.items() if place}
-    source_name = notes["source"]["data"]["name"]
-    used = [key for key in ("download", "num_workers") if source_name in USED_BY[key]]
+    kind = notes.source.data.get("name")
+    used = [key for key in ("download", "num_workers") if kind in USED_BY[key]]
     here = {key: getattr(data, key) for key in used}
-    source = DataConfig(**notes["source"]["data"] | moved | here)
+    try:
+        source = parse_json(DataConfig, json.dumps(notes.source.data | moved | here))
+    except ValueError as error:
+        raise ValueError(
+            f"data.root: 'source' in '{Path(data.root) / NOTES}' is no section data ({error})"
+        ) from None
     datasets = build_image_datasets(source)
-    if datasets.info.fingerprint != notes["source"]["info"]["fingerprint"]:
+    if datasets.info.fingerprint != notes.source.info.fingerprint:
         raise ValueError(
             f"data.source_root: the images in '{source.root}' are not those that were encoded into "
             f"'{data.root}'; give the folder of those"
         )
     return datasets
-
-
-def read_notes(root: str | Path) -> dict[str, Any]:
-    """The `latents.json` in `root`.
-
-    Raises:
-        ValueError: there is none, because encoding into `root` has not begun or not finished.
-    """
-    path = Path(root) / NOTES
-    if not path.is_file():
-        cut = any(Path(root).glob("*.safetensors"))
-        remedy = (
-            "encoding was cut: the same command goes on with it"
-            if cut
-            else f"write it by: flowdopr encode CONFIG --autoencoder NAME --out {root}"
-        )
-        raise ValueError(f"data.root: '{root}' has no {NOTES}; {remedy}")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def open_latents(data: DataConfig) -> Datasets:
@@ -96,34 +81,25 @@ def open_latents(data: DataConfig) -> Datasets:
             `data.horizontal_flip` asks for them.
     """
     notes = read_notes(data.root)
-    if data.horizontal_flip and not notes["mirrored"]:
+    if data.horizontal_flip and not notes.mirrored:
         raise ValueError(
             f"data.horizontal_flip: '{data.root}' holds no mirrored copies; set it false, or "
             "encode again with data.horizontal_flip=true"
         )
     train, held_out = (LatentShards(Path(data.root), split, notes) for split in SPLITS)
     moved = {"name": data.autoencoder} if data.autoencoder else {}
-    source = DatasetInfo.from_dict(notes["source"]["info"])
-    channels, height, width = notes["image_shape"]
+    source = notes.source.info
     info = DatasetInfo(
         name=f"latents of {source.name}",
-        image_shape=(channels, height, width),
+        image_shape=notes.image_shape,
         num_classes=source.num_classes,
         class_names=source.class_names,
         num_train=len(train),
         num_held_out=len(held_out),
-        fingerprint=fingerprint(notes),
-        autoencoder=notes["autoencoder"] | moved,
+        fingerprint=notes.fingerprint(),
+        autoencoder=notes.autoencoder.model_dump() | moved,
     )
     return Datasets(train, held_out, info)
-
-
-def fingerprint(notes: dict[str, Any]) -> str:
-    """sha256 over all shards, the source and the autoencoder, independent of their paths."""
-    parts = {key: notes[key] for key in ("kept", "dtype", "mirrored", "shards")}
-    parts["source"] = notes["source"]["info"]["fingerprint"]
-    parts["autoencoder"] = {k: v for k, v in notes["autoencoder"].items() if k != "name"}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 class LatentShards(ImageDataset):
@@ -132,17 +108,20 @@ class LatentShards(ImageDataset):
     Each process maps a shard into memory when it first reads from it.
     """
 
-    def __init__(self, root: Path, split: str, notes: dict[str, Any]):
-        shards = notes["shards"][split]
-        self.paths = [root / shard["file"] for shard in shards]
+    def __init__(self, root: Path, split: str, notes: Notes):
+        shards: list[Shard] = getattr(notes.shards, split)
+        self.paths = [root / shard.file for shard in shards]
         for path, shard in zip(self.paths, shards, strict=True):
-            _check_size(path, shard["bytes"])
-        self.starts = [0, *accumulate(shard["images"] for shard in shards)]
-        self.shape = tuple(notes["image_shape"])
-        self.random, self.mirrored = notes["kept"] == "posterior", notes["mirrored"]
+            _check_size(path, shard.bytes)
+        self.starts = [0, *accumulate(shard.images for shard in shards)]
+        self.shape, self.random = notes.image_shape, notes.kept == "posterior"
+        self.tensors = [notes.tensors(shard.images) for shard in shards]
         self._opened: tuple[int, dict[int, Any]] = (os.getpid(), {})
-        labels = [self._shard(number).get_tensor("labels") for number in range(len(shards))]
-        self.labels = torch.cat(labels)
+        parts = [self._shard(number).get_tensor("labels") for number in range(len(shards))]
+        for path, labels in zip(self.paths, parts, strict=True):
+            if labels.min() < 0 or labels.max() >= max(notes.source.info.num_classes, 1):
+                raise _damaged(path, "its labels are not those of the classes")
+        self.labels = torch.cat(parts)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         latents, labels = self.batch(torch.tensor([index]))
@@ -187,9 +166,14 @@ class LatentShards(ImageDataset):
         if number not in opened:
             path = self.paths[number]
             try:
-                opened[number] = safe_open(path, framework="pt")
+                file = opened[number] = safe_open(path, framework="pt")
+                names = file.keys()
+                parts = {name: file.get_slice(name) for name in names}
             except (SafetensorError, OSError) as error:
-                raise _damaged(path, " ".join(str(error).split())) from None
+                raise _damaged(path, why(error)) from None
+            found = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+            if found != self.tensors[number]:
+                raise _damaged(path, f"its tensors are not those that {NOTES} tells")
         return opened[number]
 
 
@@ -202,6 +186,6 @@ def _check_size(path: Path, expected: int) -> None:
 
 def _damaged(path: Path, reason: str) -> ValueError:
     return ValueError(
-        f"data.root: the shard '{path}' cannot be used ({reason}); delete it and run the same "
-        "flowdopr encode command again"
+        f"data.root: the shard '{shown(path)}' cannot be used ({reason}); delete it and run "
+        "the same flowdopr encode command again"
     )

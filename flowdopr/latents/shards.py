@@ -17,7 +17,7 @@ from torch import Tensor
 from flowdopr.data.info import Datasets
 from flowdopr.data.loader import span_batches
 from flowdopr.disk import file_sha256, replacing, write_text
-from flowdopr.latents.cached import NOTES, SPLITS
+from flowdopr.latents.notes import NOTES, SPLITS
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 KEPT = ("posterior", "mean")

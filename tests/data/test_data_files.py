@@ -1,9 +1,12 @@
 """Folders as people keep them: with links, with the wrong kind of root, with files that vanish."""
 
+import json
+import os
 import zipfile
 
 import pytest
 
+from flowdopr.data import check_start
 from flowdopr.data.sources import Folder
 from flowdopr.latents import build_datasets
 
@@ -21,12 +24,44 @@ def test_linked_classes_and_images_count(make_config, write_images, tmp_path):
         assert data.info.num_train + data.info.num_held_out == 6
 
 
-def test_links_in_a_circle_come_to_an_end(write_images, tmp_path):
+@pytest.mark.parametrize("target", ["a", ".", "..", "../.."])
+def test_a_link_back_up_is_one_line(make_config, write_images, tmp_path, target):
+    """Even one above the root, which would lead through everything that lies beside it."""
+    folder = write_images(tmp_path / "images", {"a": 1, "b": 1})
+    (folder / "a" / "link").symlink_to(folder / target)
+    with pytest.raises(
+        ValueError, match=r"^data.root: the link '.*a/link' leads back to"
+    ) as caught:
+        build_datasets(make_config(name="folder", root=str(folder)))
+    assert "\n" not in str(caught.value)
+
+
+def test_links_in_a_circle_and_to_nothing(write_images, tmp_path):
     write_images(tmp_path, {"a": 1, "b": 1})
-    (tmp_path / "a" / "up").symlink_to(tmp_path)
-    (tmp_path / "a" / "self").symlink_to(tmp_path / "a")
+    (tmp_path / "self.png").symlink_to(tmp_path / "self.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    folder = Folder(tmp_path)
+    assert folder.names == ["a/0.png", "b/0.png"]
+    assert folder.remarks() == ["skipped as no images: 2 links to nothing"]
+    (tmp_path / "a" / "b").symlink_to(tmp_path / "b")
     (tmp_path / "b" / "a").symlink_to(tmp_path / "a")
-    assert Folder(tmp_path).names == ["a/0.png", "b/0.png", "b/a/0.png"]
+    with pytest.raises(ValueError, match="leads back to"):
+        Folder(tmp_path)
+
+
+def test_names_that_are_no_utf8_are_shown_and_counted(make_config, write_images, tmp_path):
+    folder = write_images(tmp_path / "images", {"cat": 3})
+    other = write_images(tmp_path / "other", {"": 3})
+    name = b"/b\xe9b\xe9\n"  # Latin-1, with a line break
+    os.rename(os.fsencode(other), os.fsencode(folder) + name)
+    data = build_datasets(make_config(name="folder", root=str(folder)))
+    assert data.info.class_names == (r"b\xe9b\xe9", "cat")
+    assert json.loads(json.dumps(data.info.to_dict()))["num_train"] == 4
+    data.summary().encode()
+    os.truncate(os.fsencode(folder) + name + b"/1.png", 30)
+    with pytest.raises(ValueError, match=r"images/b\\xe9b\\xe9.*1.png' \(") as caught:
+        check_start(data)
+    assert str(caught.value).isprintable()
 
 
 def test_a_root_of_the_other_kind_names_the_setting(make_config, write_images, tmp_path):

@@ -1,5 +1,7 @@
 """Each data set is read right, split once and for all, and known by its fingerprint."""
 
+import gzip
+import hashlib
 import json
 import pickle
 import struct
@@ -24,11 +26,10 @@ def write_idx(path, array):
     path.write_bytes(head + array.tobytes())
 
 
-@pytest.fixture
-def mnist(tmp_path):
-    """Twelve training and four test images under `tmp_path`, and their pixels."""
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
+def write_mnist(folder):
+    """Twelve training and four test images under `folder`; returns their pixels."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(0)
     pixels = {}
     for part, count in (("train", 12), ("t10k", 4)):
@@ -36,6 +37,11 @@ def mnist(tmp_path):
         write_idx(raw / f"{part}-images-idx3-ubyte", pixels[part])
         write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 10)
     return pixels
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    return write_mnist(tmp_path)
 
 
 def test_the_uint8_rule_is_exact_both_ways_and_clamps():
@@ -119,17 +125,44 @@ def test_cifar_is_read_from_its_python_2_pickles(
     assert np.array_equal(data.train[5][0].numpy(), pixels[5].reshape(3, 32, 32))
 
 
-@pytest.mark.parametrize("download", [True, False])
+@pytest.mark.parametrize(
+    ("name", "download", "message"),
+    [
+        ("mnist", True, r"could not be downloaded \(.*\); put train-images-idx3-ubyte.gz, .* into"),
+        ("mnist", False, r"data.download is false; put .*gz into '.*sets/MNIST/raw', and set data"),
+        ("fashion_mnist", True, r"could not be .*gz into '.*sets/FashionMNIST/raw', or give the"),
+        ("cifar10", True, r"could not be .*; put cifar-10-python.tar.gz into '.*sets', or give"),
+    ],
+)
 def test_a_missing_torchvision_set_names_folder_and_remedy(
-    make_config, tmp_path, monkeypatch, download
+    make_config, tmp_path, monkeypatch, name, download, message
 ):
-    monkeypatch.setattr(torchvision_sets.MNIST, "mirrors", [f"file://{tmp_path}/nowhere/"])
-    config = make_config(name="mnist", root=str(tmp_path / "sets"), download=download)
+    """Without a network, and where a download is forbidden."""
+    for reader in (torchvision_sets.MNIST, torchvision_sets.FashionMNIST):
+        monkeypatch.setattr(reader, "mirrors", [f"file://{tmp_path}/nowhere/"])
+    monkeypatch.setattr(torchvision_sets.CIFAR10, "url", f"file://{tmp_path}/nowhere.tar.gz")
+    config = make_config(name=name, root=str(tmp_path / "sets"), download=download)
     with pytest.raises(
-        ValueError, match=r"mnist is not in '.*sets' and .*; put torchvision's files"
-    ) as caught:
+        ValueError, match=rf"^data.root: {name} is not in '.*sets' and {message}"
+    ) as e:
         build_datasets(config)
-    assert "\n" not in str(caught.value)
+    assert str(e.value).isprintable()
+
+
+def test_archives_that_were_put_there_by_hand_are_unpacked(
+    make_config, tmp_path, monkeypatch, mnist
+):
+    """As the message about a failed download says: nothing is asked of the network then."""
+    raw, sums = tmp_path / "MNIST" / "raw", []
+    for path in sorted(raw.iterdir()):
+        packed = raw / f"{path.name}.gz"
+        packed.write_bytes(gzip.compress(path.read_bytes()))
+        sums.append((packed.name, hashlib.md5(packed.read_bytes()).hexdigest()))
+        path.unlink()
+    monkeypatch.setattr(torchvision_sets.MNIST, "resources", sums)
+    monkeypatch.setattr(torchvision_sets.MNIST, "mirrors", [f"file://{tmp_path}/nowhere/"])
+    data = build_datasets(make_config(name="mnist", root=str(tmp_path)))
+    assert np.array_equal(data.held_out[3][0][0].numpy(), mnist["t10k"][3])
 
 
 def make_zip(folder, archive, prefix=""):
@@ -228,7 +261,7 @@ def test_other_sizes_deep_pixels_and_cut_files_name_the_file(make_config, write_
     (tmp_path / "z" / "0.png").rename(tmp_path / "other.png")
     whole = (tmp_path / "0.png").read_bytes()
     (tmp_path / "short.png").write_bytes(whole[: len(whole) // 2])
-    Image.fromarray(np.zeros((8, 8), dtype=np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save(tmp_path / "deep.tif")
     data = build_datasets(make_config(name="folder", root=str(tmp_path)))
     said = {}
     for part in (data.train, data.held_out):
@@ -237,9 +270,9 @@ def test_other_sizes_deep_pixels_and_cut_files_name_the_file(make_config, write_
                 part[index]
             except ValueError as error:
                 said[str(error).split("'")[1].rsplit("/")[-1]] = str(error)
-    assert sorted(said) == ["deep.png", "other.png", "short.png"]
+    assert sorted(said) == ["deep.tif", "other.png", "short.png"]
     assert "has 9x9 pixels, the others 8x8; set data.image_size" in said["other.png"]
-    assert "expected 8 bits" in said["deep.png"]
+    assert "F pixels have no known range, expected 8 or 16 bits" in said["deep.tif"]
     assert not any("\n" in line for line in said.values())
 
 

@@ -5,12 +5,16 @@ The encoder here is two lines of arithmetic, so that every number is known.
 
 import json
 import pickle
+import shutil
 from itertools import islice
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from damage import FEW, damage, read_or_refused
+from hypothesis import given
+from safetensors.torch import load_file, save_file
 
+from flowdopr.cli import run_command
 from flowdopr.data import build_loader, plain_batches
 from flowdopr.data.loader import epoch_picks
 from flowdopr.latents import build_datasets, build_pixel_datasets
@@ -221,6 +225,63 @@ def test_no_latents_cut_latents_and_damaged_shards_are_one_line(encode, latents,
         assert "\n" not in str(caught.value)
     encode("short")
     assert build_datasets(latents(folder)).info.num_train == 9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"std": None}, "its tensors are not those that latents.json tells"),
+        ({"mirrored_mean": torch.zeros(3, *SHAPE)}, "its tensors are not"),
+        ({"mean": torch.zeros(3, 4, 4, 2)}, "its tensors are not"),
+        ({"mean": torch.zeros(3, *SHAPE).half()}, "its tensors are not"),
+        ({"labels": torch.zeros(3)}, "its tensors are not"),
+        ({"labels": torch.tensor([0, 1, 2])}, "its labels are not those of the classes"),
+    ],
+)
+def test_a_shard_of_another_form_is_one_line(encode, latents, change, message, capsys):
+    folder = encode()
+    path, notes = folder / "train-00000003.safetensors", folder / "latents.json"
+    tensors = {k: v for k, v in (load_file(path) | change).items() if v is not None}
+    save_file(tensors, path)
+    values = json.loads(notes.read_text())
+    values["shards"]["train"][1]["bytes"] = path.stat().st_size
+    notes.write_text(json.dumps(values))
+    config = folder / "c.yaml"
+    config.write_text(f"data: {{name: latents, root: {folder}}}\n")
+    with pytest.raises(ValueError, match=rf"the shard '{path}' cannot be used \({message}"):
+        build_datasets(latents(folder))
+    assert run_command(["check", str(config)]) == 1
+    assert capsys.readouterr().out == f"{path}: not as it was written\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda notes: [], "object"),
+        (lambda notes: notes | {"shards": {"train": []}}, "shards.train: .* at least 1"),
+        (lambda notes: notes | {"kept": "all"}, "kept: "),
+        (lambda notes: notes | {"source": {"data": {}, "info": []}}, "source.info"),
+    ],
+)
+def test_notes_of_another_form_are_one_line(encode, latents, change, message):
+    notes = encode() / "latents.json"
+    notes.write_text(json.dumps(change(json.loads(notes.read_text()))))
+    with pytest.raises(ValueError, match=rf"^data.root: '{notes}' is damaged \(.*{message}") as e:
+        build_datasets(latents(notes.parent))
+    assert str(e.value).isprintable()
+
+
+@pytest.mark.parametrize("file", ["latents.json", "train-00000000.safetensors"])
+@FEW
+@given(damaged=damage())
+def test_damaged_latents_are_read_or_refused(file, damaged, encode, latents):
+    path = encode() / file
+    path.write_bytes(damaged(path.read_bytes()))
+    try:
+        read_or_refused(lambda: next(plain_batches(build_datasets(latents(path.parent)).train, 9)))
+        read_or_refused(lambda: build_pixel_datasets(latents(path.parent)))
+    finally:
+        shutil.rmtree(path.parent)
 
 
 def test_flips_need_mirrored_copies(encode, latents):

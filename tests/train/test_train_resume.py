@@ -11,6 +11,7 @@ import time
 import pytest
 from tiny import again, assert_same_checkpoint, tiny, tiny_file
 
+from flowdopr.cli import run_command
 from flowdopr.config import ConfigError
 from flowdopr.runs.folder import RunFolder
 from flowdopr.train import train
@@ -154,3 +155,41 @@ def test_a_finished_run_keeps_its_provenance(tmp_path):
     train(tiny(tmp_path), resume=True)
     assert "of old" in (path / "versions.json").read_text()
     assert "already complete at step 8" in (path / "log.txt").read_text()
+
+
+def test_a_run_goes_on_with_changed_images_if_told_so(tmp_path, write_images, capsys):
+    folder = write_images(tmp_path / "images", {"cat": 9, "dog": 9})
+    settings = ["data.name=folder", f"data.root={folder}", "train.checkpoint_every=2"]
+    path, shared = tiny_file(tmp_path, *settings)
+    command = ["train", str(path), *shared]
+    assert run_command([*command, "train.steps=2"]) == 0
+    before = RunFolder.open(tmp_path / "runs" / "tiny").dataset
+    assert "16 to train on, 2 held out, 3 x 8 x 8, 2 classes (cat, dog)" in capsys.readouterr().err
+    os.truncate(folder / "dog" / "3.png", 60)
+    capsys.readouterr()
+    more = [*command, "--resume", "data.on_bad_image=skip"]
+    assert run_command(more) == 2
+    assert "or go on with these by --resume --changed-data" in capsys.readouterr().err
+    assert run_command([*command, "--changed-data"]) == 2
+    assert "--changed-data: it belongs to --resume" in capsys.readouterr().err
+    assert run_command([*more, "--changed-data"]) == 0
+    assert "skipped as broken: 1, the first is" in capsys.readouterr().err
+    run = RunFolder.open(tmp_path / "runs" / "tiny")
+    assert (run.steps(), run.dataset.num_train) == ([2, 4, 6, 8], 15)
+    assert run.made_by()["data"] == run.dataset.fingerprint
+    assert run.made_by()["earlier"][0]["data"] == before.fingerprint
+    assert run_command([*more, "train.steps=9"]) == 0  # these images are now the run's own
+    write_images(folder, {"owl": 3})
+    assert run_command([*more, "--changed-data"]) == 2
+    assert "the class_names of the data was ('cat', 'dog'), now" in capsys.readouterr().err
+
+
+def test_a_broken_image_ends_training_before_its_first_step(tmp_path, write_images):
+    folder = write_images(tmp_path / "images", {"": 40})
+    os.truncate(folder / "33.png", 60)
+    config = tiny(tmp_path, "data.name=folder", f"data.root={folder}")
+    with pytest.raises(
+        ValueError, match=r"33.png' \(.*\); repair or remove it, or set data.on_bad"
+    ):
+        train(config)
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,60 @@
+"""`check`: read every file of a data set completely, and name those that cannot be used."""
+
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from flowdopr.config import ConfigError, load_data_config
+from flowdopr.data import check_all, open_sources
+from flowdopr.data.sources import Archive, Folder, Source, shown
+from flowdopr.disk import file_sha256
+from flowdopr.latents.notes import SPLITS, read_notes
+from flowdopr.terminal import counting, print_line
+
+
+def check(place: str | Path, overrides: Sequence[str] = ()) -> list[str]:
+    """One line for each broken file of the data at `place`: a config, or a folder or ZIP of images.
+
+    Images are decoded as in training; shards of latents are compared with their checksums.
+
+    Raises:
+        ConfigError, ValueError: no such place, overrides of what is no config, no images there, or
+            a data set that has no files of its own.
+    """
+    place = Path(place)
+    folder = place.is_dir()
+    if folder or zipfile.is_zipfile(place):
+        if overrides:
+            raise ConfigError(f"check: {overrides[0]}: '{shown(place)}' is no config to change")
+        return _broken_images([Folder(place, "check") if folder else Archive(place, "check")])
+    data = load_data_config(place, overrides).data
+    if data.name == "latents":
+        return _broken_shards(Path(data.root))
+    if data.name not in ("folder", "zip"):
+        raise ConfigError(f"check: data.name={data.name} has no files that are checked one by one")
+    return _broken_images(open_sources(data))
+
+
+def _broken_images(sources: Iterable[Source]) -> list[str]:
+    lines = []
+    for source in sources:
+        found = check_all(source)
+        counts = f"{len(found):,} of {len(source.names):,} images are broken"
+        print_line("; ".join([f"{shown(source.root)}: {counts}", *source.remarks()]))
+        lines += [f"{source.where(name)}: {found[name].reason}" for name in sorted(found)]
+    return lines
+
+
+def _broken_shards(root: Path) -> list[str]:
+    shards = [shard for split in SPLITS for shard in getattr(read_notes(root).shards, split)]
+    lines = []
+    with counting("checking shards", len(shards)) as progress:
+        for shard in shards:
+            try:
+                if file_sha256(root / shard.file) != shard.sha256:
+                    lines.append(f"{shown(root / shard.file)}: not as it was written")
+            except OSError as error:
+                lines.append(f"{shown(root / shard.file)}: {error.strerror}")
+            progress()
+    print_line(f"{shown(root)}: {len(lines):,} of {len(shards):,} shards are broken")
+    return lines
