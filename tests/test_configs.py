@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowdopr.config import DoPrConfig, apply_overrides, load_config, to_dict, to_yaml
+from flowdopr.config import ConfigError, DoPrConfig, apply_overrides, load_config, to_dict, to_yaml
 from flowdopr.config.yaml12 import parse_yaml
 from flowdopr.flow import build_objective, build_sampling
 from flowdopr.models import build_model
@@ -50,6 +50,10 @@ def test_config_loads_and_builds(path):
     if is_base_only(path):
         extra = ["name=x", "model.name=dit", "train.steps=1", "train.global_batch_size=1"]
         load_config(path, extra)
+        with pytest.raises(
+            ConfigError, match=r"describes a data set alone, as a base of configs; "
+        ):
+            load_config(path)
         return
     config = load_config(path)
     assert to_yaml(config)
@@ -60,6 +64,11 @@ def test_config_loads_and_builds(path):
             assert format_roles(model, optimizer)
     build_objective(config)
     build_sampling(config)
+
+
+def test_a_file_of_a_data_set_alone_names_a_config_to_give():
+    with pytest.raises(ConfigError, match=r"; give one of them, such as .*mnist-unet.yaml$"):
+        load_config(RECIPES.parent / "mnist.yaml", ["name=x"])
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

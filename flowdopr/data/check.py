@@ -19,7 +19,7 @@ import numpy as np
 import PIL
 
 from flowdopr.data.files import BadImage, ImageFiles, load
-from flowdopr.data.info import Datasets, parse_json
+from flowdopr.data.info import Datasets
 from flowdopr.data.sources import Source, shown
 from flowdopr.disk import cache_folder, replacing
 from flowdopr.terminal import counting
@@ -45,14 +45,14 @@ def check_start(datasets: Datasets, seconds: float = START_SECONDS) -> list[str]
             continue
         order = np.random.RandomState(0).permutation(len(part)).tolist()
         done, found = _faults(part.__getitem__, order, seconds, ValueError)
-        place = shown(part.source.root)
         if found:
             more = f"; so it is with {len(found)} of the {done:,} images looked at"
             raise ValueError(f"{next(iter(found.values()))}{more if len(found) > 1 else ''}")
-        if done < len(part):
+        if done < len(part) and not part.source.checked and _known(part.source) != {}:
+            place = shown(part.source.root)
             remarks.append(
-                f"{done:,} of {len(part):,} images in '{place}' were checked within "
-                f"{seconds:g} s; flowdopr check {place} checks all"
+                f"{done:,} of {len(part):,} images in '{place}' were looked at in {seconds:g} s; "
+                f"flowdopr check {place} decodes all"
             )
     return remarks
 
@@ -79,13 +79,21 @@ def broken_images(source: Source) -> dict[str, str]:
     Raises:
         BadImage: a file could not be read at all, which another try may mend.
     """
-    with suppress(OSError, ValueError):
-        return parse_json(dict[str, str], _cache_file(source).read_bytes())
+    known = _known(source)
+    if known is not None:
+        return known
     found = check_all(source)
     for bad in found.values():
         if not bad.decoding:
             raise bad
     return {name: bad.reason for name, bad in found.items()}
+
+
+def _known(source: Source) -> dict[str, str] | None:
+    """What `check_all` found and kept for these very files; None if there is nothing."""
+    with suppress(OSError, ValueError):
+        return json.loads(_cache_file(source).read_bytes())
+    return None
 
 
 def _cache_file(source: Source) -> Path:

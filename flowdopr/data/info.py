@@ -84,5 +84,5 @@ class Datasets:
         if len(names) > MOST_NAMES:
             names[MOST_NAMES - 1 : -1] = ["..."]
         classes = f"{info.num_classes} classes ({', '.join(names)})" if names else "no classes"
-        counts = f"{info.num_train:,} to train on, {info.num_held_out:,} held out"
-        return "; ".join([f"{info.name}: {counts}, {shape}, {classes}", *self.remarks])
+        counts = f"{info.num_train:,} images to train on, {info.num_held_out:,} held out"
+        return "; ".join([f"data: {info.name}, {counts}, {shape}, {classes}", *self.remarks])

@@ -17,14 +17,15 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 # Pillow recognises these, but cannot decode them, or only by running another program.
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+COMMON = {"JPEG", "PNG", "WEBP"}
 SIXTEEN_BITS = {"PNG", "PPM"}  # formats that Pillow may open with 16 bits in its 32-bit mode
 
 
 @cache
 def formats() -> tuple[str, ...]:
-    """The formats that Pillow decodes, by its own names."""
+    """The formats that Pillow decodes, by its own names, in the order in which they are tried."""
     Image.init()
-    return tuple(sorted(set(Image.OPEN) - NOT_DECODED))
+    return tuple(sorted(set(Image.OPEN) - NOT_DECODED, key=lambda name: (name not in COMMON, name)))
 
 
 @cache

@@ -27,6 +27,7 @@ class Source:
         names: sorted paths of the images.
         others: sorted paths of all else; those of folders end with `/`.
         broken: images that are left out of `names`, and what is wrong with each.
+        checked: whether those are all that are broken.
     """
 
     def __init__(self, root: Path, setting: str, listed: Iterable[tuple[str, bool]]):
@@ -34,6 +35,7 @@ class Source:
         self.root, self.setting = root, setting
         self.names, self.others = [], []
         self.broken: dict[str, str] = {}
+        self.checked = False
         for path, is_file in listed:
             if not any(part.startswith((".", "__MACOSX")) for part in path.split("/")):
                 image = is_file and suffix(path) in suffixes()
@@ -57,9 +59,9 @@ class Source:
         raise NotImplementedError
 
     def leave_out(self, broken: Mapping[str, str]) -> None:
-        """Take the images `broken` out of `names`."""
+        """Take the images `broken` out of `names`; all others were found whole."""
         self.names = [name for name in self.names if name not in broken]
-        self.broken = dict(broken)
+        self.broken, self.checked = dict(broken), True
 
     def remarks(self) -> list[str]:
         """What is not used, and why."""

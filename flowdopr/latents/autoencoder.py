@@ -60,10 +60,11 @@ class Autoencoder(nn.Module):
             ) from error
         try:
             vae = AutoencoderKL.from_pretrained(name_or_path)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # diffusers checks little of what it reads
             reason = str(error).strip().split("\n")[0]
             raise ValueError(
-                f"no autoencoder could be loaded from {name_or_path}: {reason}"
+                f"no autoencoder could be loaded from {name_or_path}: {reason}; without a network, "
+                "give the path of a folder in diffusers' format"
             ) from error
         return cls(vae, scale=scale, shift=shift)
 

@@ -99,7 +99,9 @@ def test_training_looks_at_the_images_first_for_some_seconds(make_config, write_
     assert check_start(data) == []
     unchecked, held_out = check_start(data, seconds=1e-9)
     assert unchecked.startswith("0 of 540 images in")
-    assert f"flowdopr check {tmp_path} checks all" in held_out
+    assert f"flowdopr check {tmp_path} decodes all" in held_out
+    assert run_command(["check", str(tmp_path)]) == 0
+    assert check_start(data, seconds=1e-9) == []  # as all were decoded before
     for name in ("7.png", "8.png"):
         os.truncate(tmp_path / name, 60)
     with pytest.raises(ValueError, match=r"[78].png' \(.*; so it is with 2 of the 540 images"):

@@ -55,13 +55,17 @@ def test_names_that_are_no_utf8_are_shown_and_counted(make_config, write_images,
     name = b"/b\xe9b\xe9\n"  # Latin-1, with a line break
     os.rename(os.fsencode(other), os.fsencode(folder) + name)
     data = build_datasets(make_config(name="folder", root=str(folder)))
-    assert data.info.class_names == (r"b\xe9b\xe9", "cat")
+    assert data.info.class_names == (r"b\xe9b\xe9\n", "cat")
     assert json.loads(json.dumps(data.info.to_dict()))["num_train"] == 4
     data.summary().encode()
     os.truncate(os.fsencode(folder) + name + b"/1.png", 30)
     with pytest.raises(ValueError, match=r"images/b\\xe9b\\xe9.*1.png' \(") as caught:
         check_start(data)
     assert str(caught.value).isprintable()
+    config = make_config(name="folder", root=str(folder), on_bad_image="skip")
+    first, again = build_datasets(config), build_datasets(config)  # the second from the cache
+    assert first.info == again.info
+    assert (first.info.num_train, first.remarks) == (3, again.remarks)
 
 
 def test_a_root_of_the_other_kind_names_the_setting(make_config, write_images, tmp_path):

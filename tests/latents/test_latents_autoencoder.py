@@ -59,8 +59,23 @@ def test_from_pretrained_loads_a_folder(vae, tmp_path):
     assert torch.equal(loaded.encode(x), Autoencoder(vae).encode(x))
 
 
-def test_missing_folder_is_said_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match="no autoencoder could be loaded from") as error:
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", None),
+        ("config.json", b"{"),
+        ("config.json", b'{"block_out_channels": "x"}'),
+        ("diffusion_pytorch_model.safetensors", None),
+        ("diffusion_pytorch_model.safetensors", b"cut"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # diffusers warns of what it then refuses
+def test_a_folder_without_an_autoencoder_is_said_in_one_line(vae, tmp_path, file, content):
+    vae.save_pretrained(tmp_path)
+    (tmp_path / file).unlink() if content is None else (tmp_path / file).write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"no autoencoder could be loaded from .*; without"
+    ) as error:
         Autoencoder.from_pretrained(str(tmp_path))
     assert "\n" not in str(error.value)
 

@@ -164,7 +164,10 @@ def test_a_run_goes_on_with_changed_images_if_told_so(tmp_path, write_images, ca
     command = ["train", str(path), *shared]
     assert run_command([*command, "train.steps=2"]) == 0
     before = RunFolder.open(tmp_path / "runs" / "tiny").dataset
-    assert "16 to train on, 2 held out, 3 x 8 x 8, 2 classes (cat, dog)" in capsys.readouterr().err
+    assert (
+        "data: folder, 16 images to train on, 2 held out, 3 x 8 x 8, 2 classes (cat, dog)"
+        in capsys.readouterr().err
+    )
     os.truncate(folder / "dog" / "3.png", 60)
     capsys.readouterr()
     more = [*command, "--resume", "data.on_bad_image=skip"]
