@@ -26,6 +26,8 @@ class Shard(BaseModel):
 
 
 class Shards(BaseModel):
+    """The files of each split, in the order of its images."""
+
     train: Annotated[list[Shard], Field(min_length=1)]
     held_out: Annotated[list[Shard], Field(min_length=1)]
 

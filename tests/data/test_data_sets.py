@@ -123,6 +123,33 @@ def test_cifar_is_read_from_its_python_2_pickles(
     data = build_datasets(make_config(name=name, root=str(tmp_path)))
     assert data.info.image_shape == (3, 32, 32)
     assert np.array_equal(data.train[5][0].numpy(), pixels[5].reshape(3, 32, 32))
+    for content in (b"cut", pickle.dumps([]), pickle.dumps({"data": pixels, label_key: [0]})):
+        (folder / "train").write_bytes(content)
+        with pytest.raises(
+            ValueError, match=rf"^data.root: {name} in '{tmp_path}' is damaged"
+        ) as e:
+            build_datasets(make_config(name=name, root=str(tmp_path)))
+        assert str(e.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("images", lambda old: old[:-1]),
+        ("images", lambda old: old[:3]),
+        ("labels", lambda old: old[:7] + b"\x0b" + old[8:-1]),
+        ("labels", lambda old: old[:-1] + b"\x0a"),
+    ],
+)
+def test_a_damaged_mnist_is_one_line(make_config, tmp_path, mnist, file, content):
+    """Cut pixels, a cut head, a label too few, and a label beyond the classes."""
+    (path,) = (tmp_path / "MNIST" / "raw").glob(f"train-{file}*")
+    path.write_bytes(content(path.read_bytes()))
+    with pytest.raises(
+        ValueError, match=r"^data.root: mnist in .* is damaged \(.+\); delete it"
+    ) as e:
+        build_datasets(make_config(name="mnist", root=str(tmp_path)))
+    assert str(e.value).isprintable()
 
 
 @pytest.mark.parametrize(
