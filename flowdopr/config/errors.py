@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from flowdopr.config.schema import Config
 from flowdopr.config.types import Section, Sections, choices, field_of, sections_in
 
+MOST_SHOWN = 30  # wrong settings in one message; a file of another program may have thousands
 Place = tuple[str | int, ...]  # keys and list indices, such as ("optimizer", "lr")
 
 
@@ -34,10 +35,17 @@ class _Setting(NamedTuple):
 def complaints(error: ValidationError, values: dict[str, Any]) -> list[str]:
     """One line for each wrong setting of `values`, wrong keys first: they explain missing ones."""
     lines: dict[Place, str] = {}
-    for item in sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden"):
+    wrong = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    for item in wrong[:MOST_SHOWN]:
         setting = _setting(item["loc"], item["type"] == "missing", values)
         lines.setdefault(setting.place, " ".join(_line(dict(item), setting).split()))
-    return list(lines.values())
+    more = [f"the first {MOST_SHOWN} of {len(wrong)} errors"] if len(wrong) > MOST_SHOWN else []
+    return [*lines.values(), *more]
+
+
+def cut(text: str, length: int = 60) -> str:
+    """`text` with at most `length` characters."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str, prefix: str = "") -> str:
@@ -74,9 +82,12 @@ def _setting(loc: Place, missing: bool, values: Any) -> _Setting:
 def _line(error: dict[str, Any], setting: _Setting) -> str:
     kind, value = error["type"], error["input"]
     message = error["msg"].removeprefix("Value error, ")
-    if kind == "value_error" or not setting.place:
-        return message
-    dotted, tags = ".".join(map(str, setting.place)), choices(setting.field)
+    if not setting.place or (kind == "value_error" and isinstance(value, dict)):
+        return message  # of a section, which names the settings that it is about
+    dotted, tags = (
+        cut(".".join(str(key) or "''" for key in setting.place), 200),
+        choices(setting.field),
+    )
     if kind == "extra_forbidden":
         problem = _unknown_key(setting, error["loc"][-2] if setting.union else "")
     elif kind == "missing":
@@ -93,7 +104,7 @@ def _line(error: dict[str, Any], setting: _Setting) -> str:
         problem = f"must be {names}a mapping of settings, got {_shown(value)}"
     elif kind == "literal_error" and isinstance(value, str):
         known = re.findall(r"'([^']+)'", error["ctx"]["expected"])
-        problem = f"unknown value '{value}'{did_you_mean(value, known, 'choose one of')}"
+        problem = f"unknown value '{cut(value)}'{did_you_mean(value, known, 'choose one of')}"
     else:
         problem = f"{message[0].lower()}{message[1:]}, got {_shown(value)}"
     return f"{dotted}: {problem}"
@@ -126,9 +137,8 @@ def _unknown_name(name: str, tags: dict[str, type[Section]]) -> str:
     with_dopr = [tag for tag, section in tags.items() if "dopr" in section.model_fields]
     if with_dopr and name.lower().startswith("dopr-"):
         prefix, known = "dopr-", with_dopr
-    return f"unknown name '{name}'{did_you_mean(name, known, 'choose one of', prefix)}"
+    return f"unknown name '{cut(name)}'{did_you_mean(name, known, 'choose one of', prefix)}"
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return cut(json.dumps(value, default=str))

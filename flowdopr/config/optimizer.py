@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from pydantic import model_validator
+
 from flowdopr.config.types import (
     NAMED,
     Count,
     CountOrZero,
     Fraction,
     NotNegative,
+    Pattern,
     Positive,
     Section,
 )
@@ -23,7 +26,7 @@ ALL = Literal["all"]
 
 
 class RuleConfig(Section):
-    pattern: str
+    pattern: Pattern
     """Regular expression searched in a layer's name; the first rule that matches wins."""
     mode: Literal["auto", "none", "full", "blocks", "diagonal", "sua", "sua-mean"] = "auto"
     """Form of the layer's second moment; docs/optim.md says when to use which."""
@@ -33,6 +36,12 @@ class RuleConfig(Section):
     """Widest full matrix of `auto` and `blocks`. null: as `optimizer.dopr.max_side`."""
     max_rows: Count | ALL | None = None
     """Input rows a forward contributes. null: as `optimizer.dopr.max_rows`."""
+
+    @model_validator(mode="after")
+    def _every_setting_is_used(self) -> RuleConfig:
+        for key in ("bias", "max_side", "max_rows") if self.mode == "none" else ():
+            self.unused(f"optimizer.dopr.rules[].{key}", "with mode=none")
+        return self
 
 
 class DoPrConfig(Section):
@@ -58,6 +67,12 @@ class OptimizerSection(Section):
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay (sgd: added to the gradient), on matrices and convolutions only."""
 
+    @model_validator(mode="after")
+    def _nesterov_is_used(self) -> OptimizerSection:
+        if hasattr(self, "nesterov") and getattr(self, "momentum", None) == 0:
+            self.unused("optimizer.nesterov", "with optimizer.momentum=0")
+        return self
+
 
 class WithDoPr(OptimizerSection):
     """An optimizer that activation preconditioning can be put before."""
@@ -73,7 +88,7 @@ class WithAdamW(OptimizerSection):
     betas: Betas = (0.9, 0.95)
     eps: Positive = 1e-8
     adamw_lr: Positive | None = None
-    adamw_for: tuple[str, ...] = ()
+    adamw_for: tuple[Pattern, ...] = ()
 
 
 class SGDConfig(WithDoPr):

@@ -12,8 +12,11 @@ from typing import Any
 import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
+from yaml.reader import ReaderError
 
 DEEPEST = 20  # mappings and lists inside each other; the schema needs 6
+LONGEST = 100_000  # characters, which take a second to read; a large study has 20,000
+NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
@@ -31,8 +34,8 @@ class _Loader(yaml.SafeLoader):
             message = f"{what} is not taken; write the value itself, in quotes if it is text"
         elif self.depth >= DEEPEST:
             message = f"more than {DEEPEST} mappings and lists inside each other"
-        elif any("\ud800" <= letter <= "\udfff" for letter in getattr(event, "value", "")):
-            message = "half of a surrogate pair, which is no character"
+        elif odd := NO_TEXT.search(getattr(event, "value", "")):
+            message = f"the text holds {odd[0]!a}, which no setting takes; remove it"
         if message:
             raise ComposerError(None, None, message, event.start_mark)
         self.depth += 1
@@ -54,6 +57,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    digits = str(node.value).replace("_", "")
+    if len(digits) > 18:
+        message = f"a whole number of {len(digits)} digits; at most 18 are taken"
+        raise ConstructorError(None, None, message, node.start_mark)
+    return int(digits)
+
+
 def _number(loader: _Loader, node: yaml.ScalarNode) -> float:
     text = str(node.value).lower()
     return float(text.replace(".inf", "inf").replace(".nan", "nan"))
@@ -68,6 +79,7 @@ for tag, pattern in {
     "float": _FLOAT,
 }.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"(?:{pattern})$"), None)
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 _Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
@@ -78,14 +90,23 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
-def parse_yaml(text: str) -> Any:
-    """The value that `text` describes.
+def parse_yaml(text: str | bytes) -> Any:
+    """The value that `text` describes, bytes in UTF-8.
 
     Raises:
-        ValueError: `text` is not valid YAML, or gives a key twice; one line with the place.
+        ValueError: `text` is longer than `LONGEST`, is not UTF-8 or not valid YAML, or gives a key
+            twice; one line with the place.
     """
+    if len(text) > LONGEST:
+        raise ValueError(f"it is longer than {LONGEST:,} characters")
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text.decode() if isinstance(text, bytes) else text, Loader=_Loader)
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line}: it is not UTF-8 text; save it as UTF-8") from error
+    except ReaderError as error:
+        odd = f"character {error.position + 1} is {chr(error.character)!a}"
+        raise ValueError(f"{odd}, which YAML does not allow; remove it") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

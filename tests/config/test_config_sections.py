@@ -158,16 +158,10 @@ NOTHING = {
     "evaluate.extractor.weights=w.pth": "classifier has no such setting; it belongs to inception",
     "optimizer.momentum=0.5": "adamw has no such setting",
     "optimizer.damping=1": "adamw has no such setting; did you mean 'dopr.damping'?",
+    'optimizer.dopr.rules=[{"pattern":"x","mode":"none","bias":true}]': "rules[].bias=true is not us",
     "optimizer.name=kfac optimizer.dopr.damping=1": "kfac has no such setting",
     "optimizer.dopr.unit_scale=true": "optimizer.dopr.unit_scale: unknown key",
-    "data.num_workers=2": "data.num_workers is not used by data.name=digits",
-    "data.held_out_fraction=0.5 data.name=mnist": "data.held_out_fraction is not used by data.name",
     "data.resize=adm data.name=folder": "data.resize=adm needs data.image_size",
-    "model=unet model.num_heads=2 model.head_channels=8": "model.num_heads=2 is not used beside mo",
-    "model.size=B model.depth=1 model.hidden_size=8 model.num_heads=2": "model.size=B is not used",
-    "data.root=elsewhere": "data.root is not used by data.name=digits",
-    "model.class_conditional=false flow.class_dropout_prob=0.5": "class_dropout_prob is not us",
-    "model.class_conditional=false evaluate.labels=data": "evaluate.labels is not used with model",
     "optimizer.name=AdamW": "unknown name 'AdamW'; did you mean 'adamw'?",
     "optimizer.name=dopr-moun": "unknown name 'dopr-moun'; did you mean 'dopr-muon'?",
     "optimizer.name=dopr-kfac": "unknown name 'dopr-kfac'; choose one of dopr-sgd, dopr-adamw",
@@ -185,6 +179,53 @@ def test_a_setting_that_would_do_nothing_cannot_be_written(load, overrides):
         assert NOTHING[overrides] in str(caught.value)
         assert str(caught.value).startswith("override '")
         assert "\n" not in str(caught.value)
+
+
+IDLE = {  # a setting that the settings behind it leave without effect, and its default
+    ("data.root=elsewhere", "data"): "",
+    ("data.download=false", "true"): "",
+    ("data.num_workers=2", "0"): "",
+    ("data.resize=adm", "bilinear"): "",
+    ("data.held_out_root=other", "null"): "",
+    ("data.autoencoder=other", "null"): "",
+    ("data.source_root=other", "null"): "",
+    ("data.held_out_fraction=0.5", "0.1"): "data.name=mnist",
+    ("data.image_size=8", "null"): "data.name=latents",
+    ("data.channels=1", "null"): "data.name=latents",
+    ("model.size=B", "S"): "model.depth=1 model.hidden_size=8 model.num_heads=2",
+    ("model.num_heads=2", "4"): "model=unet model.head_channels=8",
+    ("model.resample=pool", "conv"): "model=unet model.channel_multipliers=[1]",
+    ("flow.class_dropout_prob=0.5", "0.1"): "model.class_conditional=false",
+    ("evaluate.labels=data", "balanced"): "model.class_conditional=false",
+    ("flow.coupling=exact", "independent"): "train.accumulation_steps=8",
+    ("flow.time.stratified=false", "true"): "train.global_batch_size=1",
+    ("optimizer.nesterov=true", "false"): "optimizer=sgd",
+    ("optimizer.nesterov=false", "true"): "optimizer=muon optimizer.momentum=0",
+    ("optimizer.dopr.conv_mode=sua", "auto"): "optimizer=dopr-sgd",
+    ("train.lr_decay=cosine", "constant"): "train.warmup_steps=10",
+}
+
+
+@pytest.mark.parametrize(("setting", "default"), IDLE)
+def test_a_setting_that_others_leave_idle_is_refused_unless_it_is_the_default(
+    load, setting, default
+):
+    others = IDLE[setting, default].split()
+    key, _, value = setting.partition("=")
+    with pytest.raises(ConfigError) as caught:
+        load("", *others, setting)
+    said = f"override {setting!r}: {key}={value} is not used "
+    assert str(caught.value).startswith(said)
+    assert str(caught.value).endswith(f": remove it, or set {key}={default}")
+    assert load("", *others, f"{key}={default}") == load("", *others)
+
+
+def test_a_file_takes_back_what_its_base_sets_and_it_leaves_idle(load):
+    base = "flow: {class_dropout_prob: 0.3}\n"
+    with pytest.raises(ConfigError, match=r"set flow.class_dropout_prob=0.1$"):
+        load("model: {class_conditional: false}\n", base=base)
+    text = "model: {class_conditional: false}\nflow: {class_dropout_prob: 0.1}\n"
+    assert not load(text, base=base).model.class_conditional
 
 
 def test_a_name_with_dopr_and_without_it_at_once_is_refused(load):
