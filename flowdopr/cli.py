@@ -192,8 +192,10 @@ def compare(
     Finished runs are skipped and interrupted ones go on, so the same command can be repeated.
     """
     resolved = _resolved(config, overrides, print_config)
+    from flowdopr.compare import check_overrides
     from flowdopr.compare import compare as run_compare
 
+    check_overrides(overrides or ())
     run_compare(resolved, workers=workers, report_only=report_only)
 
 

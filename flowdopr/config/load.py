@@ -57,6 +57,10 @@ def load_data_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: as `load_config`.
     """
+    overrides = list(overrides)
+    for override in overrides:
+        if not override.startswith(("data.", "data=")):
+            raise ConfigError(f"{_named(override)}: only data.* is used here; remove it")
     unused = {"name": "data", "model": {"name": "dit"}}
     unused["train"] = {"steps": 1, "global_batch_size": 1}
     return _resolved(unused | _read(Path(path), ()), overrides, str(path))
@@ -189,8 +193,8 @@ def _written_out(value: Any, field: FieldInfo | None) -> Any:
 def _override(values: Values, override: str) -> Values:
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
-    if not equals or not all(keys) or len(keys) > DEEPEST:
-        raise ConfigError(f"{_named(override)}: write section.key=value")
+    if not equals or not all(keys) or dotted.split() != [dotted] or len(keys) > DEEPEST:
+        raise ConfigError(f"{_named(override)}: write section.key=value, without spaces")
     try:
         return _replace(values, keys, parse_yaml(text), ROOT)
     except ValueError as error:
@@ -206,6 +210,8 @@ def _replace(values: Values, keys: Sequence[str], value: Any, sections: Sections
     """`values` of `sections` with `value` for the setting at the nested `keys`."""
     key, *rest = keys
     field, old = field_of(sections, key), values.get(key) or {}
+    if rest and field is not None and "tuple" in str(field.annotation):
+        raise ValueError(f"'{key}' is a list, which cannot be changed in part; set all of it")
     if rest and not isinstance(old, dict):
         raise ValueError(f"'{key}' is a value, not a section")
     if rest == ["name"] and choices(field):

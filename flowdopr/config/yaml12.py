@@ -19,6 +19,17 @@ LONGEST = 100_000  # characters, which take a second to read; a large study has 
 NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
+REMEDIES = {  # for what PyYAML says
+    "found character '\\t'": "indent by spaces instead of tabs",
+    "that cannot start any token": "put the text in quotes",
+    "mapping values are not allowed": "quote text that holds ': ', or see whether the line before "
+    "lacks its ': '",
+    "expected <block end>": "indent this line as its neighbours, or double the quotes inside text",
+    "stream end": "close the bracket or the quote",
+    "end of stream": "close the quote",
+}
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader without implicit dates, octals and yes/no; refuses keys given twice, tags (`!x`),
     anchors and aliases (`&x`, `*x`) and nesting deeper than `DEEPEST`."""
@@ -110,7 +121,9 @@ def parse_yaml(text: str | bytes) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ValueError(f"{place}{error.problem or error.context}") from error
+        problem = str(error.problem or error.context)
+        remedy = next((f"; {remedy}" for said, remedy in REMEDIES.items() if said in problem), "")
+        raise ValueError(f"{place}{problem}{remedy}") from error
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
 

@@ -84,48 +84,13 @@ def test_an_override_changes_one_value(write):
     assert apply_overrides(config, ["seed=7"]).seed == 7
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("optimizer.lrr=1", "optimizer.lrr: adamw has no such setting; did you mean 'lr'?"),
-        ("optimizer.lr=fast", 'optimizer.lr: input should be a valid number, got "fast"'),
-        ("optimizer.lr=-1", "optimizer.lr: input should be greater than 0, got -1"),
-        ("optimizer.lr=.nan", "optimizer.lr: "),
-        ("train.steps=1.5", "train.steps: "),
-        ("train.ema_decays=0.9", "train.ema_decays: must be a list, got 0.9; write [0.9]"),
-        ("train.ema_decays='.9, .99'", 'must be a list, got ".9, .99"; write [.9, .99]'),
-        ("evaluate.metrics=fd", 'evaluate.metrics: must be a list, got "fd"; write [fd]'),
-        ("train.ema_decays=null", "train.ema_decays: must be a list, got null"),
-        ("train.compile=yes", "train.compile: "),
-        ("data.name=digitz", "data.name: unknown value 'digitz'; did you mean 'digits'?"),
-        ("data.name=qqq", "data.name: unknown value 'qqq'; choose one of digits, mnist, fash"),
-        ("model.name=mlp", "model.name: unknown name 'mlp'; choose one of dit, unet"),
-        (
-            "model.patchsize=2",
-            "model.patchsize: dit has no such setting; did you mean 'patch_size'",
-        ),
-        ("train.accumulation_steps=3", "not a multiple of train.accumulation_steps 3"),
-        ("colour=red", "colour: unknown key"),
-        ("train.steps", "override 'train.steps': write section.key=value"),
-        ("name.first=x", "'name' is a value, not a section"),
-        ("seed=[1", "override 'seed=[1'"),
-        ("name=../escape", "name: "),
-        ("name=a/../../escape", "name: "),
-    ],
-)
-def test_wrong_values_are_one_line(write, override, words):
-    message = refused(write(SMALL), [override])
-    assert words in message
-    assert message.startswith(f"override {override!r}: ")
-
-
 def test_an_error_names_where_it_is_from(write):
     path = write(SMALL.replace("lr: 1e-3", "lrr: 1"))
     assert refused(path) == f"{path}: optimizer.lrr: adamw has no such setting; did you mean 'lr'?"
     assert refused(path, ["seed=3"]).startswith(f"{path}: optimizer.lrr")
     both = refused(path, ["seed=x", "train.stepz=4"])
     assert f"{path}: optimizer.lrr: " in both
-    assert "override 'seed=x': seed: input should be a valid integer" in both
+    assert "override 'seed=x': seed: must be a whole number, got \"x\"" in both
     assert "override 'train.stepz=4': train.stepz: unknown key; did you mean 'steps'?" in both
     config = load_config(write(SMALL))
     with pytest.raises(ConfigError, match=r"^override 'seed=-1': seed: .* got -1$"):
@@ -218,25 +183,3 @@ def test_yaml_that_no_config_needs_ends_in_one_line(write, text, words):
     message = refused(write(text))
     assert words in message
     assert len(message) < 500
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("optimizer.dopr.damping=-1", "optimizer.dopr.damping: input should be greater than or eq"),
-        (
-            "sample.solver.grid=fast",
-            "sample.solver.grid.name: unknown name 'fast'; choose one of uni",
-        ),
-        (
-            "optimizer.dopr.rules=[{patern: x}]",
-            "optimizer.dopr.rules.0.patern: unknown key; did yo",
-        ),
-        (
-            "compare={arms: [{name: a, lrs: [1], st: 3}]}",
-            "compare.arms.0.st: unknown key; did you mean 'set'?",
-        ),
-    ],
-)
-def test_errors_inside_lists_and_choices_name_their_place(write, override, words):
-    assert words in refused(write(SMALL), [override])

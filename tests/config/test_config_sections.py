@@ -158,7 +158,7 @@ NOTHING = {
     "evaluate.extractor.weights=w.pth": "classifier has no such setting; it belongs to inception",
     "optimizer.momentum=0.5": "adamw has no such setting",
     "optimizer.damping=1": "adamw has no such setting; did you mean 'dopr.damping'?",
-    'optimizer.dopr.rules=[{"pattern":"x","mode":"none","bias":true}]': "rules[].bias=true is not us",
+    'optimizer.dopr.rules=[{"pattern":"x","mode":"none","bias":true}]': "bias=true is not used",
     "optimizer.name=kfac optimizer.dopr.damping=1": "kfac has no such setting",
     "optimizer.dopr.unit_scale=true": "optimizer.dopr.unit_scale: unknown key",
     "data.resize=adm data.name=folder": "data.resize=adm needs data.image_size",
@@ -167,7 +167,7 @@ NOTHING = {
     "optimizer.name=dopr-kfac": "unknown name 'dopr-kfac'; choose one of dopr-sgd, dopr-adamw",
     "optimizer=[]": "optimizer: must be one of the names sgd, adamw,",
     "sample.solver=3": "sample.solver: must be one of the names euler,",
-    "flow=null": "flow: must be a mapping of settings, got null",
+    "flow=null": "flow: must be a mapping such as {path: ...}, got null",
 }
 
 
