@@ -78,6 +78,20 @@ def apply_overrides(config: Config, overrides: Iterable[str], place: str = "over
     return _resolved(to_dict(config), overrides, place)
 
 
+def effective(config: Config) -> Config:
+    """A copy of `config` with the values that nulls of section `optimizer` stand for, as a run's
+    record. A later change of `optimizer.lr` would not change them any more."""
+    values = to_dict(config)
+    optimizer = values["optimizer"]
+    if "adamw_lr" in optimizer:
+        optimizer["adamw_lr"] = optimizer["adamw_lr"] or optimizer["lr"]
+    dopr = optimizer.get("dopr") or {}
+    for rule in dopr.get("rules", ()):
+        for key in ("bias", "max_rows") if rule["mode"] != "none" else ():
+            rule[key] = dopr[key] if rule[key] is None else rule[key]
+    return _resolved(values, (), "config")
+
+
 def to_dict(config: Config) -> Values:
     """The whole config as plain YAML values."""
     return config.model_dump(mode="json")

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from flowdopr.config import Config, ConfigError
+from flowdopr.config import Config, ConfigError, effective
 from flowdopr.data import DatasetInfo
 from flowdopr.disk import locked
 from flowdopr.flow import build_objective, build_sampling
@@ -42,6 +42,7 @@ def train(config: Config, *, resume: bool = False, patience: float = 0.0) -> Pat
         Interrupted: stopped by Ctrl-C or SIGTERM, after saving.
         TrainingFailed: the loss, the weights or the inputs of layers are not finite.
     """
+    config = effective(config)
     accelerator = make_accelerator(config)
     with accelerator.main_process_first():
         datasets = build_datasets(config)

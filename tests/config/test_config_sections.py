@@ -2,15 +2,18 @@
 nothing, which cannot be written."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from flowdopr.cli import run_command
 from flowdopr.config import (
     ConfigError,
     DoPrConfig,
     apply_overrides,
+    effective,
     load_config,
     to_dict,
     to_yaml,
@@ -28,6 +31,7 @@ data: {name: digits}
 model: {name: dit}
 train: {steps: 10, global_batch_size: 8}
 """
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SECTIONS = choices(Config.model_fields["optimizer"])
 
 
@@ -228,6 +232,20 @@ def test_a_file_takes_back_what_its_base_sets_and_it_leaves_idle(load):
     assert not load(text, base=base).model.class_conditional
 
 
+@pytest.mark.parametrize(
+    ("command", "override", "words"),
+    [
+        ("compare", "seed=3", "in a study it comes from compare.seeds; set that"),
+        ("compare", "optimizer.lr=1", "in a study it comes from the lrs of compare.arms; set that"),
+        ("encode --autoencoder x --out y", "train.steps=3", "only data.* is used here; remove it"),
+    ],
+)
+def test_an_override_that_a_command_does_not_use_is_refused(capsys, command, override, words):
+    name, *options = command.split()
+    assert run_command([name, str(QUICKSTART), *options, override]) == 2
+    assert capsys.readouterr().err == f"flowdopr: override {override!r}: {words}\n"
+
+
 def test_a_name_with_dopr_and_without_it_at_once_is_refused(load):
     with pytest.raises(ConfigError, match=r"dopr-sgd and optimizer.dopr is null: write name: sgd"):
         load("optimizer: {name: dopr-sgd, dopr: null}\n")
@@ -275,6 +293,27 @@ def test_every_optimizer_is_built_from_the_config(load, name):
     assert (type(optimizer) is DoPr) == name.startswith("dopr-")
     if "muon" in name:
         assert optimizer.param_groups[0]["ns_dtype"] is torch.bfloat16
+
+
+def test_the_config_of_a_run_has_the_values_that_nulls_stand_for(load, tmp_path, capsys):
+    rules = "[{pattern: a}, {pattern: b, bias: false, max_rows: 7}, {pattern: c, mode: none}]"
+    settings = ["optimizer=dopr-muon", "optimizer.lr=2", "optimizer.dopr.bias=true"]
+    config = load("", *settings, f"optimizer.dopr.rules={rules}")
+    found = effective(config).optimizer
+    assert found.adamw_lr == 2
+    assert [(rule.bias, rule.max_rows) for rule in found.dopr.rules] == [
+        (True, 2048),
+        (False, 7),
+        (None, None),
+    ]
+    assert effective(load("", *settings, "optimizer.adamw_lr=3")).optimizer.adamw_lr == 3
+    assert effective(load()) == load()
+    assert apply_overrides(config, ["optimizer.lr=5"]).optimizer.adamw_lr is None
+    for command, value in (("train", "2.0"), ("compare", "null")):
+        assert (
+            run_command([command, str(tmp_path / "small.yaml"), *settings, "--print-config"]) == 0
+        )
+        assert f"adamw_lr: {value}\n" in capsys.readouterr().out
 
 
 def test_the_whole_config_is_plain_values(load):
