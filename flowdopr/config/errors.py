@@ -16,8 +16,6 @@ from flowdopr.config.schema import Config
 from flowdopr.config.types import Section, Sections, choices, field_of, sections_in
 
 MOST_SHOWN = 30  # wrong settings in one message; a file of another program may have thousands
-TRUTH = dict.fromkeys(("yes", "on", "true", "1"), "true")
-TRUTH |= dict.fromkeys(("no", "off", "false", "0"), "false")
 IN_PLAIN_WORDS = {
     "Input should be a valid number": "must be a number",
     "Input should be a valid integer": "must be a whole number",
@@ -51,7 +49,8 @@ def complaints(error: ValidationError, values: dict[str, Any]) -> list[str]:
     wrong = [
         item
         for item in error.errors()
-        if item["type"] != "too_short" or item["ctx"]["actual_length"] == len(item["input"])
+        if item["type"] != "too_short"
+        or item.get("ctx", {}).get("actual_length") == len(item["input"])
     ]
     wrong.sort(key=lambda item: item["type"] != "extra_forbidden")
     for item in wrong[:MOST_SHOWN]:
@@ -131,19 +130,15 @@ def _line(error: dict[str, Any], setting: _Setting) -> str:
 
 def _in_its_type(value: Any, kind: str) -> str:
     """The remedy for a value that is right but for its type, such as a number in quotes."""
-    text = str(value).lower()
-    if kind == "bool_type" and text in TRUTH:
-        return f"; write {TRUTH[text]}"
     if kind == "string_type" and isinstance(value, int | float):
-        return f'; write "{text}"'
+        return f'; write "{value}"'
     try:
-        number = float(text)
-    except ValueError:
+        number = float(value) if kind in ("int_type", "float_type") else math.nan
+    except (TypeError, ValueError):
         return ""
     if kind == "float_type" and math.isfinite(number):
-        return f"; write {text} without quotes"
-    whole = kind == "int_type" and number.is_integer() and abs(number) < 1e15
-    return f"; write {number:.0f}" if whole else ""
+        return f"; write {value} without quotes"
+    return f"; write {number:.0f}" if number.is_integer() and abs(number) < 1e15 else ""
 
 
 def _unknown_key(setting: _Setting, name: str) -> str:

@@ -16,7 +16,6 @@ Short forms are written out while values are merged: a bare word is a section of
 from __future__ import annotations
 
 import json
-import os
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from flowdopr.config.schema import Config
 from flowdopr.config.types import Sections, choices, field_of, sections_in
 from flowdopr.config.yaml12 import DEEPEST, LONGEST, dump_yaml, parse_yaml
 
-MOST_BASES = 20  # files that one config is merged from
+MOST_BASES = 10  # files below one config
 ROOT = (Config,)
 Values = dict[str, Any]
 
@@ -79,17 +78,13 @@ def apply_overrides(config: Config, overrides: Iterable[str], place: str = "over
 
 
 def effective(config: Config) -> Config:
-    """A copy of `config` with the values that nulls of section `optimizer` stand for, as a run's
-    record. A later change of `optimizer.lr` would not change them any more."""
-    values = to_dict(config)
-    optimizer = values["optimizer"]
-    if "adamw_lr" in optimizer:
-        optimizer["adamw_lr"] = optimizer["adamw_lr"] or optimizer["lr"]
-    dopr = optimizer.get("dopr") or {}
-    for rule in dopr.get("rules", ()):
-        for key in ("bias", "max_rows") if rule["mode"] != "none" else ():
-            rule[key] = dopr[key] if rule[key] is None else rule[key]
-    return _resolved(values, (), "config")
+    """`config` with the learning rate that `optimizer.adamw_lr: null` stands for, as the record of
+    a run: a later change of `optimizer.lr` does not change it any more."""
+    optimizer = config.optimizer
+    if getattr(optimizer, "adamw_lr", 0) is not None:
+        return config
+    changed = optimizer.model_copy(update={"adamw_lr": optimizer.lr})
+    return config.model_copy(update={"optimizer": changed})
 
 
 def to_dict(config: Config) -> Values:
@@ -117,18 +112,16 @@ def _read(path: Path, opened: tuple[Path, ...] | None) -> Values:
 
 def _base(path: Path, base: Any, opened: tuple[Path, ...] | None) -> tuple[Path, tuple[Path, ...]]:
     """The file that `base: ...` in the file at `path` names, and the files that led there."""
+    problem = ""
     if not isinstance(base, str):
-        raise ConfigError(f"{path}: base: must be the path of one file, got {base!r}")
-    if opened is None:
-        raise ConfigError(
-            f"{path}: base: this file must stand alone; write what {base} has into it"
-        )
-    target, opened = Path(os.path.realpath(path.parent / base)), (*opened, path.resolve())
-    if target in opened:
-        raise ConfigError(f"{path}: base: {base} leads back to a file that is already being read")
-    if len(opened) > MOST_BASES:
-        raise ConfigError(f"{path}: base: more than {MOST_BASES} files, each the base of another")
-    return target, opened
+        problem = f"must be the path of one file, got {base!r}"
+    elif opened is None:
+        problem = f"this file must stand alone; write what {base} has into it"
+    elif len(opened) == MOST_BASES:
+        problem = f"{base} leads back to an earlier file, or there are more than {MOST_BASES} bases"
+    if problem or opened is None:
+        raise ConfigError(f"{path}: base: {problem}")
+    return path.parent / base, (*opened, path)
 
 
 def _parsed(path: Path, opened: tuple[Path, ...] | None) -> Values:

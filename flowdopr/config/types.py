@@ -56,10 +56,6 @@ class Section(BaseModel):
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
     )
 
-    def changed(self, key: str) -> bool:
-        """Whether the setting `key` differs from its default."""
-        return getattr(self, key) != type(self).model_fields[key].default
-
     def unused(self, dotted: str, why: str) -> None:
         """Refuse the setting `dotted` of this section, which `why` says does nothing.
 
@@ -67,13 +63,10 @@ class Section(BaseModel):
             ValueError: it differs from its default.
         """
         key = dotted.rpartition(".")[2]
-        if self.changed(key):
-            value, default = (
-                _shown(v) for v in (getattr(self, key), type(self).model_fields[key].default)
-            )
-            raise ValueError(
-                f"{dotted}={value} is not used {why}: remove it, or set {dotted}={default}"
-            )
+        value, default = getattr(self, key), type(self).model_fields[key].default
+        if value != default:
+            remedy = f"remove it, or set {dotted}={_shown(default)}"
+            raise ValueError(f"{dotted}={_shown(value)} is not used {why}: {remedy}")
 
 
 def _shown(value: Any) -> str:

@@ -83,6 +83,9 @@ def build_components(
     Raises:
         ConfigError, ValueError: settings that do not fit together; nothing has been written yet.
     """
+    if not dataset.num_classes:
+        config.flow.unused("flow.class_dropout_prob", "with data that have no classes")
+        config.evaluate.unused("evaluate.labels", "with data that have no classes")
     objective, sampling = build_objective(config), build_sampling(config)
     averages = averages_of(config)
     torch.manual_seed(config.seed)

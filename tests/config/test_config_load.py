@@ -112,7 +112,10 @@ def test_wrong_files_are_one_line(write, tmp_path):
     assert "given twice" in refused(write("train:\n  steps: 1\n  steps: 2\n"))
     assert "mapping of sections" in refused(write("- a\n- b\n"))
     assert "base of" in refused(write("base: gone.yaml\n"))
-    assert "leads back" in refused(write("base: config.yaml\n"))
+    assert "base: config.yaml leads back" in refused(write("base: config.yaml\n"))
+    for number in range(12):
+        write(f"base: {number + 1}.yaml\n", f"{number}.yaml")
+    assert "or there are more than 10 bases" in refused(tmp_path / "0.yaml")
     assert "train: missing" in refused(write("name: a\ndata: {name: digits}\nmodel: {name: dit}\n"))
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
     assert "cannot be read" in refused(tmp_path / "latin.yaml")

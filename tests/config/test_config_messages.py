@@ -119,7 +119,7 @@ OVERRIDES = [
     ("optimizer.lr=.nan",
      "optimizer.lr: must be a finite number, got NaN"),
     ("train.compile=yes",
-     'train.compile: must be true or false, got "yes"; write true'),
+     'train.compile: must be true or false, got "yes"'),
     ("colour=red",
      "colour: unknown key; known here: name, output, seed, data, model, flow, optimizer, train, "
      "sample, evaluate, compare"),
