@@ -27,7 +27,8 @@ ALL = Literal["all"]
 
 class RuleConfig(Section):
     pattern: Pattern
-    """Regular expression searched in a layer's name; the first rule that matches wins."""
+    """Regular expression, without look-around, searched in a layer's name; the first rule that
+    matches wins."""
     mode: Literal["auto", "none", "full", "blocks", "diagonal", "sua", "sua-mean"] = "auto"
     """Form of the layer's second moment; docs/optim.md says when to use which."""
     bias: bool | None = None

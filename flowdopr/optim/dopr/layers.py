@@ -39,7 +39,8 @@ class LayerRule:
     """How to precondition the layers whose module names a regular expression finds.
 
     Args:
-        pattern: searched in the name of the module; the empty one matches every layer.
+        pattern: searched in the name of the module, without look-around; the empty one matches
+            every layer.
         mode: "auto" (by the layer's kind and size), "none" (GP alone), "full", "blocks" (equal, at
             most `max_side` wide), "diagonal"; for convolutions also "sua" (one channel Sigma for
             all offsets of the kernel) and "sua-mean" (the same with the mean's cross terms).
