@@ -26,4 +26,4 @@ def finder(pattern: str) -> Callable[[str], bool]:
         return SchemaValidator(core_schema.str_schema(pattern=pattern)).isinstance_python
     except SchemaError as error:
         reason = str(error).splitlines()[-1].strip().split(": ", 1)[-1].rstrip(".")
-        raise ValueError(reason) from None
+        raise ValueError(f"not a regular expression ({reason})") from None

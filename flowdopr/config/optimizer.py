@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import model_validator
-
 from flowdopr.config.types import (
     NAMED,
     Count,
@@ -38,12 +36,6 @@ class RuleConfig(Section):
     max_rows: Count | ALL | None = None
     """Input rows a forward contributes. null: as `optimizer.dopr.max_rows`."""
 
-    @model_validator(mode="after")
-    def _every_setting_is_used(self) -> RuleConfig:
-        for key in ("bias", "max_side", "max_rows") if self.mode == "none" else ():
-            self.unused(f"optimizer.dopr.rules[].{key}", "with mode=none")
-        return self
-
 
 class DoPrConfig(Section):
     damping: NotNegative | tuple[Positive, Positive, Count] = 0.1
@@ -67,12 +59,6 @@ class OptimizerSection(Section):
     """Peak learning rate, after warm-up."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay (sgd: added to the gradient), on matrices and convolutions only."""
-
-    @model_validator(mode="after")
-    def _nesterov_is_used(self) -> OptimizerSection:
-        if hasattr(self, "nesterov") and getattr(self, "momentum", None) == 0:
-            self.unused("optimizer.nesterov", "with optimizer.momentum=0")
-        return self
 
 
 class WithDoPr(OptimizerSection):

@@ -281,7 +281,12 @@ class Config(Section):
             self.flow.unused("flow.coupling", "where a micro-batch is one image")
         if self.train.global_batch_size == 1:
             self.flow.time.unused("flow.time.stratified", "with train.global_batch_size=1")
+        if hasattr(self.optimizer, "nesterov") and getattr(self.optimizer, "momentum", 1) == 0:
+            self.optimizer.unused("optimizer.nesterov", "with optimizer.momentum=0")
         dopr = getattr(self.optimizer, "dopr", None)
         if dopr is not None and self.model.name == "dit":
             dopr.unused("optimizer.dopr.conv_mode", "by model.name=dit, which has no convolutions")
+        for rule in dopr.rules if dopr is not None else ():
+            for key in ("bias", "max_side", "max_rows") if rule.mode == "none" else ():
+                rule.unused(f"optimizer.dopr.rules[].{key}", "with mode=none")
         return self

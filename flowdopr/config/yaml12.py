@@ -18,7 +18,6 @@ DEEPEST = 20  # mappings and lists inside each other; the schema needs 6
 LONGEST = 100_000  # characters, which take a second to read; a large study has 20,000
 NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
-
 REMEDIES = {  # for what PyYAML says
     "found character '\\t'": "indent by spaces instead of tabs",
     "that cannot start any token": "put the text in quotes",
@@ -68,29 +67,22 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
-    digits = str(node.value).replace("_", "")
-    if len(digits) > 18:
-        message = f"a whole number of {len(digits)} digits; at most 18 are taken"
-        raise ConstructorError(None, None, message, node.start_mark)
-    return int(digits)
-
-
 def _number(loader: _Loader, node: yaml.ScalarNode) -> float:
     text = str(node.value).lower()
     return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
 
-_FLOAT = r"[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)"
+_FLOAT = (
+    r"[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\d{19,}|\.inf|\.nan)"
+)
 _Loader.yaml_implicit_resolvers = {}
 for tag, pattern in {
     "null": r"~|null|",
     "bool": r"true|false",
-    "int": r"[-+]?(?:0|[1-9][0-9_]*)",
+    "int": r"[-+]?(?:0|[1-9][0-9_]{0,17})",  # more digits, which 64 bits may not hold, are a float
     "float": _FLOAT,
 }.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"(?:{pattern})$"), None)
-_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 _Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
@@ -113,8 +105,7 @@ def parse_yaml(text: str | bytes) -> Any:
     try:
         return yaml.load(text.decode() if isinstance(text, bytes) else text, Loader=_Loader)
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"line {line}: it is not UTF-8 text; save it as UTF-8") from error
+        raise ValueError("it is not UTF-8 text; save it as UTF-8") from error
     except ReaderError as error:
         odd = f"character {error.position + 1} is {chr(error.character)!a}"
         raise ValueError(f"{odd}, which YAML does not allow; remove it") from error
@@ -124,8 +115,6 @@ def parse_yaml(text: str | bytes) -> Any:
         problem = str(error.problem or error.context)
         remedy = next((f"; {remedy}" for said, remedy in REMEDIES.items() if said in problem), "")
         raise ValueError(f"{place}{problem}{remedy}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
 
 
 def dump_yaml(value: Any) -> str:

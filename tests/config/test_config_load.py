@@ -174,7 +174,7 @@ def test_a_folder_is_answered_with_the_file_in_it(write, tmp_path):
         ('"a\\nb": 1', r"line 1, column 1: the text holds '\n', which no setting takes; remove it"),
         ('name: "\\uD800"', r"the text holds '\ud800'"),
         ('output: "\\0"', r"the text holds '\x00'"),
-        ("seed: " + "9" * 5000, "a whole number of 5000 digits; at most 18 are taken"),
+        ("seed: " + "9" * 5000, "seed: must be a whole number, got Infinity"),
         ("a: b: c", "line 1, column 5: "),
         ("--- a\n--- b", "line 2"),
         ("a: \0", r"character 4 is '\x00', which YAML does not allow; remove it"),

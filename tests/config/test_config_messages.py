@@ -162,7 +162,7 @@ OVERRIDES = [
      "name: must be of A-Z, a-z, 0-9, '.', '_' and '-', and begin with a letter or digit; '/' "
      'goes between folders, got "a/../../escape"'),
     ("seed=99999999999999999999",
-     "line 1, column 1: a whole number of 20 digits; at most 18 are taken"),
+     "seed: must be a whole number, got 1e+20"),
     ("compare={arms: [{name: <b>, lrs: [1]}]}",
      "compare.arms.0.name: must be of A-Z, a-z, 0-9, '.', '_' and '-', and begin with a letter "
      'or digit, got "<b>"'),
@@ -174,9 +174,9 @@ OVERRIDES = [
      "optimizer.dopr.rules.0.patern: unknown key; did you mean 'pattern'?; "
      "optimizer.dopr.rules.0.pattern: missing; this setting has no default"),
     ("optimizer.dopr.rules=[{pattern: (}]",
-     'optimizer.dopr.rules.0.pattern: must be a regular expression (unclosed group), got "("'),
+     'optimizer.dopr.rules.0.pattern: not a regular expression (unclosed group), got "("'),
     ("optimizer.dopr.rules=[{pattern: '(?!x)'}]",
-     "optimizer.dopr.rules.0.pattern: must be a regular expression (look-around, including "
+     "optimizer.dopr.rules.0.pattern: not a regular expression (look-around, including "
      'look-ahead and look-behind, is not supported), got "(?!x)"'),
     ("train.accumulation_steps=3",
      "train.global_batch_size 8 is not a multiple of train.accumulation_steps 3"),

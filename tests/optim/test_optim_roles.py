@@ -69,9 +69,9 @@ def test_blocks_must_divide_the_rows():
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("(", r"adamw_for: pattern '\(': unclosed group; correct it"),
-        ("(?!x)", "look-around, including look-ahead and look-behind, is not supported; correct"),
-        ("((a{1000}){1000}){1000}", "Compiled regex exceeds size limit of .* bytes; correct it"),
+        ("(", r"adamw_for: pattern '\(': not a regular expression \(unclosed group\); corr"),
+        ("(?!x)", "look-around, including look-ahead and look-behind, is not supported\\); cor"),
+        ("((a{1000}){1000}){1000}", "Compiled regex exceeds size limit of "),
         ("nowhere", "adamw_for: pattern 'nowhere' matches no parameter"),
         ("(.*)*!", "matches no parameter"),  # Python's `re` would try for years
     ],

@@ -65,7 +65,7 @@ class LayerRule:
         try:
             finder(self.pattern)
         except ValueError as error:
-            self._refuse(f"not a regular expression ({error}); correct it")
+            self._refuse(f"{error}; correct it")
         if self.max_side is not None:
             if not is_count(self.max_side):
                 self._refuse(f"max_side is {self.max_side}, it must be a whole number of 1 or more")
