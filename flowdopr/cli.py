@@ -46,7 +46,10 @@ ConfigFile = Annotated[
 RunPath = Annotated[Path, Argument(metavar="RUN", help="Run folder, such as runs/quickstart.")]
 Overrides = Annotated[
     list[str] | None,
-    Argument(metavar="[a.b=value ...]", help="Settings to change, listed in docs/settings.md."),
+    Argument(
+        metavar="[a.b=value ...]",
+        help="Settings, listed in docs/settings.md; quote brackets and braces.",
+    ),
 ]
 PrintConfig = Annotated[
     bool, Option("--print-config", help="Print the resolved config as YAML, do nothing else.")
@@ -88,7 +91,7 @@ def train(
     """
     if changed_data and not resume:
         raise ValueError("--changed-data: it belongs to --resume, a new run takes any images")
-    resolved = _resolved(config, overrides, print_config)
+    resolved = _resolved(config, overrides, print_config, one_run=True)
     from flowdopr.train import train as run_train
 
     _tell(run_train(resolved, resume=resume, changed_data=changed_data))
@@ -197,8 +200,10 @@ def compare(
     Finished runs are skipped and interrupted ones go on, so the same command can be repeated.
     """
     resolved = _resolved(config, overrides, print_config)
+    from flowdopr.compare import check_overrides
     from flowdopr.compare import compare as run_compare
 
+    check_overrides(overrides or ())
     run_compare(resolved, workers=workers, report_only=report_only)
 
 
@@ -276,13 +281,15 @@ def run_command(arguments: list[str] | None = None) -> int:
         return end(one_line(error), code)
 
 
-def _resolved(config: Path, overrides: list[str] | None, print_only: bool) -> Config:
+def _resolved(
+    config: Path, overrides: list[str] | None, print_only: bool, *, one_run: bool = False
+) -> Config:
     """The config of a command, which ends here if it is only to be printed."""
-    from flowdopr.config import load_config, to_yaml
+    from flowdopr.config import effective, load_config, to_yaml
 
     resolved = load_config(config, overrides or ())
     if print_only:
-        print(to_yaml(resolved), end="")
+        print(to_yaml(effective(resolved) if one_run else resolved), end="")
         raise typer.Exit
     return resolved
 

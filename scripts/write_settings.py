@@ -26,7 +26,8 @@ DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 INTRODUCTION = """# Settings
 
 Every key of a YAML config, written by `python scripts/write_settings.py`. On the command line a key
-is changed by `section.key=value`, with the value in YAML. A setting without default must be given.
+is changed by `section.key=value`, with the value in YAML, in quotes where a shell would read it:
+`"train.ema_decays=[0.99, 0.999]"`. A setting without default must be given.
 
 Where a section depends on its `name`, the column "with name" says which names have the setting;
 with any other name it is refused. The name alone is short for the section with its defaults:

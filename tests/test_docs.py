@@ -51,3 +51,14 @@ def test_the_python_of_the_page_on_optim_runs():
     for block in blocks:
         exec(compile(block, "docs/optim.md", "exec"), names)
     assert type(names["optimizer"].optimizer).__name__ == "Muon"
+
+
+def test_commands_quote_what_a_shell_would_read():
+    pages = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("configs/**/*.yaml")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    commands = re.findall(
+        r"^(?:#? *|.*&& )(flowdopr (?:train|sample|evaluate|compare|encode) .*)", text, re.M
+    )
+    assert len(commands) > 15
+    for command in commands:
+        assert not re.search(r"[][{}*?]", re.sub(r"\"[^\"]*\"|'[^']*'", "", command)), command

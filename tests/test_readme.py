@@ -1,6 +1,7 @@
 """README is true: its Python runs, its commands parse, its files exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def test_python_blocks_run():
 @pytest.mark.parametrize("command", [c for c in COMMANDS if " train " in c or " compare " in c])
 def test_train_and_compare_commands_resolve(command, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    assert run_command([*command.split()[1:], "--print-config"]) == 0
+    assert run_command([*shlex.split(command)[1:], "--print-config"]) == 0
     assert capsys.readouterr().out.startswith("name: ")
 
 

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from flowdopr.compare.cards import read_run
 from flowdopr.compare.execute import Executor
-from flowdopr.compare.plan import RunPlan, expand, reported, study_path, study_settings
+from flowdopr.compare.plan import (
+    RunPlan,
+    check_overrides,
+    expand,
+    reported,
+    study_path,
+    study_settings,
+)
 from flowdopr.compare.progress import Display
 from flowdopr.compare.results import RunResult, read_result
 from flowdopr.config import Config, ConfigError, apply_overrides, to_yaml
@@ -19,7 +26,7 @@ from flowdopr.latents import build_pixel_datasets
 from flowdopr.terminal import print_line
 from flowdopr.train import Interrupted
 
-__all__ = ["StudyFailed", "compare"]
+__all__ = ["StudyFailed", "check_overrides", "compare"]
 
 
 class StudyFailed(RuntimeError):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flowdopr.config import ArmConfig, CompareConfig, Config, ConfigError, apply_overrides
 
-SET_BY_STUDY = {"name": "name", "output": "output", "seed": "compare.seeds", "optimizer.lr": "lrs"}
+SET_BY_STUDY = {
+    "name": "name",
+    "output": "output",
+    "seed": "compare.seeds",
+    "optimizer.lr": "the lrs of compare.arms",
+}
 """Settings that an arm must not set, and where the study takes them from."""
 
 
@@ -123,6 +128,19 @@ def reported(plans: Sequence[RunPlan], chosen: Mapping[str, float]) -> list[RunP
     return [
         plan for plan in plans if not plan.tuning and (not apart or plan.lr == chosen.get(plan.arm))
     ]
+
+
+def check_overrides(overrides: Iterable[str]) -> None:
+    """Check that `overrides` of a study's config set nothing that the study sets in each run.
+
+    Raises:
+        ConfigError: one would do nothing.
+    """
+    for override in overrides:
+        key = override.partition("=")[0]
+        source = SET_BY_STUDY.get(key, key)
+        if source != key:
+            raise ConfigError(f"override '{override}': in a study it comes from {source}; set that")
 
 
 def _arm_config(config: Config, arm: ArmConfig) -> Config:

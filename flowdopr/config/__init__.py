@@ -2,7 +2,14 @@
 
 from flowdopr.config.errors import ConfigError
 from flowdopr.config.flow import FlowConfig
-from flowdopr.config.load import apply_overrides, load_config, load_data_config, to_dict, to_yaml
+from flowdopr.config.load import (
+    apply_overrides,
+    effective,
+    load_config,
+    load_data_config,
+    to_dict,
+    to_yaml,
+)
 from flowdopr.config.model import DiTConfig
 from flowdopr.config.optimizer import DoPrConfig
 from flowdopr.config.sample import SampleConfig
@@ -28,6 +35,7 @@ __all__ = [
     "SampleConfig",
     "TrainConfig",
     "apply_overrides",
+    "effective",
     "load_config",
     "load_data_config",
     "to_dict",

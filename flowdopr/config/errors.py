@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -14,6 +15,16 @@ from pydantic.fields import FieldInfo
 from flowdopr.config.schema import Config
 from flowdopr.config.types import Section, Sections, choices, field_of, sections_in
 
+MOST_SHOWN = 30  # wrong settings in one message; a file of another program may have thousands
+IN_PLAIN_WORDS = {
+    "Input should be a valid number": "must be a number",
+    "Input should be a valid integer": "must be a whole number",
+    "Input should be a valid boolean": "must be true or false",
+    "Input should be a valid string": "must be text",
+    "Input should be": "must be",
+    "Tuple should have": "must have",
+    " after validation": "",
+}
 Place = tuple[str | int, ...]  # keys and list indices, such as ("optimizer", "lr")
 
 
@@ -34,10 +45,24 @@ class _Setting(NamedTuple):
 def complaints(error: ValidationError, values: dict[str, Any]) -> list[str]:
     """One line for each wrong setting of `values`, wrong keys first: they explain missing ones."""
     lines: dict[Place, str] = {}
-    for item in sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden"):
+    # pydantic counts only the valid items of a list, and so finds a list of wrong ones too short.
+    wrong = [
+        item
+        for item in error.errors()
+        if item["type"] != "too_short"
+        or item.get("ctx", {}).get("actual_length") == len(item["input"])
+    ]
+    wrong.sort(key=lambda item: item["type"] != "extra_forbidden")
+    for item in wrong[:MOST_SHOWN]:
         setting = _setting(item["loc"], item["type"] == "missing", values)
         lines.setdefault(setting.place, " ".join(_line(dict(item), setting).split()))
-    return list(lines.values())
+    more = [f"the first {MOST_SHOWN} of {len(wrong)} errors"] if len(wrong) > MOST_SHOWN else []
+    return [*lines.values(), *more]
+
+
+def cut(text: str, length: int = 60) -> str:
+    """`text` with at most `length` characters."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str, prefix: str = "") -> str:
@@ -74,9 +99,10 @@ def _setting(loc: Place, missing: bool, values: Any) -> _Setting:
 def _line(error: dict[str, Any], setting: _Setting) -> str:
     kind, value = error["type"], error["input"]
     message = error["msg"].removeprefix("Value error, ")
-    if kind == "value_error" or not setting.place:
-        return message
-    dotted, tags = ".".join(map(str, setting.place)), choices(setting.field)
+    if not setting.place or (kind == "value_error" and isinstance(value, dict)):
+        return message  # of a section, which names the settings that it is about
+    dotted = cut(".".join(str(key) or "''" for key in setting.place), 200)
+    tags = choices(setting.field)
     if kind == "extra_forbidden":
         problem = _unknown_key(setting, error["loc"][-2] if setting.union else "")
     elif kind == "missing":
@@ -90,22 +116,43 @@ def _line(error: dict[str, Any], setting: _Setting) -> str:
         problem = f"must be a list, got {_shown(value)}{remedy}"
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
         names = f"one of the names {', '.join(tags)}, or " if tags else ""
-        problem = f"must be {names}a mapping of settings, got {_shown(value)}"
+        first = next(_dotted_keys(sections_in(setting.field)), "key")
+        problem = f"must be {names}a mapping such as {{{first}: ...}}, got {_shown(value)}"
     elif kind == "literal_error" and isinstance(value, str):
         known = re.findall(r"'([^']+)'", error["ctx"]["expected"])
-        problem = f"unknown value '{value}'{did_you_mean(value, known, 'choose one of')}"
+        problem = f"unknown value '{cut(value)}'{did_you_mean(value, known, 'choose one of')}"
     else:
-        problem = f"{message[0].lower()}{message[1:]}, got {_shown(value)}"
+        for said, plain in IN_PLAIN_WORDS.items():
+            message = message.replace(said, plain)
+        problem = f"{message}, got {_shown(value)}{_in_its_type(value, kind)}"
     return f"{dotted}: {problem}"
+
+
+def _in_its_type(value: Any, kind: str) -> str:
+    """The remedy for a value that is right but for its type, such as a number in quotes."""
+    if kind == "string_type" and isinstance(value, int | float):
+        return f'; write "{value}"'
+    try:
+        number = float(value) if kind in ("int_type", "float_type") else math.nan
+    except (TypeError, ValueError):
+        return ""
+    if kind == "float_type" and math.isfinite(number):
+        return f"; write {value} without quotes"
+    return f"; write {number:.0f}" if number.is_integer() and abs(number) < 1e15 else ""
 
 
 def _unknown_key(setting: _Setting, name: str) -> str:
     key, keys = str(setting.place[-1]), list(_dotted_keys(setting.holders))
     problem = f"{name} has no such setting" if name else "unknown key"
+    if key in keys:
+        section, _, inner = key.partition(".")
+        return f"{problem} in a file; write {section}: {{{inner}: ...}}"
     ends = (f".{key}", f".{key.replace('_', '.')}")
     moved = [dotted for dotted in keys if "." in dotted and f".{dotted}".endswith(ends)]
+    moved += [dotted for dotted in keys if dotted.endswith(f"_{key}")]
     if moved:
-        return f"{problem}; did you mean '{moved[0]}'?"
+        either = "' or '".join(dict.fromkeys(moved[:2]))
+        return f"{problem}; did you mean '{either}'?"
     own = [dotted for dotted in keys if "." not in dotted and (dotted != "name" or not name)]
     owners = [other for other, section in setting.union.items() if key in section.model_fields]
     if owners and (not own or len(owners) < 3):
@@ -124,11 +171,11 @@ def _dotted_keys(sections: Sections, prefix: str = "") -> Iterator[str]:
 def _unknown_name(name: str, tags: dict[str, type[Section]]) -> str:
     prefix, known = "", list(tags)
     with_dopr = [tag for tag, section in tags.items() if "dopr" in section.model_fields]
-    if with_dopr and name.lower().startswith("dopr-"):
+    word = name.lower().replace("dopr_", "dopr-")
+    if with_dopr and word.startswith("dopr-"):
         prefix, known = "dopr-", with_dopr
-    return f"unknown name '{name}'{did_you_mean(name, known, 'choose one of', prefix)}"
+    return f"unknown name '{cut(name)}'{did_you_mean(word, known, 'choose one of', prefix)}"
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return cut(json.dumps(value, default=str))

@@ -16,6 +16,7 @@ Short forms are written out while values are merged: a bare word is a section of
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,24 +25,30 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from flowdopr.config.errors import ConfigError, complaints
+from flowdopr.config.errors import ConfigError, complaints, cut
 from flowdopr.config.schema import Config
 from flowdopr.config.types import Sections, choices, field_of, sections_in
-from flowdopr.config.yaml12 import dump_yaml, parse_yaml
+from flowdopr.config.yaml12 import DEEPEST, LONGEST, dump_yaml, parse_yaml
 
-MOST_SHOWN = 5  # wrong settings in one message
 DATA_ALONE = {"data", "evaluate"}  # sections of a file that is only a base of configs
+MOST_BASES = 10  # files below one config
 ROOT = (Config,)
 Values = dict[str, Any]
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Iterable[str] = (), *, follow_base: bool = True
+) -> Config:
     """Read `path`, its bases and `overrides` (`a.b=value`, the value in YAML) into a Config.
+
+    Args:
+        follow_base: False refuses a `base`, for a file that somebody else may have written: it must
+            not open others.
 
     Raises:
         ConfigError: a file is missing or is not YAML, or a key, type or range is wrong.
     """
-    return _resolved(_read(Path(path), ()), overrides, str(path))
+    return _resolved(_read(Path(path), () if follow_base else None), overrides, str(path))
 
 
 def load_data_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -50,6 +57,10 @@ def load_data_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: as `load_config`.
     """
+    overrides = list(overrides)
+    for override in overrides:
+        if not override.startswith(("data.", "data=")):
+            raise ConfigError(f"{_named(override)}: only data.* is used here; remove it")
     unused = {"name": "data", "model": {"name": "dit"}}
     unused["train"] = {"steps": 1, "global_batch_size": 1}
     return _resolved(unused | _read(Path(path), ()), overrides, str(path))
@@ -67,6 +78,16 @@ def apply_overrides(config: Config, overrides: Iterable[str], place: str = "over
     return _resolved(to_dict(config), overrides, place)
 
 
+def effective(config: Config) -> Config:
+    """`config` with the learning rate that `optimizer.adamw_lr: null` stands for, as the record of
+    a run: a later change of `optimizer.lr` does not change it any more."""
+    optimizer = config.optimizer
+    if getattr(optimizer, "adamw_lr", 0) is not None:
+        return config
+    changed = optimizer.model_copy(update={"adamw_lr": optimizer.lr})
+    return config.model_copy(update={"optimizer": changed})
+
+
 def to_dict(config: Config) -> Values:
     """The whole config as plain YAML values."""
     return config.model_dump(mode="json")
@@ -77,38 +98,51 @@ def to_yaml(config: Config) -> str:
     return dump_yaml(to_dict(config))
 
 
-def _read(path: Path, opened: tuple[Path, ...]) -> Values:
-    """The settings of the file at `path` over those of its bases; `opened` files led here."""
+def _read(path: Path, opened: tuple[Path, ...] | None) -> Values:
+    """The settings of the file at `path` over those of its bases; `opened` files led here, None if
+    the file may have no base."""
     values, below = _parsed(path, opened), {}
     base = values.pop("base", None)
     if base is not None:
-        if not isinstance(base, str):
-            raise ConfigError(f"{path}: base: must be the path of one file, got {base!r}")
-        target, opened = (path.parent / base).resolve(), (*opened, path.resolve())
-        if target in opened:
-            raise ConfigError(
-                f"{path}: base: {base} leads back to a file that is already being read"
-            )
-        below = _read(target, opened)
+        below = _read(*_base(path, base, opened))
     try:
         return _merge(below, values, ROOT)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _parsed(path: Path, opened: tuple[Path, ...]) -> Values:
+def _base(path: Path, base: Any, opened: tuple[Path, ...] | None) -> tuple[Path, tuple[Path, ...]]:
+    """The file that `base: ...` in the file at `path` names, and the files that led there."""
+    problem = ""
+    if not isinstance(base, str):
+        problem = f"must be the path of one file, got {base!r}"
+    elif opened is None:
+        problem = f"this file must stand alone; write what {base} has into it"
+    elif len(opened) == MOST_BASES:
+        problem = f"{base} leads back to an earlier file, or there are more than {MOST_BASES} bases"
+    if problem or opened is None:
+        raise ConfigError(f"{path}: base: {problem}")
+    return path.parent / base, (*opened, path)
+
+
+def _parsed(path: Path, opened: tuple[Path, ...] | None) -> Values:
     """The mapping in the file at `path`."""
-    if path.is_dir():
-        inside = [path / name for name in ("config.yaml", "study.yaml") if (path / name).is_file()]
-        remedy = f"give {inside[0]}" if inside else "give a YAML file"
-        raise ConfigError(f"{path}: is a folder, not a config; {remedy}")
+    by = f" (base of {opened[-1]})" if opened else ""
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            known = (path / name for name in ("config.yaml", "study.yaml"))
+            inside = next((file for file in known if file.is_file()), "a YAML file")
+            raise ValueError(f"it is a folder; give {inside}")
+        if not stat.S_ISREG(mode):
+            raise ValueError("it is not a regular file")  # a pipe or a device might never end
+        with open(path, "rb") as file:
+            values = parse_yaml(file.read(LONGEST + 1))
     except FileNotFoundError:
-        by = f" (base of {opened[-1]})" if opened else ""
         raise ConfigError(f"{path}: no such config file{by}") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as a config: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: cannot be read as a config{by}: {reason}") from None
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path}: a config is a mapping of sections, such as 'data:' and 'model:'"
@@ -166,18 +200,26 @@ def _written_out(value: Any, field: FieldInfo | None) -> Any:
 
 def _override(values: Values, override: str) -> Values:
     dotted, equals, text = override.partition("=")
-    if not equals or not all(dotted.split(".")):
-        raise ConfigError(f"override '{override}': write section.key=value")
+    keys = dotted.split(".")
+    if not equals or not all(keys) or dotted.split() != [dotted] or len(keys) > DEEPEST:
+        raise ConfigError(f"{_named(override)}: write section.key=value, without spaces")
     try:
-        return _replace(values, dotted.split("."), parse_yaml(text), ROOT)
+        return _replace(values, keys, parse_yaml(text), ROOT)
     except ValueError as error:
-        raise ConfigError(f"override '{override}': {error}") from None
+        raise ConfigError(f"{_named(override)}: {error}") from None
+
+
+def _named(override: str) -> str:
+    """What a message calls an override."""
+    return f"override {cut(repr(override), 200)}"
 
 
 def _replace(values: Values, keys: Sequence[str], value: Any, sections: Sections) -> Values:
     """`values` of `sections` with `value` for the setting at the nested `keys`."""
     key, *rest = keys
     field, old = field_of(sections, key), values.get(key) or {}
+    if rest and field is not None and "tuple" in str(field.annotation):
+        raise ValueError(f"'{key}' is a list, which cannot be changed in part; set all of it")
     if rest and not isinstance(old, dict):
         raise ValueError(f"'{key}' is a value, not a section")
     if rest == ["name"] and choices(field):
@@ -208,7 +250,7 @@ def _resolved(values: Values, overrides: Iterable[str], place: str) -> Config:
     """The config of `values`, which came from `place`, after `overrides`."""
     states = [(place, values)]
     for override in overrides:
-        states.append((f"override '{override}'", _override(states[-1][1], override)))
+        states.append((_named(override), _override(states[-1][1], override)))
     if values.keys() <= DATA_ALONE and not {"model", "train"} & states[-1][1].keys():
         remedy = _with_base(Path(place))
         raise ConfigError(f"{place}: describes a data set alone, as a base of configs; {remedy}")
@@ -220,11 +262,10 @@ def _resolved(values: Values, overrides: Iterable[str], place: str) -> Config:
         remaining &= set(_validated(state)[1])
         source_of |= dict.fromkeys(remaining, source)
     by_source: dict[str, list[str]] = {}
-    for line in wrong[:MOST_SHOWN]:
+    for line in wrong:
         by_source.setdefault(source_of[line], []).append(line)
     message = "; ".join(f"{source}: {'; '.join(lines)}" for source, lines in by_source.items())
-    more = len(wrong) - MOST_SHOWN
-    raise ConfigError(f"{message}; and {more} more" if more > 0 else message)
+    raise ConfigError(message)
 
 
 def _with_base(base: Path) -> str:

@@ -37,11 +37,8 @@ class DiTConfig(Section):
 
     @model_validator(mode="after")
     def _size_is_used(self) -> DiTConfig:
-        if self.changed("size") and self.depth and self.hidden_size and self.num_heads:
-            raise ValueError(
-                f"model.size={self.size} is not used beside model.depth, model.hidden_size and "
-                "model.num_heads: set model.size=S, or take away one of these"
-            )
+        if self.depth and self.hidden_size and self.num_heads:
+            self.unused("model.size", "beside model.depth, model.hidden_size and model.num_heads")
         return self
 
 
@@ -70,10 +67,9 @@ class UNetConfig(Section):
     """What changes the resolution; `pool` has no weights."""
 
     @model_validator(mode="after")
-    def _heads_are_given_once(self) -> UNetConfig:
-        if self.head_channels and self.changed("num_heads"):
-            raise ValueError(
-                f"model.num_heads={self.num_heads} is not used beside model.head_channels: set "
-                "model.head_channels=null, or model.num_heads=4"
-            )
+    def _every_setting_is_used(self) -> UNetConfig:
+        if self.head_channels:
+            self.unused("model.num_heads", "beside model.head_channels")
+        if len(self.channel_multipliers) == 1:
+            self.unused("model.resample", "with one level in model.channel_multipliers")
         return self

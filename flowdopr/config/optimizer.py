@@ -14,6 +14,7 @@ from flowdopr.config.types import (
     CountOrZero,
     Fraction,
     NotNegative,
+    Pattern,
     Positive,
     Section,
 )
@@ -23,8 +24,9 @@ ALL = Literal["all"]
 
 
 class RuleConfig(Section):
-    pattern: str
-    """Regular expression searched in a layer's name; the first rule that matches wins."""
+    pattern: Pattern
+    """Regular expression, without look-around, searched in a layer's name; the first rule that
+    matches wins."""
     mode: Literal["auto", "none", "full", "blocks", "diagonal", "sua", "sua-mean"] = "auto"
     """Form of the layer's second moment; docs/optim.md says when to use which."""
     bias: bool | None = None
@@ -73,7 +75,7 @@ class WithAdamW(OptimizerSection):
     betas: Betas = (0.9, 0.95)
     eps: Positive = 1e-8
     adamw_lr: Positive | None = None
-    adamw_for: tuple[str, ...] = ()
+    adamw_for: tuple[Pattern, ...] = ()
 
 
 class SGDConfig(WithDoPr):

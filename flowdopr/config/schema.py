@@ -14,10 +14,17 @@ from flowdopr.config.flow import FlowConfig
 from flowdopr.config.model import DiTConfig, UNetConfig
 from flowdopr.config.optimizer import AdamWConfig, OptimizerConfig
 from flowdopr.config.sample import SampleConfig
-from flowdopr.config.types import NAMED, Count, CountOrZero, Fraction, Positive, Section, Weights
-
-PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # cannot lead out of a folder
-
+from flowdopr.config.types import (
+    NAMED,
+    Count,
+    CountOrZero,
+    Fraction,
+    Positive,
+    Section,
+    Weights,
+    Word,
+    Words,
+)
 
 FILES = ("folder", "zip")
 DOWNLOADED = ("mnist", "fashion_mnist", "cifar10", "cifar100")
@@ -74,16 +81,11 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _every_setting_is_used(self) -> DataConfig:
         for key, names in USED_BY.items():
-            if self.name not in names and self.changed(key):
-                raise ValueError(
-                    f"data.{key} is not used by data.name={self.name}: it belongs to "
-                    f"{', '.join(names)}"
-                )
-        if self.held_out_root is not None and self.changed("held_out_fraction"):
-            raise ValueError(
-                f"data.held_out_fraction={self.held_out_fraction} is not used beside "
-                "data.held_out_root: set data.held_out_root=null, or data.held_out_fraction=0.1"
-            )
+            if self.name not in names:
+                why = f"by data.name={self.name}, only by {', '.join(names)}"
+                self.unused(f"data.{key}", why)
+        if self.held_out_root is not None:
+            self.unused("data.held_out_fraction", "beside data.held_out_root")
         if self.resize == "adm" and self.image_size is None:
             raise ValueError(
                 "data.resize=adm needs data.image_size: set it, or data.resize=bilinear"
@@ -141,6 +143,8 @@ class TrainConfig(Section):
                 f"train.warmup_steps {self.warmup_steps} is more than train.steps {self.steps}: "
                 "set train.warmup_steps too"
             )
+        if self.warmup_steps == self.steps:
+            self.unused("train.lr_decay", "where every step is one of train.warmup_steps")
         return self
 
 
@@ -227,7 +231,7 @@ class EvaluateConfig(Section):
 
 
 class ArmConfig(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Word
     """Name in the table and in the run folders."""
     lrs: Annotated[tuple[Positive, ...], Field(min_length=1)]
     """Learning rates tried. Give every arm equally many, for equal tuning budgets."""
@@ -271,7 +275,7 @@ class CompareConfig(Section):
 
 
 class Config(Section):
-    name: Annotated[str, Field(pattern=rf"^{PLAIN_NAME}(/{PLAIN_NAME})*$")]
+    name: Words
     """Name of the experiment; the run folder is `<output>/<name>`."""
     output: str = "runs"
     """Folder that holds the run folders."""
@@ -287,11 +291,21 @@ class Config(Section):
     compare: CompareConfig | None = None
 
     @model_validator(mode="after")
-    def _labels_are_used(self) -> Config:
-        idle = ["flow.class_dropout_prob"] if self.flow.changed("class_dropout_prob") else []
-        idle += ["evaluate.labels"] if self.evaluate.changed("labels") else []
-        if idle and not self.model.class_conditional:
-            raise ValueError(
-                f"{idle[0]} is not used with model.class_conditional=false: keep its default"
-            )
+    def _every_setting_is_used(self) -> Config:
+        if not self.model.class_conditional:
+            why = "with model.class_conditional=false"
+            self.flow.unused("flow.class_dropout_prob", why)
+            self.evaluate.unused("evaluate.labels", why)
+        if self.train.global_batch_size == self.train.accumulation_steps:
+            self.flow.unused("flow.coupling", "where a micro-batch is one image")
+        if self.train.global_batch_size == 1:
+            self.flow.time.unused("flow.time.stratified", "with train.global_batch_size=1")
+        if hasattr(self.optimizer, "nesterov") and getattr(self.optimizer, "momentum", 1) == 0:
+            self.optimizer.unused("optimizer.nesterov", "with optimizer.momentum=0")
+        dopr = getattr(self.optimizer, "dopr", None)
+        if dopr is not None and self.model.name == "dit":
+            dopr.unused("optimizer.dopr.conv_mode", "by model.name=dit, which has no convolutions")
+        for rule in dopr.rules if dopr is not None else ():
+            for key in ("bias", "max_side", "max_rows") if rule.mode == "none" else ():
+                rule.unused(f"optimizer.dopr.rules[].{key}", "with mode=none")
         return self

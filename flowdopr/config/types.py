@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
+
+from flowdopr.patterns import finder
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -14,7 +19,31 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NAMED = Field(discriminator="name")  # a union of sections, one chosen by its `name`
-Weights = Annotated[str, Field(pattern=r"^(ema|raw|ema-.+|power-.+|posthoc-.+)$")]
+
+
+def _text(pattern: str, meaning: str) -> AfterValidator:
+    """Text that `pattern` matches as a whole; `meaning` is what a message says that it must be."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(meaning)
+        return text
+
+    return AfterValidator(check)
+
+
+def _regular_expression(text: str) -> str:
+    finder(text)
+    return text
+
+
+_WORD = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # cannot lead out of a folder
+_LETTERS = "must be of A-Z, a-z, 0-9, '.', '_' and '-', and begin with a letter or digit"
+Word = Annotated[str, _text(_WORD, _LETTERS)]
+Words = Annotated[str, _text(f"{_WORD}(/{_WORD})*", f"{_LETTERS}; '/' goes between folders")]
+_AVERAGES = "must be ema, raw, ema-DECAY, power-LENGTH or posthoc-LENGTH"
+Weights = Annotated[str, _text(r"ema|raw|(ema|power|posthoc)-.+", _AVERAGES)]
+Pattern = Annotated[str, AfterValidator(_regular_expression)]
 
 
 class Section(BaseModel):
@@ -24,9 +53,23 @@ class Section(BaseModel):
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
     )
 
-    def changed(self, key: str) -> bool:
-        """Whether the setting `key` differs from its default."""
-        return getattr(self, key) != type(self).model_fields[key].default
+    def unused(self, dotted: str, why: str) -> None:
+        """Refuse the setting `dotted` of this section, which `why` says does nothing.
+
+        Raises:
+            ValueError: it differs from its default.
+        """
+        key = dotted.rpartition(".")[2]
+        value, default = getattr(self, key), type(self).model_fields[key].default
+        if value != default:
+            remedy = f"remove it, or set {dotted}={_shown(default)}"
+            raise ValueError(f"{dotted}={_shown(value)} is not used {why}: {remedy}")
+
+
+def _shown(value: Any) -> str:
+    """A setting as YAML on one line; a section as its name."""
+    value = to_jsonable_python(getattr(value, "name", value))
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 Sections = tuple[type[Section], ...]

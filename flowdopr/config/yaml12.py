@@ -12,8 +12,21 @@ from typing import Any
 import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
+from yaml.reader import ReaderError
 
 DEEPEST = 20  # mappings and lists inside each other; the schema needs 6
+LONGEST = 100_000  # characters, which take a second to read; a large study has 20,000
+NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+REMEDIES = {  # for what PyYAML says
+    "found character '\\t'": "indent by spaces instead of tabs",
+    "that cannot start any token": "put the text in quotes",
+    "mapping values are not allowed": "quote text that holds ': ', or see whether the line before "
+    "lacks its ': '",
+    "expected <block end>": "indent this line as its neighbours, or double the quotes inside text",
+    "stream end": "close the bracket or the quote",
+    "end of stream": "close the quote",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -31,8 +44,8 @@ class _Loader(yaml.SafeLoader):
             message = f"{what} is not taken; write the value itself, in quotes if it is text"
         elif self.depth >= DEEPEST:
             message = f"more than {DEEPEST} mappings and lists inside each other"
-        elif any("\ud800" <= letter <= "\udfff" for letter in getattr(event, "value", "")):
-            message = "half of a surrogate pair, which is no character"
+        elif odd := NO_TEXT.search(getattr(event, "value", "")):
+            message = f"the text holds {odd[0]!a}, which no setting takes; remove it"
         if message:
             raise ComposerError(None, None, message, event.start_mark)
         self.depth += 1
@@ -59,12 +72,14 @@ def _number(loader: _Loader, node: yaml.ScalarNode) -> float:
     return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
 
-_FLOAT = r"[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)"
+_FLOAT = (
+    r"[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\d{19,}|\.inf|\.nan)"
+)
 _Loader.yaml_implicit_resolvers = {}
 for tag, pattern in {
     "null": r"~|null|",
     "bool": r"true|false",
-    "int": r"[-+]?(?:0|[1-9][0-9_]*)",
+    "int": r"[-+]?(?:0|[1-9][0-9_]{0,17})",  # more digits, which 64 bits may not hold, are a float
     "float": _FLOAT,
 }.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"(?:{pattern})$"), None)
@@ -78,20 +93,28 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
-def parse_yaml(text: str) -> Any:
-    """The value that `text` describes.
+def parse_yaml(text: str | bytes) -> Any:
+    """The value that `text` describes, bytes in UTF-8.
 
     Raises:
-        ValueError: `text` is not valid YAML, or gives a key twice; one line with the place.
+        ValueError: `text` is longer than `LONGEST`, is not UTF-8 or not valid YAML, or gives a key
+            twice; one line with the place.
     """
+    if len(text) > LONGEST:
+        raise ValueError(f"it is longer than {LONGEST:,} characters")
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text.decode() if isinstance(text, bytes) else text, Loader=_Loader)
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not UTF-8 text; save it as UTF-8") from error
+    except ReaderError as error:
+        odd = f"character {error.position + 1} is {chr(error.character)!a}"
+        raise ValueError(f"{odd}, which YAML does not allow; remove it") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ValueError(f"{place}{error.problem or error.context}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        problem = str(error.problem or error.context)
+        remedy = next((f"; {remedy}" for said, remedy in REMEDIES.items() if said in problem), "")
+        raise ValueError(f"{place}{problem}{remedy}") from error
 
 
 def dump_yaml(value: Any) -> str:

@@ -108,6 +108,11 @@ def _changed(config: Config, overrides: Iterable[str]) -> Config:
                 f"override '{override}': the run is trained; only sample.*, evaluate.* and data."
                 f"{{{', '.join(PLACES)}}} can still change"
             )
+        if override.startswith("sample.num_images="):
+            raise ConfigError(
+                f"override '{override}': it sets the grids drawn in training; set "
+                "evaluate.fid_num_images"
+            )
     if config.data.name in USED_BY["download"]:
         overrides.insert(0, "data.download=false")
     return apply_overrides(config, overrides)

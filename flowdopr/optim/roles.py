@@ -17,14 +17,15 @@ the chunks of an adaLN modulation) with an integer attribute `fused_blocks`; the
 convolution count as such blocks as well.
 """
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+
+from flowdopr.patterns import finder
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 DECAYED = ("matrix", "conv")
@@ -143,26 +144,35 @@ def parameter_groups(
             say). The method's groups then carry `fused_blocks`.
 
     Raises:
-        ValueError: a pattern that matches no parameter, or a model without trainable parameters.
+        ValueError: a pattern that is no regular expression or matches no parameter, or a model
+            without trainable parameters.
     """
     roles = [role for role in parameter_roles(model) if role.parameter.requires_grad]
     if not roles:
         raise ValueError(f"{type(model).__name__} has no trainable parameter to optimize")
-    for pattern in adamw_for or ():
-        if not any(re.search(pattern, role.name) for role in roles):
+    found = {pattern: _finder(pattern) for pattern in adamw_for or ()}
+    for pattern, finds in found.items():
+        if not any(finds(role.name) for role in roles):
             raise ValueError(f"adamw_for: pattern '{pattern}' matches no parameter of the model")
     groups: dict[tuple, dict] = {}
     for role in roles:
         decay = weight_decay if role.kind in DECAYED else 0.0
         name, blocks = gp, 1
         if adamw_for is not None:
-            if role.kind in DECAYED and not any(re.search(p, role.name) for p in adamw_for):
+            if role.kind in DECAYED and not any(finds(role.name) for finds in found.values()):
                 blocks = role.blocks
             else:
                 name = "adamw"
         group = {"params": [], "gp": name, "fused_blocks": blocks, "weight_decay": decay}
         groups.setdefault((name, blocks, decay), group)["params"].append(role.parameter)
     return list(groups.values())
+
+
+def _finder(pattern: str) -> Callable[[str], bool]:
+    try:
+        return finder(pattern)
+    except ValueError as error:
+        raise ValueError(f"adamw_for: pattern '{pattern}': {error}; correct it") from None
 
 
 def split_by_dimension(params: Iterable, gp: str) -> list[dict]:

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flowdopr.config import Config, ConfigError, load_config, to_dict, to_yaml
+from flowdopr.config import Config, ConfigError, effective, load_config, to_dict, to_yaml
 from flowdopr.data import DatasetInfo
 from flowdopr.disk import LOCK, to_disk, write_text
 from flowdopr.models import build_model
@@ -69,7 +69,9 @@ class RunFolder:
             if not (path / name).is_file():
                 raise ConfigError(f"{path}: not a run folder: it has no {name}")
         info = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
-        return cls(path, load_config(path / "config.yaml"), DatasetInfo.from_dict(info))
+        return cls(
+            path, load_config(path / "config.yaml", follow_base=False), DatasetInfo.from_dict(info)
+        )
 
     @classmethod
     def create(
@@ -317,7 +319,7 @@ def check_same_run(
     Raises:
         ConfigError: names the first setting that differs, and both values.
     """
-    old, new = flat(to_dict(run.config)), flat(to_dict(config))
+    old, new = (flat(to_dict(effective(given))) for given in (run.config, config))
     for key in sorted(old.keys() | new.keys()):
         free = any(key == name or key.startswith(name + ".") for name in FREE_ON_RESUME)
         if not free and old.get(key) != new.get(key):

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from flowdopr.config import Config, ConfigError
+from flowdopr.config import Config, ConfigError, effective
 from flowdopr.data import DatasetInfo, check_start
 from flowdopr.disk import locked
 from flowdopr.flow import build_objective, build_sampling
@@ -45,6 +45,7 @@ def train(
         Interrupted: stopped by Ctrl-C or SIGTERM, after saving.
         TrainingFailed: the loss, the weights or the inputs of layers are not finite.
     """
+    config = effective(config)
     accelerator = make_accelerator(config)
     with accelerator.main_process_first():
         datasets = build_datasets(config)
@@ -91,6 +92,9 @@ def build_components(
     Raises:
         ConfigError, ValueError: settings that do not fit together; nothing has been written yet.
     """
+    if not dataset.num_classes:
+        config.flow.unused("flow.class_dropout_prob", "with data that have no classes")
+        config.evaluate.unused("evaluate.labels", "with data that have no classes")
     objective, sampling = build_objective(config), build_sampling(config)
     averages = averages_of(config)
     torch.manual_seed(config.seed)

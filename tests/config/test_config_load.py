@@ -84,58 +84,26 @@ def test_an_override_changes_one_value(write):
     assert apply_overrides(config, ["seed=7"]).seed == 7
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("optimizer.lrr=1", "optimizer.lrr: adamw has no such setting; did you mean 'lr'?"),
-        ("optimizer.lr=fast", 'optimizer.lr: input should be a valid number, got "fast"'),
-        ("optimizer.lr=-1", "optimizer.lr: input should be greater than 0, got -1"),
-        ("optimizer.lr=.nan", "optimizer.lr: "),
-        ("train.steps=1.5", "train.steps: "),
-        ("train.ema_decays=0.9", "train.ema_decays: must be a list, got 0.9; write [0.9]"),
-        ("train.ema_decays='.9, .99'", 'must be a list, got ".9, .99"; write [.9, .99]'),
-        ("evaluate.metrics=fd", 'evaluate.metrics: must be a list, got "fd"; write [fd]'),
-        ("train.ema_decays=null", "train.ema_decays: must be a list, got null"),
-        ("train.compile=yes", "train.compile: "),
-        ("data.name=digitz", "data.name: unknown value 'digitz'; did you mean 'digits'?"),
-        ("data.name=qqq", "data.name: unknown value 'qqq'; choose one of digits, mnist, fash"),
-        ("model.name=mlp", "model.name: unknown name 'mlp'; choose one of dit, unet"),
-        (
-            "model.patchsize=2",
-            "model.patchsize: dit has no such setting; did you mean 'patch_size'",
-        ),
-        ("train.accumulation_steps=3", "not a multiple of train.accumulation_steps 3"),
-        ("colour=red", "colour: unknown key"),
-        ("train.steps", "override 'train.steps': write section.key=value"),
-        ("name.first=x", "'name' is a value, not a section"),
-        ("seed=[1", "override 'seed=[1'"),
-        ("name=../escape", "name: "),
-        ("name=a/../../escape", "name: "),
-    ],
-)
-def test_wrong_values_are_one_line(write, override, words):
-    message = refused(write(SMALL), [override])
-    assert words in message
-    assert message.startswith(f"override '{override}': ")
-
-
 def test_an_error_names_where_it_is_from(write):
     path = write(SMALL.replace("lr: 1e-3", "lrr: 1"))
     assert refused(path) == f"{path}: optimizer.lrr: adamw has no such setting; did you mean 'lr'?"
     assert refused(path, ["seed=3"]).startswith(f"{path}: optimizer.lrr")
     both = refused(path, ["seed=x", "train.stepz=4"])
     assert f"{path}: optimizer.lrr: " in both
-    assert "override 'seed=x': seed: input should be a valid integer" in both
+    assert "override 'seed=x': seed: must be a whole number, got \"x\"" in both
     assert "override 'train.stepz=4': train.stepz: unknown key; did you mean 'steps'?" in both
     config = load_config(write(SMALL))
     with pytest.raises(ConfigError, match=r"^override 'seed=-1': seed: .* got -1$"):
         apply_overrides(config, ["seed=1", "seed=-1"])
 
 
-def test_of_many_errors_five_are_shown(write):
-    message = refused(write(SMALL), [f"train.a{number}=1" for number in range(7)])
-    assert message.count("unknown key") == 5
-    assert message.endswith("; and 2 more")
+def test_of_many_errors_thirty_are_shown(write):
+    message = refused(write(SMALL), [f"train.a{number}=1" for number in range(30)])
+    assert message.count("unknown key") == 30
+    assert " of " not in message
+    message = refused(write(SMALL), [f"train.a{number}=1" for number in range(47)])
+    assert message.count("unknown key") == 30
+    assert "the first 30 of 47 errors" in message
 
 
 def test_wrong_files_are_one_line(write, tmp_path):
@@ -144,7 +112,10 @@ def test_wrong_files_are_one_line(write, tmp_path):
     assert "given twice" in refused(write("train:\n  steps: 1\n  steps: 2\n"))
     assert "mapping of sections" in refused(write("- a\n- b\n"))
     assert "base of" in refused(write("base: gone.yaml\n"))
-    assert "leads back" in refused(write("base: config.yaml\n"))
+    assert "base: config.yaml leads back" in refused(write("base: config.yaml\n"))
+    for number in range(12):
+        write(f"base: {number + 1}.yaml\n", f"{number}.yaml")
+    assert "or there are more than 10 bases" in refused(tmp_path / "0.yaml")
     assert "train: missing" in refused(write("name: a\ndata: {name: digits}\nmodel: {name: dit}\n"))
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
     assert "cannot be read" in refused(tmp_path / "latin.yaml")
@@ -180,7 +151,8 @@ def test_any_value_of_any_setting_is_taken_or_refused_in_one_line(write):
 def test_a_folder_is_answered_with_the_file_in_it(write, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert refused(empty) == f"{empty}: is a folder, not a config; give a YAML file"
+    cannot = "cannot be read as a config: it is a folder; give"
+    assert refused(empty) == f"{empty}: {cannot} a YAML file"
     for name in ("study.yaml", "config.yaml"):  # of a study, of a run
         write(SMALL, f"run/{name}")
         assert refused(tmp_path / "run").endswith(f"give {tmp_path / 'run' / name}")
@@ -199,37 +171,18 @@ def test_a_folder_is_answered_with_the_file_in_it(write, tmp_path):
         ("? [a, b]\n: 1", "is not a word; put it in quotes"),
         ("? {a: 1}\n: 1", "is not a word; put it in quotes"),
         ("null: 1", "the key None is not a word"),
-        ('"a\\nb": 1', "a b: unknown key"),
-        ('name: "\\uD800"', "surrogate"),
-        ("seed: " + "9" * 5000, "limit"),
+        ('"a\\nb": 1', r"line 1, column 1: the text holds '\n', which no setting takes; remove it"),
+        ('name: "\\uD800"', r"the text holds '\ud800'"),
+        ('output: "\\0"', r"the text holds '\x00'"),
+        ("seed: " + "9" * 5000, "seed: must be a whole number, got Infinity"),
         ("a: b: c", "line 1, column 5: "),
         ("--- a\n--- b", "line 2"),
-        ("a: \0", "special characters are not allowed"),
+        ("a: \0", r"character 4 is '\x00', which YAML does not allow; remove it"),
+        ("a: [" + "1, " * 40_000 + "]", "it is longer than 100,000 characters"),
+        ("'': 1", ": '': unknown key; known here: name, "),
     ],
 )
 def test_yaml_that_no_config_needs_ends_in_one_line(write, text, words):
     message = refused(write(text))
     assert words in message
     assert len(message) < 500
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("optimizer.dopr.damping=-1", "optimizer.dopr.damping: input should be greater than or eq"),
-        (
-            "sample.solver.grid=fast",
-            "sample.solver.grid.name: unknown name 'fast'; choose one of uni",
-        ),
-        (
-            "optimizer.dopr.rules=[{patern: x}]",
-            "optimizer.dopr.rules.0.patern: unknown key; did yo",
-        ),
-        (
-            "compare={arms: [{name: a, lrs: [1], st: 3}]}",
-            "compare.arms.0.st: unknown key; did you mean 'set'?",
-        ),
-    ],
-)
-def test_errors_inside_lists_and_choices_name_their_place(write, override, words):
-    assert words in refused(write(SMALL), [override])

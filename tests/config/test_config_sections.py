@@ -2,15 +2,18 @@
 nothing, which cannot be written."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from flowdopr.cli import run_command
 from flowdopr.config import (
     ConfigError,
     DoPrConfig,
     apply_overrides,
+    effective,
     load_config,
     to_dict,
     to_yaml,
@@ -28,6 +31,7 @@ data: {name: digits}
 model: {name: dit}
 train: {steps: 10, global_batch_size: 8}
 """
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SECTIONS = choices(Config.model_fields["optimizer"])
 
 
@@ -158,22 +162,16 @@ NOTHING = {
     "evaluate.extractor.weights=w.pth": "classifier has no such setting; it belongs to inception",
     "optimizer.momentum=0.5": "adamw has no such setting",
     "optimizer.damping=1": "adamw has no such setting; did you mean 'dopr.damping'?",
+    'optimizer.dopr.rules=[{"pattern":"x","mode":"none","bias":true}]': "bias=true is not used",
     "optimizer.name=kfac optimizer.dopr.damping=1": "kfac has no such setting",
     "optimizer.dopr.unit_scale=true": "optimizer.dopr.unit_scale: unknown key",
-    "data.num_workers=2": "data.num_workers is not used by data.name=digits",
-    "data.held_out_fraction=0.5 data.name=mnist": "data.held_out_fraction is not used by data.name",
     "data.resize=adm data.name=folder": "data.resize=adm needs data.image_size",
-    "model=unet model.num_heads=2 model.head_channels=8": "model.num_heads=2 is not used beside mo",
-    "model.size=B model.depth=1 model.hidden_size=8 model.num_heads=2": "model.size=B is not used",
-    "data.root=elsewhere": "data.root is not used by data.name=digits",
-    "model.class_conditional=false flow.class_dropout_prob=0.5": "class_dropout_prob is not us",
-    "model.class_conditional=false evaluate.labels=data": "evaluate.labels is not used with model",
     "optimizer.name=AdamW": "unknown name 'AdamW'; did you mean 'adamw'?",
     "optimizer.name=dopr-moun": "unknown name 'dopr-moun'; did you mean 'dopr-muon'?",
     "optimizer.name=dopr-kfac": "unknown name 'dopr-kfac'; choose one of dopr-sgd, dopr-adamw",
     "optimizer=[]": "optimizer: must be one of the names sgd, adamw,",
     "sample.solver=3": "sample.solver: must be one of the names euler,",
-    "flow=null": "flow: must be a mapping of settings, got null",
+    "flow=null": "flow: must be a mapping such as {path: ...}, got null",
 }
 
 
@@ -185,6 +183,67 @@ def test_a_setting_that_would_do_nothing_cannot_be_written(load, overrides):
         assert NOTHING[overrides] in str(caught.value)
         assert str(caught.value).startswith("override '")
         assert "\n" not in str(caught.value)
+
+
+IDLE = {  # a setting that the settings behind it leave without effect, and its default
+    ("data.root=elsewhere", "data"): "",
+    ("data.download=false", "true"): "",
+    ("data.num_workers=2", "0"): "",
+    ("data.resize=adm", "bilinear"): "",
+    ("data.held_out_root=other", "null"): "",
+    ("data.autoencoder=other", "null"): "",
+    ("data.source_root=other", "null"): "",
+    ("data.held_out_fraction=0.5", "0.1"): "data.name=mnist",
+    ("data.image_size=8", "null"): "data.name=latents",
+    ("data.channels=1", "null"): "data.name=latents",
+    ("model.size=B", "S"): "model.depth=1 model.hidden_size=8 model.num_heads=2",
+    ("model.num_heads=2", "4"): "model=unet model.head_channels=8",
+    ("model.resample=pool", "conv"): "model=unet model.channel_multipliers=[1]",
+    ("flow.class_dropout_prob=0.5", "0.1"): "model.class_conditional=false",
+    ("evaluate.labels=data", "balanced"): "model.class_conditional=false",
+    ("flow.coupling=exact", "independent"): "train.accumulation_steps=8",
+    ("flow.time.stratified=false", "true"): "train.global_batch_size=1",
+    ("optimizer.nesterov=true", "false"): "optimizer=sgd",
+    ("optimizer.nesterov=false", "true"): "optimizer=muon optimizer.momentum=0",
+    ("optimizer.dopr.conv_mode=sua", "auto"): "optimizer=dopr-sgd",
+    ("train.lr_decay=cosine", "constant"): "train.warmup_steps=10",
+}
+
+
+@pytest.mark.parametrize(("setting", "default"), IDLE)
+def test_a_setting_that_others_leave_idle_is_refused_unless_it_is_the_default(
+    load, setting, default
+):
+    others = IDLE[setting, default].split()
+    key, _, value = setting.partition("=")
+    with pytest.raises(ConfigError) as caught:
+        load("", *others, setting)
+    said = f"override {setting!r}: {key}={value} is not used "
+    assert str(caught.value).startswith(said)
+    assert str(caught.value).endswith(f": remove it, or set {key}={default}")
+    assert load("", *others, f"{key}={default}") == load("", *others)
+
+
+def test_a_file_takes_back_what_its_base_sets_and_it_leaves_idle(load):
+    base = "flow: {class_dropout_prob: 0.3}\n"
+    with pytest.raises(ConfigError, match=r"set flow.class_dropout_prob=0.1$"):
+        load("model: {class_conditional: false}\n", base=base)
+    text = "model: {class_conditional: false}\nflow: {class_dropout_prob: 0.1}\n"
+    assert not load(text, base=base).model.class_conditional
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "words"),
+    [
+        ("compare", "seed=3", "in a study it comes from compare.seeds; set that"),
+        ("compare", "optimizer.lr=1", "in a study it comes from the lrs of compare.arms; set that"),
+        ("encode --autoencoder x --out y", "train.steps=3", "only data.* is used here; remove it"),
+    ],
+)
+def test_an_override_that_a_command_does_not_use_is_refused(capsys, command, override, words):
+    name, *options = command.split()
+    assert run_command([name, str(QUICKSTART), *options, override]) == 2
+    assert capsys.readouterr().err == f"flowdopr: override {override!r}: {words}\n"
 
 
 def test_a_name_with_dopr_and_without_it_at_once_is_refused(load):
@@ -234,6 +293,21 @@ def test_every_optimizer_is_built_from_the_config(load, name):
     assert (type(optimizer) is DoPr) == name.startswith("dopr-")
     if "muon" in name:
         assert optimizer.param_groups[0]["ns_dtype"] is torch.bfloat16
+
+
+def test_the_config_of_a_run_says_which_learning_rate_a_null_stands_for(load, tmp_path, capsys):
+    config = load("", "optimizer=dopr-muon", "optimizer.lr=2")
+    assert effective(config).optimizer.adamw_lr == 2
+    assert effective(load("", "optimizer=muon", "optimizer.adamw_lr=3")).optimizer.adamw_lr == 3
+    assert effective(load()) == load()
+    assert apply_overrides(config, ["optimizer.lr=5"]).optimizer.adamw_lr is None
+    for command, value in (
+        ("train", "2.0"),
+        ("compare", "null"),
+    ):  # each run of a study has its own
+        settings = [str(tmp_path / "small.yaml"), "optimizer=muon", "optimizer.lr=2"]
+        assert run_command([command, *settings, "--print-config"]) == 0
+        assert f"adamw_lr: {value}\n" in capsys.readouterr().out
 
 
 def test_the_whole_config_is_plain_values(load):

@@ -161,6 +161,11 @@ def test_what_the_weights_depend_on_cannot_be_overridden(make_run, key):
         evaluate(make_run().path, [f"{key}=8"])
 
 
+def test_the_number_of_images_in_training_grids_is_no_setting_of_an_evaluation(make_run):
+    with pytest.raises(ValueError, match=r"sets the grids drawn in training; set evaluate.fid_num"):
+        evaluate(make_run().path, ["sample.num_images=8"])
+
+
 def test_other_images_than_the_runs_are_refused(make_run):
     run = make_run()
     info = read(run.path / "dataset.json") | {"fingerprint": "0" * 64}

@@ -26,6 +26,17 @@ def test_training_refuses(settings, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("setting", ["flow.class_dropout_prob=0.3", "evaluate.labels=data"])
+def test_labels_of_data_without_classes_are_refused(setting, tmp_path, write_images):
+    root = write_images(tmp_path / "flat", {"": 12})
+    data = ["data.name=folder", f"data.root={root}", f"output={tmp_path / 'runs'}", setting]
+    with pytest.raises(
+        ValueError, match=f"^{setting} is not used with data that have no classes: "
+    ):
+        train(apply_overrides(make_config(tmp_path / "runs"), data))
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -297,8 +297,8 @@ def test_numbers_beyond_the_dtype_are_refused(encode):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("latents", {"image_size": 16}, "data.image_size is not used by data.name=latents"),
-        ("digits", {"source_root": "x"}, "data.source_root is not used by data.name=digits"),
+        ("latents", {"image_size": 16}, "data.image_size=16 is not used by data.name=l"),
+        ("digits", {"source_root": "x"}, "data.source_root=x is not used by data.name=d"),
     ],
 )
 def test_settings_of_the_other_kind_are_refused(make_config, name, settings, message):

@@ -66,6 +66,26 @@ def test_blocks_must_divide_the_rows():
         parameter_roles(nn.Sequential(layer))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(", r"adamw_for: pattern '\(': not a regular expression \(unclosed group\); corr"),
+        ("(?!x)", "look-around, including look-ahead and look-behind, is not supported\\); cor"),
+        ("((a{1000}){1000}){1000}", "Compiled regex exceeds size limit of "),
+        ("nowhere", "adamw_for: pattern 'nowhere' matches no parameter"),
+        ("(.*)*!", "matches no parameter"),  # Python's `re` would try for years
+    ],
+)
+def test_a_pattern_is_found_in_linear_time_or_refused(pattern, message):
+    model = nn.Module()
+    model.add_module("a" * 200, nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=message):
+        parameter_groups(model, "muon", weight_decay=0.0, adamw_for=[pattern])
+    rule = {"pattern": pattern, "mode": "none"}
+    with pytest.raises(ValueError, match="layer rule"):
+        DoPr(torch.optim.SGD(model.parameters()), model, rules=[rule])
+
+
 def test_groups_claim_each_parameter_once_and_decay_matrices_only():
     model = Model()
     groups = parameter_groups(model, "muon", weight_decay=0.1, adamw_for=["attention.out_proj"])

@@ -126,6 +126,15 @@ def test_a_run_with_a_checkpoint_is_not_overwritten(create):
         create("optimizer.lr=0.25")
 
 
+def test_a_run_folder_leads_to_no_config_outside_it(create, tmp_path):
+    run = create()
+    (tmp_path / "other.yaml").write_text("seed: 3\n")
+    text = (run.path / "config.yaml").read_text()
+    (run.path / "config.yaml").write_text(f"base: {tmp_path}/other.yaml\n{text}")
+    with pytest.raises(ConfigError, match=r"config.yaml: base: this file must stand alone; write"):
+        RunFolder.open(run.path)
+
+
 def test_a_folder_of_something_else_is_refused(create, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("precious")

@@ -3,7 +3,6 @@ parameter that is left to the gradient preconditioner (GP) alone."""
 
 import logging
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -17,6 +16,7 @@ from flowdopr.linalg import is_sharded
 from flowdopr.optim.dopr.conv_views import ChannelView, MeanChannelView, PatchView, TransposedView
 from flowdopr.optim.dopr.processes import has_whole_rows
 from flowdopr.optim.dopr.views import BiasedLinearView, EmbeddingView, LayerView, LinearView
+from flowdopr.patterns import finder
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -39,7 +39,8 @@ class LayerRule:
     """How to precondition the layers whose module names a regular expression finds.
 
     Args:
-        pattern: searched in the name of the module; the empty one matches every layer.
+        pattern: searched in the name of the module, without look-around; the empty one matches
+            every layer.
         mode: "auto" (by the layer's kind and size), "none" (GP alone), "full", "blocks" (equal, at
             most `max_side` wide), "diagonal"; for convolutions also "sua" (one channel Sigma for
             all offsets of the kernel) and "sua-mean" (the same with the mean's cross terms).
@@ -62,9 +63,9 @@ class LayerRule:
         if self.mode not in known:
             self._refuse(f"mode is {self.mode!r}, it must be one of {', '.join(known)}")
         try:
-            re.compile(self.pattern)
-        except re.error as error:
-            self._refuse(f"not a regular expression ({error}); correct it")
+            finder(self.pattern)
+        except ValueError as error:
+            self._refuse(f"{error}; correct it")
         if self.max_side is not None:
             if not is_count(self.max_side):
                 self._refuse(f"max_side is {self.max_side}, it must be a whole number of 1 or more")
@@ -219,7 +220,7 @@ def _walk(
         if known is not None:
             rule = known.rule
         else:
-            number = next((i for i, r in enumerate(rules) if re.search(r.pattern, name)), None)
+            number = next((i for i, r in enumerate(rules) if finder(r.pattern)(name)), None)
             rule = defaults.rule(module) if number is None else rules[number]
             used.add(-1 if number is None else number)
         if owners[id(weight)] > 1 or not _trains_bias(module):
