@@ -22,7 +22,7 @@ SECONDS_BETWEEN_LINES = 10.0
 # One console for everything: rich can print a line above a bar only if both use the same console.
 console = Console(stderr=True)
 
-_running: list[Counter] = []  # the innermost last
+_running: list[object] = []  # work that tells its progress by str(), the innermost last
 _printed = time.monotonic()  # when the last line was printed
 
 
@@ -66,19 +66,27 @@ def counting(what: str, total: int, *, completed: int = 0, shown: bool = True) -
     hidden = not (shown and console.is_terminal)
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         counter = Counter(what, bar, total, completed)
-        _running.append(counter)
-        try:
+        with telling(counter):
             yield counter
-        finally:
-            _running.remove(counter)
+
+
+@contextmanager
+def telling(work: object) -> Iterator[None]:
+    """Within the block, str(work) is the progress that `heartbeat` prints."""
+    _running.append(work)
+    try:
+        yield
+    finally:
+        _running.remove(work)
 
 
 @contextmanager
 def heartbeat(name: str) -> Iterator[None]:
     """Within the block, print a line whenever there was none for `SECONDS_BETWEEN_LINES`.
 
-    The line is the innermost running count, or else says that `name` is at work. Only the first
-    process of a launch prints it, and only where stderr is no terminal, which has bars instead.
+    The line is what the innermost block of `counting` or `telling` says, or else that `name` is at
+    work. Only the first process of a launch prints it, and only where stderr is no terminal, which
+    has bars instead.
     """
     if console.is_terminal or os.environ.get("RANK", "0") != "0":
         yield

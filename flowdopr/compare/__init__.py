@@ -23,7 +23,7 @@ from flowdopr.config import Config, ConfigError, apply_overrides, to_yaml
 from flowdopr.disk import locked, write_text
 from flowdopr.evaluate import trained_classifier
 from flowdopr.latents import build_pixel_datasets
-from flowdopr.terminal import print_line
+from flowdopr.terminal import print_line, telling
 from flowdopr.train import Interrupted
 
 __all__ = ["StudyFailed", "check_overrides", "compare"]
@@ -112,7 +112,7 @@ def _execute(config: Config, plans: Sequence[RunPlan], done: int) -> list[str]:
         _train_classifiers(plans)
         workers = study_settings(config).workers
         executor = Executor(lambda plan: [*worker, plan.name], workers=workers)
-        with Display(done + len(plans), done) as display:
+        with Display(done + len(plans), done) as display, telling(display):
             executor.execute(plans, display)
     if executor.signum:
         raise Interrupted(

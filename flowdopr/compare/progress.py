@@ -1,4 +1,4 @@
-"""The progress of a study: bars in a terminal, elsewhere a line for each run now and then."""
+"""The progress of a study: bars in a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from flowdopr.compare.cards import wanted_cards
 from flowdopr.compare.plan import RunPlan
-from flowdopr.terminal import SECONDS_BETWEEN_LINES, console, print_line
+from flowdopr.terminal import console, print_line
 
 TRAINING_SHARE = 0.8
 """Part of a run's bar that stands for training; the rest is evaluation."""
@@ -54,7 +54,7 @@ class Display:
     def __init__(self, total: int, done: int):
         self.total, self.done = total, done
         self._began = time.monotonic()
-        self._last_line: dict[str, float] = {}  # when a plain line was last printed, by run
+        self._notes: dict[str, str] = {}  # what the running runs do, by name
         self._tasks: dict[str, TaskID] = {}
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -74,21 +74,21 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
+    def __str__(self) -> str:
+        runs = "; ".join(f"{name}: {note}" for name, note in self._notes.items())
+        return f"[{self.done}/{self.total}] {runs}"
+
     def started(self, name: str) -> None:
-        self._last_line[name] = time.monotonic()
         self._tasks[name] = self._bar.add_task(name, total=1.0, note="starting")
 
     def update(self, running: Sequence[RunPlan]) -> None:
         """Read and show the progress of the runs that are running."""
-        now, completed = time.monotonic(), float(self.done)
+        completed, self._notes = float(self.done), {}
         for plan in running:
             fraction, note = progress_of(plan)
             completed += fraction
             self._bar.update(self._tasks[plan.name], completed=fraction, note=note)
-            due = now - self._last_line[plan.name] >= SECONDS_BETWEEN_LINES
-            if due and not console.is_terminal:
-                self._last_line[plan.name] = now
-                print_line(f"[{self.done}/{self.total}] {plan.name}: {note}")
+            self._notes[plan.name] = note
         note = f"{self.done} of {self.total} runs"
         self._bar.update(self._overall, completed=completed, note=note)
 

@@ -149,8 +149,8 @@ class SampleConfig(Section):
     guidance: GuidanceConfig | None = None
     """Guidance of the rollouts. null: none."""
     batch_size: Count = 256
-    """Images rolled out together. Image i does not depend on it with fixed steps; with adaptive
-    solvers and implicit Adams, which choose steps for a batch, it does within `atol` and `rtol`.
-    """
+    """Images rolled out together, by one process. Image i does not depend on it with fixed steps;
+    with adaptive solvers and implicit Adams, which choose steps for a batch, it does within `atol`
+    and `rtol`."""
     num_images: Count = 64
     """Images in a training run's sample grids."""

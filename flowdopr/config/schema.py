@@ -157,7 +157,8 @@ class InceptionConfig(Section):
     name: Literal["inception"]
     """Feature space: torch-fidelity's Inception network; gives FID."""
     weights: str | None = None
-    """Path of its weights. null: downloaded at first use."""
+    """Path of its weights, a file of tensors that can run no code. null: downloaded at first
+    use."""
 
 
 class ImageNetConfig(Section):
