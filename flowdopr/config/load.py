@@ -252,8 +252,11 @@ def _resolved(values: Values, overrides: Iterable[str], place: str) -> Config:
     for override in overrides:
         states.append((_named(override), _override(states[-1][1], override)))
     if values.keys() <= DATA_ALONE and not {"model", "train"} & states[-1][1].keys():
-        remedy = _with_base(Path(place))
-        raise ConfigError(f"{place}: describes a data set alone, as a base of configs; {remedy}")
+        on_it = sorted(map(str, Path(place).parent.glob(f"{Path(place).stem}-*.yaml")))
+        raise ConfigError(
+            f"{place}: describes a data set alone; give a config that has it as its base"
+            + (f", such as {on_it[0]}" if on_it else "")
+        )
     config, wrong = _validated(states[-1][1])
     if config is not None:
         return config
@@ -266,14 +269,6 @@ def _resolved(values: Values, overrides: Iterable[str], place: str) -> Config:
         by_source.setdefault(source_of[line], []).append(line)
     message = "; ".join(f"{source}: {'; '.join(lines)}" for source, lines in by_source.items())
     raise ConfigError(message)
-
-
-def _with_base(base: Path) -> str:
-    """The remedy for a file that is only the base of other configs."""
-    for path in sorted(base.parent.glob("*.yaml")):
-        if f"\nbase: {base.name}\n" in path.read_text(encoding="utf-8", errors="replace"):
-            return f"give one of them, such as {path}"
-    return f"write one with base: {base.name}"
 
 
 def _validated(values: Values) -> tuple[Config | None, list[str]]:
