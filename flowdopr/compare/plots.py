@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,13 +26,16 @@ def draw_all(study: Study) -> dict[str, Figure]:
         "scatter": scatter(study),
         "nfe": by_nfe(study),
         "training": training(study),
+        "spectrum": spectrum(study),
+        "loss-by-time": loss_by_time(study),
         "learning-rate": by_learning_rate(study),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def scatter(study: Study) -> Figure | None:
-    """FD against one-step loss: a marker for each run, hollow if its learning rate is not tuned."""
+    """FD against one-step loss: a marker for each run, hollow if it is not reported, and a line for
+    the training of each reported run."""
     figure, (axes,) = _figure(1)
     drawn = False
     for arm in study.arms:
@@ -42,6 +46,9 @@ def scatter(study: Study) -> Figure | None:
             x, y = _columns(points)
             axes.plot(x, y, style.marker, color=style.colour, markerfacecolor=face, markersize=8)
             drawn = drawn or bool(points)
+        for run in arm.reported.runs:
+            x, y = _columns(_series(run.curve, "one_step_loss", "fd"))
+            axes.plot(x, y, color=style.colour, linewidth=0.8, alpha=0.45)
     rollouts = f"{study.metric} of the rollouts (lower is better)"
     _label(axes, "held-out one-step loss (lower is better)", rollouts)
     _legend(axes, study, lines=False)
@@ -70,6 +77,51 @@ def by_nfe(study: Study) -> Figure | None:
     _label(axes, "NFE: model calls per image", f"{study.metric} of the rollouts")
     _legend(axes, study)
     return figure if most > 1 else None
+
+
+def spectrum(study: Study) -> Figure | None:
+    """Variance of the rollouts over the data's along groups of principal directions."""
+    figure, (axes,) = _figure(1)
+    most = _draw_arms(axes, study, lambda run: _numbered(run.final.spectrum if run.final else ()))
+    floor = next((run.floor for run in study.runs if run.floor and run.floor.spectrum), None)
+    if floor is not None:
+        axes.plot(*_columns(_numbered(floor.spectrum)), ":", color="#52606d", label="real images")
+    axes.axhline(1, color="#9aa5b1", linewidth=0.8)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.6)))
+    axes.set_xlabel("groups of principal directions, by falling variance of the data")
+    axes.set_ylabel("variance of rollouts / of data")
+    _legend(axes, study)
+    return figure if most > 1 else None
+
+
+def loss_by_time(study: Study) -> Figure | None:
+    """Each reported arm's one-step loss in each bin of time, over the mean of the arms there."""
+    found = {}
+    for arm in study.arms:
+        runs = [run.final for run in arm.reported.runs if run.final]
+        lists = [(run.one_step_loss_by_time, run.one_step_loss_by_time_se) for run in runs]
+        values = np.array([pair for pair in lists if pair[0] and pair[1]], dtype=float)
+        if len(values):
+            found[arm.name] = values.mean(0)  # (2, bins)
+    if not found:
+        return None
+    figure, (axes,) = _figure(1)
+    mean = np.mean([losses for losses, _ in found.values()], axis=0)
+    middles = (np.arange(len(mean)) + 0.5) / len(mean)
+    for number, (name, (losses, errors)) in enumerate(found.items()):
+        style, shift = study.styles[name], 0.006 * (number - (len(found) - 1) / 2)
+        look: dict[str, Any] = {
+            "color": style.colour,
+            "marker": style.marker,
+            "linestyle": style.line,
+        }
+        axes.errorbar(middles + shift, losses / mean, 2 * errors / mean, **look, markersize=4)
+    axes.set_xlabel("time t, from noise to data")
+    axes.set_ylabel("one-step loss / mean of the arms")
+    _legend(axes, study)
+    return figure
 
 
 def by_learning_rate(study: Study) -> Figure | None:
@@ -134,6 +186,10 @@ def _series(evaluations: Iterable[Evaluation], x: str, y: str) -> Series:
     """The fields `x` and `y` of the evaluations that have both."""
     pairs = [(getattr(one, x), getattr(one, y)) for one in evaluations]
     return [pair for pair in pairs if None not in pair]
+
+
+def _numbered(values: Iterable[float | None]) -> Series:
+    return [(number, value) for number, value in enumerate(values, 1) if value is not None]
 
 
 def _columns(points: Series) -> tuple[list[float], list[float]]:

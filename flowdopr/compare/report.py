@@ -16,7 +16,7 @@ from flowdopr.compare.formats import count, number, percent, seconds
 from flowdopr.compare.plan import study_settings
 from flowdopr.compare.plots import draw_all
 from flowdopr.compare.results import RunResult
-from flowdopr.compare.statistics import ranked, spread
+from flowdopr.compare.statistics import spread
 from flowdopr.compare.study import Study
 from flowdopr.compare.table import Row, rows, shared_values, shown_rows, to_csv, to_results
 from flowdopr.config import to_yaml
@@ -25,9 +25,12 @@ from flowdopr.evaluate.card import write_json
 
 CAPTIONS = {
     "scatter": "Rollout quality against one-step loss, one marker a run: down and left is better. "
-    "Hollow: not at the tuned learning rate.",
+    "Hollow: not reported. Thin: over training.",
     "training": "Both over training: the mean of each arm, its seeds thin.",
     "nfe": "Rollout quality by model calls per image, last checkpoint.",
+    "spectrum": "Variance of the rollouts along the principal directions of the data, over the "
+    "data's own: 1 is right. Dotted: real held-out images.",
+    "loss-by-time": "One-step loss by time, over the mean of all arms; bars: two standard errors.",
     "learning-rate": "Rollout quality by learning rate; the tuned one is filled.",
 }
 METRIC_WORDS = {
@@ -63,11 +66,9 @@ def render(study: Study, table: Sequence[Row], pictures: dict[str, bytes]) -> st
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    ranking = ranked(study.arms)
     return environment.get_template("report.html").render(
         study=study,
         subtitle=_subtitle(study),
-        winner=ranking[0][1].arm if len(ranking) > 1 else None,
         metric_words=METRIC_WORDS[study.metric],
         table=shown_rows(study, table),
         shared=shared_values(study, table),

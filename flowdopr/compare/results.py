@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from flowdopr.compare.cards import Card, CardRequest, RunSnapshot
 from flowdopr.compare.plan import RunPlan
 from flowdopr.runs import RunFolder
 
 Status = Literal["done", "failed", "unfinished", "not started"]
-Metric = Literal["fd", "one_step_loss", "label_accuracy"]
+Metric = Literal[
+    "fd", "kid_mean", "precision", "recall", "spectrum_error", "one_step_loss", "label_accuracy"
+]
 """The metrics that are compared, as fields of `Evaluation`."""
+LISTS = ("spectrum", "one_step_loss_by_time", "one_step_loss_by_time_se")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The numbers of one evaluation card. `nfe` counts model calls per image."""
+    """The numbers of one evaluation card, named as there. `nfe` counts model calls per image."""
 
     step: int
     one_step_loss: float | None = None
     fd: float | None = None
     """Frechet distance of the rollouts, FD or FID as `RunResult.metric` says; lower is better."""
+    kid_mean: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    spectrum_error: float | None = None
     label_accuracy: float | None = None
+    spectrum: tuple[float | None, ...] = ()
+    one_step_loss_by_time: tuple[float | None, ...] = ()
+    one_step_loss_by_time_se: tuple[float | None, ...] = ()
     nfe: float | None = None
     num_images: int | None = None
 
@@ -47,6 +57,8 @@ class RunResult:
     """Evaluations of the last checkpoint, by NFE."""
     by_noise: tuple[Evaluation, ...] = ()
     """Evaluations of the last checkpoint with other evaluation seeds than the study's own."""
+    floor: Evaluation | None = None
+    """The same metrics of real held-out images."""
     global_batch_size: int = 0
     images_seen: int = 0
     seconds_per_step: float | None = None
@@ -91,6 +103,7 @@ def _finished(run: RunSnapshot, folder: RunFolder) -> RunResult:
         reason=f"the {metric} of its samples is not finite" if final.fd is None else "",
         metric=metric,
         final=final,
+        floor=_numbers(run.plan.config.train.steps, card.get("floor") or {}),
         curve=_evaluations(run, (*run.wanted.curve, run.wanted.final)),
         by_nfe=_evaluations(run, run.wanted.by_nfe),
         by_noise=_evaluations(run, run.wanted.by_noise),
@@ -112,15 +125,17 @@ def _evaluations(run: RunSnapshot, requests: Sequence[CardRequest]) -> tuple[Eva
 
 
 def _evaluation(card: Card) -> Evaluation:
-    metrics = card["metrics"]
-    return Evaluation(
-        step=card["step"],
-        one_step_loss=metrics.get("one_step_loss"),
-        fd=metrics.get("fid", metrics.get("fd")),
-        label_accuracy=metrics.get("label_accuracy"),
-        nfe=card["sampling"]["nfe"],
-        num_images=card["settings"]["sampling"]["num_images"],
-    )
+    found = _numbers(card["step"], card["metrics"])
+    num_images = card["settings"]["sampling"]["num_images"]
+    return replace(found, nfe=card["sampling"]["nfe"], num_images=num_images)
+
+
+def _numbers(step: int, metrics: Card) -> Evaluation:
+    """The metrics of a card, or of its floor, that a study shows."""
+    values: dict[str, Any] = {name: metrics.get(name) for name in get_args(Metric)}
+    values["fd"] = metrics.get("fid", metrics.get("fd"))
+    values |= {name: tuple(metrics.get(name) or ()) for name in LISTS}
+    return Evaluation(step, **values, num_images=metrics.get("num_images"))
 
 
 def _extractor(card: Card) -> str:

@@ -10,16 +10,69 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from flowdopr.compare.formats import NONE, learning_rate, mean_sd, memory, number, percent, seconds
 from flowdopr.compare.results import Metric, RunResult
-from flowdopr.compare.statistics import ArmSummary, RateSummary, rank_correlations
+from flowdopr.compare.statistics import (
+    ArmSummary,
+    RateSummary,
+    Spread,
+    rank_correlations,
+    spread,
+)
 from flowdopr.compare.study import Study
 
 Row = dict[str, Any]
+
+
+class Cell(NamedTuple):
+    """A cell of the report's table, and whether it is the best of its column."""
+
+    text: str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric in the report's table."""
+
+    metric: Metric
+    title: str
+    digits: int = 3
+    rises: bool = False
+    """Whether more is better."""
+
+    def of(self, arm: ArmSummary) -> Spread | None:
+        return arm.reported.spread(self.metric)
+
+    def titled(self, study: Study) -> str:
+        title = study.metric if self.metric == "fd" else self.title
+        return f"{title} {'↑' if self.rises else '↓'}"
+
+    def text(self, values: Spread | None) -> str:
+        return percent(values) if self.metric in SHARES else mean_sd(values, self.digits)
+
+    def best(self, arms: Sequence[ArmSummary]) -> str | None:
+        """The arm of the best mean, where several have one."""
+        means = {arm.name: values.mean for arm in arms if (values := self.of(arm))}
+        if len(means) < 2:
+            return None
+        return (max if self.rises else min)(means, key=means.__getitem__)
+
+
+SHARES = ("precision", "recall", "label_accuracy")
+COLUMNS = (
+    Column("fd", ""),
+    Column("kid_mean", "KID"),
+    Column("precision", "precision", rises=True),
+    Column("recall", "recall", rises=True),
+    Column("spectrum_error", "spectrum error"),
+    Column("one_step_loss", "one-step loss", digits=4),
+    Column("label_accuracy", "label accuracy", rises=True),
+)
 
 
 def rows(study: Study) -> list[Row]:
@@ -41,13 +94,11 @@ def _row(metric: str, arm: ArmSummary) -> Row:
         "lr_grid_size": len(arm.rates),
         "lr_by_one_step_loss": arm.tuned_by_loss.lr if arm.tuned_by_loss else None,
         "metric": metric,
-        **_mean_and_sd(rate, "fd"),
+        **{key: value for one in COLUMNS for key, value in _mean_and_sd(rate, one.metric).items()},
         "seeds": len(rate.runs),
         "seeds_failed": rate.failed,
         "fd_images": final.num_images if final else None,
         "nfe": final.nfe if final else None,
-        **_mean_and_sd(rate, "one_step_loss"),
-        **_mean_and_sd(rate, "label_accuracy"),
         "images_seen": first.images_seen if first else None,
         "seconds_per_step": median(speeds) if speeds else None,
         "peak_memory_bytes": max(memories, default=None),
@@ -77,22 +128,30 @@ def to_csv(table: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def shown_rows(study: Study, table: Sequence[Row]) -> list[Row]:
-    """The text of the report's table, by column title."""
-    return [
-        {
-            "optimizer": arm.name,
-            "learning rate": f"{learning_rate(row['lr'])} (of {len(arm.rates)})",
-            f"{study.metric} ↓": mean_sd(arm.reported.spread("fd"), 3),
-            "one-step loss ↓": mean_sd(arm.reported.spread("one_step_loss")),
-            "label accuracy ↑": percent(arm.reported.spread("label_accuracy")),
-            "seeds": f"{row['seeds']}"
-            + f", {row['seeds_failed']} failed" * (row["seeds_failed"] > 0),
-            "a step": seconds(row["seconds_per_step"]),
-            "peak memory": memory(row["peak_memory_bytes"]),
-        }
-        for arm, row in zip(study.arms, table, strict=True)
-    ]
+def shown_rows(study: Study, table: Sequence[Row]) -> list[dict[str, Cell]]:
+    """The cells of the report's table by column title: a row for each arm, and one for real images
+    where they were measured. A metric that no arm has gets no column."""
+    columns = [one for one in COLUMNS if any(one.of(arm) for arm in study.arms)]
+    best = {one.metric: one.best(study.arms) for one in columns}
+    shown = []
+    for arm, row in zip(study.arms, table, strict=True):
+        failed = f", {row['seeds_failed']} failed" * (row["seeds_failed"] > 0)
+        cells = {"optimizer": Cell(arm.name)}
+        cells["learning rate"] = Cell(f"{learning_rate(row['lr'])} (of {len(arm.rates)})")
+        for one in columns:
+            cells[one.titled(study)] = Cell(one.text(one.of(arm)), best[one.metric] == arm.name)
+        cells["seeds"] = Cell(f"{row['seeds']}{failed}")
+        cells["a step"] = Cell(seconds(row["seconds_per_step"]))
+        cells["peak memory"] = Cell(memory(row["peak_memory_bytes"]))
+        shown.append(cells)
+    floor = next((run.floor for run in study.runs if run.floor and run.floor.fd is not None), None)
+    if floor is not None:
+        cells = dict.fromkeys(shown[0], Cell(""))
+        cells["optimizer"] = Cell(f"{floor.num_images:,} real held-out images")
+        for one in columns:
+            cells[one.titled(study)] = Cell(one.text(spread([getattr(floor, one.metric)])))
+        shown.append(cells)
+    return shown
 
 
 def shared_values(study: Study, table: Sequence[Row]) -> dict[str, str]:

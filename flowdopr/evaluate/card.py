@@ -30,11 +30,22 @@ class _Checked(BaseModel, strict=True, allow_inf_nan=False):
     pass
 
 
+Numbers = list[float | None]
+
+
 class _Metrics(_Checked):
     fd: float | None = None
     fid: float | None = None
+    kid_mean: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    spectrum_error: float | None = None
+    spectrum: Numbers = []
     one_step_loss: float | None = None
+    one_step_loss_by_time: Numbers = []
+    one_step_loss_by_time_se: Numbers = []
     label_accuracy: float | None = None
+    num_images: int | None = None
 
 
 class _Sampling(_Checked):
@@ -55,6 +66,7 @@ class _Card(_Checked):
     checkpoint: dict[str, Any]
     settings: dict[str, Any]
     metrics: _Metrics
+    floor: _Metrics = _Metrics()
     sampling: _Sampling
     extractor: _Extractor
 
