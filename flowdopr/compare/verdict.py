@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import mean
 
 from flowdopr.compare.claims import FEWEST_SEEDS, Claim, claim, holm
 from flowdopr.compare.formats import count, learning_rate, listing, mean_sd, number
@@ -17,6 +18,8 @@ from flowdopr.compare.statistics import (
     rank_correlations,
     ranked,
 )
+
+NOTABLY = 0.99  # a metric at another number of model calls is named if its ratio is below
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ def _strength(claims: Sequence[Claim], number_of_claims: int) -> str:
 
 def _notes(metric: str, runs: Sequence[RunResult], arms: Sequence[ArmSummary]) -> list[str]:
     notes = [_budget(runs, arms), *_learning_rate_notes(metric, arms)]
-    notes += _correlation_note(metric, arms)
+    notes += _correlation_note(metric, arms) + _nfe_notes(metric, arms)
     if any(len(arm.rates) > 1 for arm in arms) and not any(run.plan.tuning for run in runs):
         notes.append(
             "Learning rates were chosen on the seeds that are reported, which flatters every arm."
@@ -158,6 +161,26 @@ def _correlation_note(metric: str, arms: Sequence[ArmSummary]) -> list[str]:
         f"Rank correlation of the one-step loss with {metric} at the ends of runs: "
         f"{listing([over_all, *within])}."
     ]
+
+
+def _nfe_notes(metric: str, arms: Sequence[ArmSummary]) -> list[str]:
+    """Where another number of model calls than that of the table draws better."""
+    notes = []
+    for arm in arms:
+        values: dict[float, list[float]] = {}
+        for run in arm.reported.runs:
+            for one in run.by_nfe:
+                if one.nfe is not None and one.fd is not None:
+                    values.setdefault(one.nfe, []).append(one.fd)
+        means = {nfe: mean(found) for nfe, found in values.items()}
+        own = arm.reported.spread("fd")
+        best = min(means, key=means.__getitem__, default=None)
+        if best is not None and own is not None and means[best] < NOTABLY * own.mean:
+            notes.append(
+                f"{arm.name}: {metric} is lower with {best:g} model calls, "
+                f"{number(means[best], 3)}, than in the table."
+            )
+    return notes
 
 
 def _budget(runs: Sequence[RunResult], arms: Sequence[ArmSummary]) -> str:

@@ -171,6 +171,17 @@ def test_rank_correlations_over_all_runs_and_within_arms():
     assert any("1.0 within a" in note for note in verdict(runs).notes)
 
 
+def test_another_number_of_model_calls_that_draws_better_is_named():
+    def evaluated(seed, *by_nfe):
+        run = result("a", 0.1, seed, 4.0)
+        return replace(run, by_nfe=tuple(Evaluation(10, fd=fd, nfe=nfe) for nfe, fd in by_nfe))
+
+    better = [evaluated(0, (2, 3.0), (20, 4.0)), evaluated(1, (2, 4.0), (20, 4.0))]
+    assert "a: FD is lower with 2 model calls, 3.50, than in the table." in verdict(better).notes
+    level = [evaluated(seed, (2, 3.99), (20, 4.0)) for seed in (0, 1)]
+    assert not any("model calls" in note for note in verdict(level).notes)
+
+
 def test_unequal_budgets_and_grid_edges_are_said():
     runs = [result("a", lr, 0, lr) for lr in (0.1, 0.2, 0.3)] + [result("b", 0.1, 0, None)]
     notes = " ".join(verdict(runs).notes)
