@@ -1,7 +1,7 @@
-"""Batched matrix functions, the precision of matrix products, and the shards of tensors."""
+"""Batched matrix functions, the precision of arithmetic, and the shards of tensors."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+HALF_PRECISION = (torch.bfloat16, torch.float16)
 MAX_STACKED_ELEMENTS = 2**25  # bounds the memory of one batched call: 128 MiB in float32
 
 
@@ -38,6 +39,44 @@ def _precision(precision: str, *backends: Any) -> Iterator[None]:
     finally:
         for backend, old in zip(backends, before, strict=True):
             backend.fp32_precision = old
+
+
+@contextlib.contextmanager
+def without_autocast(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Operations on these devices in the precision of their tensors, whatever autocast says."""
+    with contextlib.ExitStack() as stack:
+        for kind in {device.type for device in devices}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def in_float32(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """bfloat16 and float16 parameters and their gradients are float32 in here, without autocast;
+    at the end the parameters are rounded to their own precision, once, in their own memory.
+
+    Sharded ones (DTensor), whose data cannot be exchanged, stay as they are.
+    """
+    parameters = list(parameters)
+    halves = [p for p in parameters if p.dtype in HALF_PRECISION and not isinstance(p, DTensor)]
+    stored = [(p.data, p.grad) for p in halves]
+    with without_autocast(p.device for p in parameters), torch.no_grad():
+        for p, (data, grad) in zip(halves, stored, strict=True):
+            _exchange(p, data.float(), None if grad is None else grad.float())
+        try:
+            yield
+        finally:
+            for p, (data, _) in zip(halves, stored, strict=True):
+                wide = p.data
+                _exchange(p, data, None if p.grad is None else p.grad.to(data.dtype))
+                p.copy_(wide)
+
+
+def _exchange(parameter: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    parameter.grad = None  # which torch requires to have the dtype of its parameter
+    parameter.data = data
+    parameter.grad = grad
 
 
 def newton_schulz(

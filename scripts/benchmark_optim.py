@@ -5,8 +5,9 @@
 For each model and GP, three arms take turns step by step in one process: the GP alone, DoPr with
 its default settings, and DoPr's exact mode (refresh at every step, from every row). A window of
 `refresh_every` steps contains one refresh; a ratio is the median over windows of the arm's time
-divided by the GP's. Peak memory is measured in a separate process for each arm: on CUDA the peak of
-the allocator, on the CPU the growth of the resident set after the imports.
+divided by the GP's. `--also` adds an arm of DoPr with other options. Peak memory is measured in a
+separate process for each arm: on CUDA the peak of the allocator, on the CPU the growth of the
+resident set after the imports.
 """
 
 import argparse
@@ -107,18 +108,22 @@ class Arm:
         return time.perf_counter()
 
 
-def arms_of(gp: str) -> dict[str, tuple[str, dict[str, Any] | None]]:
+Arms = dict[str, tuple[str, dict[str, Any] | None]]
+
+
+def arms_of(gp: str, also: dict[str, Any] | None = None) -> Arms:
     """The optimizer's name and the options of DoPr around it, by arm."""
-    return {"gp": (gp, None), "dopr": (gp, {}), "dopr exact": (gp, EXACT)}
+    arms: Arms = {"gp": (gp, None), "dopr": (gp, {}), "dopr exact": (gp, EXACT)}
+    return arms if also is None else {**arms, "dopr also": (gp, also)}
 
 
-def time_steps(setup: Setup, gp: str, windows: int) -> dict[str, list[float]]:
+def time_steps(setup: Setup, recipes: Arms, windows: int) -> dict[str, list[float]]:
     """Seconds of each window of REFRESH_EVERY steps, by arm.
 
     The arms take turns step by step, with another one first in each step. The first window is a
     warm-up and is dropped.
     """
-    arms = {arm: Arm(setup, *recipe) for arm, recipe in arms_of(gp).items()}
+    arms = {arm: Arm(setup, *recipe) for arm, recipe in recipes.items()}
     seconds = {arm: [0.0] * (windows + 1) for arm in arms}
     order = list(arms)
     for step in range((windows + 1) * REFRESH_EVERY):
@@ -150,11 +155,14 @@ def peak_resident() -> int:
     return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
 
 
-def measure(setup: Setup, gp: str, windows: int) -> dict[str, object]:
+def measure(
+    setup: Setup, gp: str, windows: int, also: dict[str, Any] | None = None
+) -> dict[str, object]:
     """Times, memory and their ratios for one model and GP."""
-    seconds = time_steps(setup, gp, windows)
+    recipes = arms_of(gp, also)
+    seconds = time_steps(setup, recipes, windows)
     memory = {}
-    for arm, (name, options) in arms_of(gp).items():
+    for arm, (name, options) in recipes.items():
         # Each arm gets a new process, because the peak of the resident set never falls.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             memory[arm] = pool.apply(peak_memory, (setup, name, options, 3))
@@ -211,6 +219,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=7, help=windows_help)
     quick_help = "smoke test: tiny models, one window"
     parser.add_argument("--quick", action="store_true", help=quick_help)
+    parser.add_argument("--also", type=json.loads, help="options of DoPr of one more arm, as JSON")
     parser.add_argument("--json", type=Path, help="write all ratios to this file")
     options = parser.parse_args()
     windows = 1 if options.quick else options.windows
@@ -220,7 +229,7 @@ def main() -> None:
         batch = options.batch_size or usual[model]
         for gp in options.gps:
             setup = Setup(model, batch, options.device, options.autocast)
-            results.append(measure(setup, gp, windows))
+            results.append(measure(setup, gp, windows, options.also))
             print(describe(results[-1]), flush=True)
     report = {"machine": machine(options.device), "results": results}
     print(json.dumps(report["machine"]))

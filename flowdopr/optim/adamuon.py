@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from flowdopr.linalg import NS_COEFFICIENTS, same_shape, signs, stack_blocks, unstack_blocks
-from flowdopr.optim.matrix import MatrixOptimizer, decay_weights
+from flowdopr.optim.base import decay_weights
+from flowdopr.optim.matrix import MatrixOptimizer
 from flowdopr.optim.muon import orthogonalised
 
 UPDATE_RMS = 0.2

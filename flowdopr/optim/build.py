@@ -15,12 +15,21 @@ from torch import nn
 
 from flowdopr.linalg import is_sharded, laid_out_like
 from flowdopr.optim.adamuon import AdaMuon
+from flowdopr.optim.base import SteadyStep
 from flowdopr.optim.dopr import DoPr
 from flowdopr.optim.kfac import KFAC
 from flowdopr.optim.muon import Muon
 from flowdopr.optim.roles import parameter_groups
 from flowdopr.optim.rownorm import RowNorm
 from flowdopr.optim.signum import Signum
+
+
+class SGD(SteadyStep, torch.optim.SGD):
+    """torch's, with the precision of steps that all optimizers here have."""
+
+
+class AdamW(SteadyStep, torch.optim.AdamW):
+    """torch's, with the precision of steps that all optimizers here have."""
 
 
 def sgd(
@@ -30,7 +39,7 @@ def sgd(
     weight_decay: float = 0.0,
     momentum: float = 0.0,
     nesterov: bool = False,
-) -> torch.optim.SGD:
+) -> SGD:
     """torch's SGD; its weight decay is added to the gradient and so passes through the momentum.
 
     Args:
@@ -38,7 +47,7 @@ def sgd(
         nesterov: whether the momentum is Nesterov's.
     """
     groups = parameter_groups(model, "sgd", weight_decay=weight_decay)
-    return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=nesterov)
+    return SGD(groups, lr, momentum=momentum, nesterov=nesterov)
 
 
 def adamw(
@@ -48,7 +57,7 @@ def adamw(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-) -> torch.optim.AdamW:
+) -> AdamW:
     """torch's AdamW, fused where it can be, weight decay for matrices and convolutions only.
 
     Args:
@@ -57,7 +66,7 @@ def adamw(
     """
     groups = parameter_groups(model, "adamw", weight_decay=weight_decay)
     fused = _can_fuse([parameter for group in groups for parameter in group["params"]])
-    optimizer = torch.optim.AdamW(groups, lr, betas=betas, eps=eps, fused=fused or None)
+    optimizer = AdamW(groups, lr, betas=betas, eps=eps, fused=fused or None)
     # A GradScaler then unscales, and skips the step of an overflow itself, as for any optimizer:
     # accelerate would not notice the skip inside the fused kernel.
     optimizer._step_supports_amp_scaling = False
@@ -123,8 +132,9 @@ def soap(
     if any(is_sharded(p) for p in model.parameters()):
         raise ValueError("soap: takes whole weights, not FSDP's shards: use DDP, or 'muon'")
     groups = parameter_groups(model, "soap", weight_decay=weight_decay)
+    kind = type("SOAP", (SteadyStep, SOAP), {})
     frequency = precondition_frequency
-    return SOAP(groups, lr, betas=betas, eps=eps, precondition_frequency=frequency)
+    return kind(groups, lr, betas=betas, eps=eps, precondition_frequency=frequency)
 
 
 OPTIMIZERS = {

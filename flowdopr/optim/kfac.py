@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from flowdopr.linalg import is_sharded
+from flowdopr.optim.base import decay_weights
 from flowdopr.optim.dopr.dopr import DoPr
 from flowdopr.optim.dopr.layers import Layer, LayerRule
 from flowdopr.optim.dopr.processes import world_size
 from flowdopr.optim.dopr.statistics import SecondMoment
 from flowdopr.optim.dopr.views import LinearView
-from flowdopr.optim.matrix import MatrixOptimizer, decay_weights
+from flowdopr.optim.matrix import MatrixOptimizer
 from flowdopr.optim.roles import DECAYED, parameter_roles
 
 

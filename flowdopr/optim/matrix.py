@@ -4,26 +4,31 @@ Shapes: a matrix or convolution weight is seen as (blocks, rows, cols) with rows
 axis and cols all other axes flattened; `fused_blocks` of the group says how many blocks.
 """
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from flowdopr.optim.base import SteadyOptimizer, with_gradients
 from flowdopr.optim.roles import parameter_groups, split_by_dimension
 
+logger = logging.getLogger("flowdopr.optim")
 
-class MatrixOptimizer(torch.optim.Optimizer, ABC):
+
+class MatrixOptimizer(SteadyOptimizer, ABC):
     """Base of optimizers that treat matrices by `_matrix_step` and everything else by AdamW.
 
     Every group carries "gp": the method's own name or "adamw". Given a model, the groups come from
     `parameter_groups`; given parameters or groups, tensors of two or more dimensions go to the
-    method, unless a group names its "gp" itself.
+    method, unless a group names its "gp" itself or, as in Keller Jordan's code, has "use_muon".
     """
 
     gp: ClassVar[str]
+    _warned = False
 
     def __init__(
         self,
@@ -45,19 +50,42 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
                 raise ValueError(f"{self.gp}: momentum and betas must lie in [0, 1), got {value}")
         if isinstance(params, nn.Module):
             decay = defaults["weight_decay"]
-            groups = parameter_groups(params, self.gp, weight_decay=decay, adamw_for=adamw_for)
+            params = parameter_groups(params, self.gp, weight_decay=decay, adamw_for=adamw_for)
         elif adamw_for:
             raise ValueError(f"{self.gp}: adamw_for needs a model, not a list of parameters")
-        else:
-            groups = split_by_dimension(params, self.gp)
-        if adamw_lr is not None:
-            groups = [{"lr": adamw_lr, **g} if g["gp"] == "adamw" else g for g in groups]
-        super().__init__(groups, {"fused_blocks": 1, "gp": self.gp, **defaults})
+        super().__init__(params, {"fused_blocks": 1, "adamw_lr": adamw_lr, **defaults})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; also checks that the group's method fits its parameters."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        """As in torch; a group that does not say which method updates it is parted in two, tensors
+        of two or more dimensions for this one and the rest for AdamW.
+
+        Raises:
+            ValueError: a method that does not fit the parameters. The optimizer is as before.
+        """
+        given = dict(param_group)
+        if "use_muon" in given:  # as in Keller Jordan's code
+            given.setdefault("gp", self.gp if given["use_muon"] else "adamw")
+        super().add_param_group(given)
+        group = self.param_groups.pop()
+        parts = [group] if "gp" in group else split_by_dimension(group, self.gp)
+        adamw_lr = group.pop("adamw_lr")
+        for part in parts:
+            part.pop("adamw_lr", None)
+            if part["gp"] == "adamw" and adamw_lr is not None and "lr" not in param_group:
+                part["lr"] = adamw_lr
+            self._check_group(part)
+        self.param_groups += parts
+        if len(parts) > 1 and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s: it was given parameters instead of a model, so it cannot tell embeddings and "
+                "output heads from other matrices, and updates them as well: give it the model, or "
+                "groups with gp='%s' and gp='adamw'",
+                self.gp,
+                self.gp,
+            )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
         if group["gp"] not in (self.gp, "adamw"):
             raise ValueError(f"gp='{group['gp']}': a group's gp is '{self.gp}' or 'adamw'")
         for p in group["params"] if group["gp"] == self.gp else ():
@@ -67,19 +95,15 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
                     f"divides, got shape {tuple(p.shape)}: use gp='adamw' for it"
                 )
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        """One update of every parameter that has a gradient; returns the closure's loss if any."""
-        loss = call_closure(closure)
+    def _step(self) -> None:
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+            params = with_gradients(group["params"])
             if not params:
                 continue
             if group["gp"] == "adamw":
                 self._adamw_step(params, group)
             else:
                 self._matrix_step(params, group)
-        return loss
 
     @abstractmethod
     def _matrix_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -123,17 +147,3 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             torch._foreach_add_(updates, grads, alpha=1 - group["momentum"])
             return list(updates)
         return momenta
-
-
-def call_closure(closure: Callable[[], Any] | None) -> Any:
-    """The loss that an optimizer's closure computes, with gradients; None without a closure."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
-
-
-def decay_weights(params: list[Tensor], group: dict[str, Any]) -> None:
-    """W <- (1 - lr * weight_decay) W."""
-    if group["weight_decay"]:
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])

@@ -25,7 +25,8 @@ from flowdopr.linalg import (
     stack_blocks,
     unstack_blocks,
 )
-from flowdopr.optim.matrix import MatrixOptimizer, decay_weights
+from flowdopr.optim.base import decay_weights
+from flowdopr.optim.matrix import MatrixOptimizer
 
 SCALES = {
     "original": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),

@@ -18,8 +18,9 @@ convolution count as such blocks as well.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -144,12 +145,18 @@ def parameter_groups(
             say). The method's groups then carry `fused_blocks`.
 
     Raises:
-        ValueError: a pattern that is no regular expression or matches no parameter, or a model
-            without trainable parameters.
+        ValueError: a pattern that is no regular expression or matches no parameter, a model without
+            trainable parameters, or an embedding with sparse gradients, which SGD alone can use.
     """
     roles = [role for role in parameter_roles(model) if role.parameter.requires_grad]
     if not roles:
         raise ValueError(f"{type(model).__name__} has no trainable parameter to optimize")
+    for name, module in model.named_modules() if gp != "sgd" else ():
+        if getattr(module, "sparse", False) and any(p.requires_grad for p in module.parameters()):
+            raise ValueError(
+                f"embedding '{name}' has sparse gradients, which {gp} cannot use: build it with "
+                "sparse=False, or use sgd"
+            )
     found = {pattern: _finder(pattern) for pattern in adamw_for or ()}
     for pattern, finds in found.items():
         if not any(finds(role.name) for role in roles):
@@ -175,23 +182,17 @@ def _finder(pattern: str) -> Callable[[str], bool]:
         raise ValueError(f"adamw_for: pattern '{pattern}': {error}; correct it") from None
 
 
-def split_by_dimension(params: Iterable, gp: str) -> list[dict]:
-    """Groups for parameters given without a model: two or more dimensions to `gp`, the rest to
-    AdamW. A group that already names its "gp" is taken as it is."""
-    params = list(params)
-    given = params if params and isinstance(params[0], dict) else [{"params": params}]
-    groups = []
-    for group in given:
-        listed = group["params"]
-        tensors = [listed] if isinstance(listed, torch.Tensor) else list(listed)
-        if "gp" in group:
-            groups.append({**group, "params": tensors})
-            continue
-        matrices = [p for p in tensors if p.ndim >= 2]
-        others = [p for p in tensors if p.ndim < 2]
-        groups += [{**group, "params": matrices, "gp": gp}] if matrices else []
-        groups += [{**group, "params": others, "gp": "adamw"}] if others else []
-    return groups
+def split_by_dimension(group: dict[str, Any], gp: str) -> list[dict[str, Any]]:
+    """A parameter group as one for `gp`, of its tensors of two or more dimensions, and one for
+    AdamW, of the rest; without those that would be empty."""
+    parts = []
+    for name, of_matrices in ((gp, True), ("adamw", False)):
+        chosen = [i for i, p in enumerate(group["params"]) if (p.ndim >= 2) == of_matrices]
+        lists = [key for key in ("params", "param_names") if key in group]
+        if chosen:
+            taken = {key: [group[key][i] for i in chosen] for key in lists}
+            parts.append({**group, **taken, "gp": name})
+    return parts
 
 
 def check_claimed(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

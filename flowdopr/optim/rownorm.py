@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdopr.optim.matrix import MatrixOptimizer, decay_weights
+from flowdopr.optim.base import decay_weights
+from flowdopr.optim.matrix import MatrixOptimizer
 
 UPDATE_RMS = 0.2  # about that of AdamW, so that one learning rate serves both
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from flowdopr.linalg import signs
-from flowdopr.optim.matrix import call_closure, decay_weights
+from flowdopr.optim.base import SteadyOptimizer, decay_weights, with_gradients
 
 
-class Signum(torch.optim.Optimizer):
+class Signum(SteadyOptimizer):
     """Signum with decoupled weight decay.
 
     Args:
@@ -44,12 +44,9 @@ class Signum(torch.optim.Optimizer):
             raise ValueError(f"signum: momentum={momentum} must lie in [0, 1)")
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        """One update of every parameter that has a gradient; returns the closure's loss if any."""
-        loss = call_closure(closure)
+    def _step(self) -> None:
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+            params = with_gradients(group["params"])
             if not params:
                 continue
             for p in params:
@@ -59,4 +56,3 @@ class Signum(torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, [p.grad for p in params], 1 - group["momentum"])
             decay_weights(params, group)
             torch._foreach_add_(params, signs(momenta), alpha=-group["lr"])
-        return loss
