@@ -8,7 +8,9 @@ Martens and Grosse (arXiv 1503.05671), with convolutions after Grosse and Marten
     V <- m V + M
     W <- (1 - lr * wd) W - lr V
 
-where mean(.) is the mean eigenvalue. Rows are all positions of all samples ("expand" in
+where mean(.) is the mean eigenvalue. So is B of each refresh divided before it is averaged with the
+others, so that a loss scale which changes, or gradients which vanish, leave the average as it is.
+Rows are all positions of all samples ("expand" in
 Eschenhagen et al., arXiv 2311.00636). Dividing by the means drops one scalar per layer, which
 for the empirical Fisher grows without bound as the gradients vanish; M keeps the size of G, and
 the learning rate is one of SGD with momentum.
@@ -26,9 +28,8 @@ from flowdopr.linalg import is_sharded
 from flowdopr.optim.base import decay_weights
 from flowdopr.optim.dopr.dopr import DoPr
 from flowdopr.optim.dopr.layers import Layer, LayerRule
-from flowdopr.optim.dopr.processes import world_size
 from flowdopr.optim.dopr.statistics import SecondMoment
-from flowdopr.optim.dopr.views import LinearView
+from flowdopr.optim.dopr.views import LinearView, Sample
 from flowdopr.optim.matrix import MatrixOptimizer
 from flowdopr.optim.roles import DECAYED, parameter_roles
 
@@ -115,7 +116,8 @@ class KFAC(DoPr):
         """The second moment of a layer's output gradients."""
         weight, (module, _) = layer.parameters[0], layer.modules[0]
         view = OutputGradientView(weight.shape[0], _axes(module))
-        moment = SecondMoment(f"{layer.name} (output gradients)", view, weight, None, "")
+        name = f"{layer.name} (output gradients)"
+        moment = SecondMoment(name, view, weight, None, "", free_of_scale=True)
         self.statistics.watch_output_gradients(moment, module, view)
         return moment
 
@@ -138,10 +140,8 @@ class OutputGradientView(LinearView):
         super().__init__("full", 1, d_out)
         self.axes = axes
 
-    def rows(self, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
-        # DDP averages gradients, so those of one of n ranks are n times the whole batch's.
-        of_batch = x if world_size() == 1 else x / world_size()
-        return super().rows(of_batch.movedim(-1 - self.axes, -1), max_rows)
+    def rows(self, x: Tensor, sample: Sample) -> tuple[Tensor, int]:
+        return super().rows(x.movedim(-1 - self.axes, -1), sample)
 
 
 class _MomentumSGD(MatrixOptimizer):

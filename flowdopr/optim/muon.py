@@ -1,7 +1,8 @@
 """Muon: momentum, orthogonalised by Newton-Schulz, for matrices and convolutions.
 
 Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the scale
-"match_rms_adamw" is from Moonshot's "Muon is Scalable for LLM Training" (arXiv 2502.16982).
+"match_rms_adamw" is from Moonshot's "Muon is Scalable for LLM Training" (arXiv 2502.16982), and
+"original" that of github.com/KellerJordan/Muon at commit 00ba60d.
 For a weight W seen as (C_out, -1), gradient G, momentum buffer B:
 
     B <- m B + (1 - m) G
@@ -28,10 +29,22 @@ from flowdopr.linalg import (
 from flowdopr.optim.base import decay_weights
 from flowdopr.optim.matrix import MatrixOptimizer
 
-SCALES = {
-    "original": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
-    "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
-}
+
+def original_scale(rows: int, cols: int, kernel: Sequence[int]) -> float:
+    """max(1, rows / cols)^0.5 of a matrix. Jordan's code takes the last two axes of the unflattened
+    gradient, which are the kernel's height and width in a convolution, so that a square kernel has
+    1; here a kernel of one axis has 1 as well."""
+    if kernel:
+        rows, cols = kernel[-2:] if len(kernel) > 1 else (1, 1)
+    return math.sqrt(max(1.0, rows / cols))
+
+
+def match_rms_adamw_scale(rows: int, cols: int, kernel: Sequence[int]) -> float:
+    """0.2 max(rows, cols)^0.5, which makes updates as large as those of AdamW."""
+    return 0.2 * math.sqrt(max(rows, cols))
+
+
+SCALES = {"original": original_scale, "match_rms_adamw": match_rms_adamw_scale}
 
 
 def orthogonalised(tensors: list[Tensor], group: dict[str, Any]) -> Tensor:
@@ -49,13 +62,15 @@ class Muon(MatrixOptimizer):
 
     Args:
         params: a model, whose parameters are routed by role (see `roles.py`), or parameters or
-            parameter groups; a group may set "gp" to "muon" or "adamw", and "fused_blocks".
+            parameter groups; a group may set "gp" to "muon" or "adamw" (or `use_muon` to True or
+            False, as in Keller Jordan's code), and "fused_blocks".
         lr: learning rate of all groups, in the units that `adjust_lr` sets.
         weight_decay: decoupled; with a model, for matrices and convolutions only.
         momentum, nesterov: of the momentum buffer.
         adjust_lr: "match_rms_adamw" (0.2 sqrt(max(rows, cols)): updates as large as AdamW's, so
-            that one learning rate serves both) or "original" (max(1, rows/cols)^0.5, where
-            learning rates near 0.02 are usual and `adamw_lr` should be given).
+            that one learning rate serves both) or "original" (Keller Jordan's: max(1,
+            rows/cols)^0.5 for a matrix and 1 for a convolution with a square kernel; learning
+            rates near 0.02 are usual and `adamw_lr` should be given).
         ns_steps, ns_coefficients, ns_dtype: see `newton_schulz`.
         betas, eps: of the AdamW inside.
         adamw_lr: learning rate of the AdamW inside, if not `lr`.
@@ -106,6 +121,6 @@ class Muon(MatrixOptimizer):
         decay_weights(params, group)
         for indices in same_shape(params):
             steps = orthogonalised([updates[i] for i in indices], group)
-            scale = SCALES[group["adjust_lr"]](*steps.shape[-2:])
             moved = [params[i] for i in indices]
+            scale = SCALES[group["adjust_lr"]](*steps.shape[-2:], moved[0].shape[2:])
             torch._foreach_add_(moved, unstack_blocks(steps, moved), alpha=-group["lr"] * scale)

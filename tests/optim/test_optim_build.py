@@ -16,10 +16,10 @@ def network():
     [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW), ("muon", Muon)],
 )
 def test_builds_what_its_name_says(name, kind):
-    assert type(build_optimizer(network(), name, 0.1)) is kind
+    assert isinstance(build_optimizer(network(), name, 0.1), kind)
     wrapped = build_optimizer(network(), name, 0.1, dopr={"refresh_every": 3})
     assert isinstance(wrapped, DoPr)
-    assert type(wrapped.optimizer) is kind
+    assert isinstance(wrapped.optimizer, kind)
     assert wrapped.refresh_every == 3
 
 

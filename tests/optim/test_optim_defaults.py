@@ -9,7 +9,7 @@ from layer_cases import one_step
 from torch import Tensor, nn
 
 from flowdopr.optim.dopr import DoPr, LayerRule
-from flowdopr.optim.dopr.views import kept_rows
+from flowdopr.optim.dopr.views import Sample
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 linear, conv, transposed = (  # without numbers: only their shapes are asked for
@@ -153,7 +153,7 @@ def test_layers_that_keep_different_rows_share_no_statistic() -> None:
         s.name: s.shared_with.name if s.shared_with else None for s in optimizer.statistics.moments
     }
     assert shared == {"a": None, "b": None, "c": "a"}
-    few = z[kept_rows(50, 9, z.device)]
+    few = z[Sample(9).rows(50, z.device)]
     for weight, old, grad, rows in zip(model.parameters(), before, grads, (z, few, z), strict=True):
         expected = reference.precondition(grad, reference.second_moment(rows), 0.1)
         torch.testing.assert_close(old - weight.detach(), expected, **EXACT)

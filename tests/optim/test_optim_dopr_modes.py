@@ -3,13 +3,13 @@
 import pytest
 import reference
 import torch
-from layer_cases import one_step, small_model
+from layer_cases import adamw, one_step, small_model
 from torch import Tensor, nn
 
 from flowdopr.optim.dopr import DoPr, LayerRule
 from flowdopr.optim.dopr.conv_views import channel_rows, patch_rows
 from flowdopr.optim.dopr.layers import fewest_blocks
-from flowdopr.optim.dopr.views import kept_rows, vector_rows
+from flowdopr.optim.dopr.views import Sample, vector_rows
 
 
 def tokens(width: int, scale: float = 1.0) -> Tensor:
@@ -97,35 +97,89 @@ def test_shared_offsets_of_a_1x1_kernel_are_its_patches() -> None:
 
 @pytest.mark.parametrize("total", [1, 7, 64, 100, 2310, 4096, 32768, 196608])
 @pytest.mark.parametrize("limit", [1, 5, 64, 1000, 2048, 4096])
-def test_kept_rows_are_as_many_as_asked_spread_and_favour_no_column(total: int, limit: int) -> None:
-    kept = kept_rows(total, limit, torch.device("cpu"))
+@pytest.mark.parametrize("turn", [0, 3])
+def test_kept_rows_are_as_many_as_asked_spread_and_favour_no_column(
+    total: int, limit: int, turn: int
+) -> None:
+    kept = Sample(limit, turn).rows(total, torch.device("cpu"))
     if total <= limit:
         assert kept is None
         return
     assert kept is not None
+    kept = kept.sort().values
     assert len(kept) == limit
     assert kept[0] >= 0
     assert kept[-1] < total
-    assert (kept.diff() >= 1).all()
-    stretch = total / limit
-    assert (kept.diff() <= 2 * stretch).all()
+    gaps = torch.cat([kept, kept[:1] + total]).diff()  # the rows go round
+    assert (gaps >= 1).all()
+    assert (gaps <= 2 * total / limit + 1).all()
     if total == 32768 and limit >= 1000:  # 32 images of 32 x 32: every column about equally often
         counts = torch.bincount(kept % 32, minlength=32)
         assert counts.min() > 0.75 * limit / 32
         assert counts.max() < 1.25 * limit / 32
 
 
+@pytest.mark.parametrize(
+    ("positions", "batch"), [(1024, 100), (1024, 128), (784, 64), (256, 256), (4096, 32)]
+)
+def test_refreshes_take_turns_until_every_position_was_seen_as_often(
+    positions: int, batch: int
+) -> None:
+    """Positions of images of 16x16 to 64x64 under the default of 2048 rows."""
+    counts = torch.zeros(positions)
+    for turn in range(60):
+        kept = Sample(2048, turn).rows(positions * batch, torch.device("cpu"))
+        counts += torch.bincount(kept % positions, minlength=positions)
+        if turn == 19:
+            assert counts.min() > 0
+    assert counts.min() > 0.65 * counts.mean()
+    assert counts.max() < 1.35 * counts.mean()
+
+
+def test_a_few_refreshes_see_the_second_moment_of_every_position() -> None:
+    """Images whose pixels differ by their place alone, which one choice of rows cannot show."""
+    torch.manual_seed(0)
+    sizes = torch.rand(32, 32, dtype=torch.float64).mul(4).exp()
+    place = torch.randn(1, 8, 32, 32, dtype=torch.float64) * sizes
+    layer = nn.Conv2d(8, 4, 1).double()
+    gp = torch.optim.SGD(layer.parameters(), lr=0.0)
+    optimizer = DoPr(gp, layer, max_rows=512, refresh_every=1)
+    exact = torch.einsum("bihw,bjhw->ij", place, place) / 1024
+    errors = []
+    for _ in range(60):
+        layer(place.expand(100, -1, -1, -1)).sum().backward()
+        optimizer.step()
+        moment, weight = optimizer.statistics.moments[0], optimizer.statistics.numbers.ema_weight
+        sigma = torch.tril(moment.sigma[0, 0] / weight[0])
+        errors.append(float((sigma - exact.tril()).norm() / exact.norm()))
+    assert errors[0] > 0.1
+    assert errors[-1] < 0.3 * errors[0]
+
+
+def test_the_choice_of_rows_is_resumed() -> None:
+    layers = [nn.Linear(3, 2) for _ in range(2)]
+    optimizers = [adamw(layer, refresh_every=2, max_rows=4) for layer in layers]
+    for step in range(3):
+        layers[0](torch.randn(50, 3)).sum().backward()
+        optimizers[0].step()
+        if step == 2:
+            layers[1].load_state_dict(layers[0].state_dict())
+            optimizers[1].load_state_dict(optimizers[0].state_dict())
+    assert [optimizer.statistics.turn for optimizer in optimizers] == [1, 1]
+
+
 def test_subsampled_rows_are_rows_of_the_whole() -> None:
     layer = nn.Conv2d(2, 3, 3, padding=1, stride=2)
     x = torch.randn(5, 2, 7, 8)
+    every, some = Sample(), Sample(17, turn=2)
     for whole, part in (
-        (patch_rows(x, layer, None), patch_rows(x, layer, 17)),
-        (channel_rows(x, 2, None), channel_rows(x, 2, 17)),
-        (vector_rows(x, None), vector_rows(x, 17)),
+        (patch_rows(x, layer, every), patch_rows(x, layer, some)),
+        (channel_rows(x, 2, every), channel_rows(x, 2, some)),
+        (vector_rows(x, every), vector_rows(x, some)),
     ):
         (rows, total), (kept, counted) = whole, part
         assert len(rows) == total == counted
-        assert torch.equal(rows[kept_rows(total, 17, x.device)], kept)
+        assert torch.equal(rows[some.rows(total, x.device)], kept)
 
 
 @pytest.mark.parametrize("mode", ["full", "sua", "sua-mean"])

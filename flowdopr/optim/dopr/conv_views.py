@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from flowdopr.optim.dopr.views import LayerView, kept_rows, unravelled
+from flowdopr.optim.dopr.views import LayerView, Sample, unravelled
 
 
 def padded_input(x: Tensor, conv: _ConvNd) -> Tensor:
@@ -42,7 +42,7 @@ def padded_input(x: Tensor, conv: _ConvNd) -> Tensor:
     return nn.functional.pad(x, pads, mode=mode) if any(pads) else x
 
 
-def patch_rows(x: Tensor, conv: _ConvNd, max_rows: int | None) -> tuple[Tensor, int]:
+def patch_rows(x: Tensor, conv: _ConvNd, sample: Sample) -> tuple[Tensor, int]:
     """The kept patches that the layer sees, (n, C * k * k) in the order of its weight, and how many
     there are in all; only kept ones are copied."""
     windows = padded_input(x, conv)
@@ -53,19 +53,19 @@ def patch_rows(x: Tensor, conv: _ConvNd, max_rows: int | None) -> tuple[Tensor, 
     windows = windows.movedim(1, 1 + axes)  # (B, *positions, C, *kernel)
     grid = windows.shape[: 1 + axes]
     total = math.prod(grid)
-    kept = kept_rows(total, max_rows, x.device)
+    kept = sample.rows(total, x.device)
     if kept is not None:
         windows = windows[unravelled(kept, grid)]
     side = math.prod(windows.shape[-1 - axes :])
     return windows.reshape(-1, side), total
 
 
-def channel_rows(x: Tensor, axes: int, max_rows: int | None) -> tuple[Tensor, int]:
+def channel_rows(x: Tensor, axes: int, sample: Sample) -> tuple[Tensor, int]:
     """The channel vectors of kept pixels of (B, C, *axes), (n, C), and how many there are in all;
     only kept ones are copied."""
     x = (x[None] if x.dim() == axes + 1 else x).flatten(2)
     total = x.shape[0] * x.shape[2]
-    kept = kept_rows(total, max_rows, x.device)
+    kept = sample.rows(total, x.device)
     if kept is None:
         return x.transpose(1, 2).reshape(-1, x.shape[1]), total
     image, pixel = unravelled(kept, (x.shape[0], x.shape[2]))
@@ -86,8 +86,8 @@ class PatchView(LayerView):
         window = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
         return (*super().key, *window, type(conv) if hasattr(conv, "kernel_input") else None)
 
-    def rows(self, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
-        patches, total = patch_rows(x, self.conv, max_rows)
+    def rows(self, x: Tensor, sample: Sample) -> tuple[Tensor, int]:
+        patches, total = patch_rows(x, self.conv, sample)
         return patches.reshape(-1, self.groups, self.blocks, self.side), total
 
 
@@ -102,8 +102,8 @@ class ChannelView(LayerView):
         self.axes, self.offsets = len(conv.kernel_size), math.prod(conv.kernel_size)
         super().__init__(mode, conv.groups, conv.in_channels // conv.groups, blocks)
 
-    def rows(self, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
-        flat, total = channel_rows(x, self.axes, max_rows)
+    def rows(self, x: Tensor, sample: Sample) -> tuple[Tensor, int]:
+        flat, total = channel_rows(x, self.axes, sample)
         return flat.reshape(-1, self.groups, self.blocks, self.side), total
 
     def matrix(self, grads: Sequence[Tensor]) -> Tensor:
@@ -142,8 +142,8 @@ class MeanChannelView(ChannelView):
     def key(self) -> tuple[object, ...]:
         return (*super().key, self.offsets)
 
-    def rows(self, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
-        rows, total = super().rows(x, max_rows)
+    def rows(self, x: Tensor, sample: Sample) -> tuple[Tensor, int]:
+        rows, total = super().rows(x, sample)
         return nn.functional.pad(rows, (0, 1), value=1.0), total
 
     def stack(self, sigma: Tensor) -> Tensor:

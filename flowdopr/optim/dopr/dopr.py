@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdopr.linalg import full_float32
+from flowdopr.linalg import full_float32, in_float32
 from flowdopr.optim.dopr.inverse import Form
 from flowdopr.optim.dopr.layers import (
     CONV_MODES,
@@ -160,12 +160,13 @@ class DoPr(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         strength = self._schedule(self.steps)[1]
-        if self.statistics.gathering:
-            self._refresh()
-        elif strength == 0:  # AP has faded, and no refresh will come to report the last one
-            self._reporter.log_sent_and_stop()
-        # T is applied in the program's own precision of matrix products, as G was made.
-        self._step_preconditioned(self._ready_layers() if strength > 0 else [])
+        with in_float32(self._parameters()):
+            if self.statistics.gathering:
+                self._refresh()
+            elif strength == 0:  # AP has faded, and no refresh will come to report the last one
+                self._reporter.log_sent_and_stop()
+            # T is applied in the program's own precision of matrix products, as G was made.
+            self._step_preconditioned(self._ready_layers() if strength > 0 else [])
         self.steps += 1
         self._set_gathering()
         return loss
@@ -195,11 +196,18 @@ class DoPr(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The GP's state dict with one more entry, "dopr": `statistics_state_dict`."""
-        return {**self.optimizer.state_dict(), "dopr": self.statistics_state_dict()}
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state = {**self.optimizer.state_dict(), "dopr": self.statistics_state_dict()}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            state = after(self, state) or state
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave. ValueError if it is not of a DoPr of these layers."""
         inner = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            inner = before(self, inner) or inner
         own = inner.pop("dopr", None)
         if own is None:
             raise ValueError(
@@ -207,8 +215,11 @@ class DoPr(torch.optim.Optimizer):
                 "distributed checkpoint, which keeps the GP's part alone; load it into that one "
                 "(`.optimizer`), or start the run anew"
             )
-        self.optimizer.load_state_dict(inner)
+        with in_float32(self._parameters()):
+            self.optimizer.load_state_dict(inner)
         self.load_statistics_state_dict(own)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def statistics_state_dict(self) -> dict[str, Any]:
         """What DoPr adds to the GP's state: the averages of Sigma, by layer name.
@@ -246,6 +257,9 @@ class DoPr(torch.optim.Optimizer):
         self.defaults = self.optimizer.defaults
         self.state, self.param_groups = self.optimizer.state, self.optimizer.param_groups
 
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
     # A step
 
     def _watch(self, layer: Layer, defaults: Defaults) -> SecondMoment:
@@ -270,6 +284,7 @@ class DoPr(torch.optim.Optimizer):
     def _set_gathering(self) -> None:
         _, strength = self._schedule(self.steps)
         self.statistics.gathering = strength > 0 and self.steps % self.refresh_every == 0
+        self.statistics.turn = self.steps // self.refresh_every
 
     def _refresh(self) -> None:
         """Fold what was gathered into the averages and make T anew.

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 
 
 class Gatherer(Protocol):
@@ -109,7 +109,8 @@ def _gather_input(x: Tensor, handle: int, index: int, *, traced: bool) -> None:
 
 def _gather_output_gradient(grad: Tensor, handle: int, index: int) -> None:
     gatherer = _GATHERERS.get(handle)
-    if gatherer is not None:
+    # torch.autograd batches the gradients of a Jacobian (`is_grads_batched`).
+    if gatherer is not None and not is_legacy_batchedtensor(grad):
         gatherer.gather_output_gradient(index, grad)
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flowdopr.linalg import without_autocast
 from flowdopr.optim.dopr.hooks import (
     InputHook,
     OutputGradientHook,
@@ -28,8 +29,8 @@ from flowdopr.optim.dopr.hooks import (
 )
 from flowdopr.optim.dopr.inverse import smallest_pivot
 from flowdopr.optim.dopr.processes import agreed, summed, world_size
-from flowdopr.optim.dopr.reports import Diagnostics
-from flowdopr.optim.dopr.views import LayerView
+from flowdopr.optim.dopr.reports import DeferredRead, Diagnostics
+from flowdopr.optim.dopr.views import LayerView, Sample
 
 
 class WindowSum:
@@ -53,19 +54,30 @@ class SecondMoment:
     unused, used: what this window has gathered, before and after a backward.
     sigma: the exponential moving average of the windows' second moments, not yet divided by the sum
         of its weights, which `Statistics.numbers` has.
+    free_of_scale: whether each window's second moment is divided by its mean eigenvalue before it
+        is averaged, because its rows have a scale of their own: that of the loss.
     shared_with: another layer that reads the same tensors, whose Sigma this layer uses instead of
         gathering its own.
     """
 
     def __init__(
-        self, name: str, view: LayerView, weight: Tensor, max_rows: int | None, rule: str
+        self,
+        name: str,
+        view: LayerView,
+        weight: Tensor,
+        max_rows: int | None,
+        rule: str,
+        *,
+        free_of_scale: bool = False,
     ) -> None:
         self.name, self.view, self.weight, self.max_rows = name, view, weight, max_rows
+        self.free_of_scale = free_of_scale
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.key = (*view.key, self.dtype, max_rows, rule)
+        self.key = (self.dtype, max_rows, rule)
         self.unused, self.used = WindowSum(), WindowSum()
         self.sigma: Tensor | None = None
         self.shared_with: SecondMoment | None = None
+        self.weights = [weight]  # of the layers that use this Sigma
         self.reads: list[int] = []  # numbers of the tensors that it read in this window
         self.number = -1  # its place in `Statistics.moments`
 
@@ -78,13 +90,23 @@ class SecondMoment:
         """A tensor of zeros of this layer's precision, on its device."""
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
-    def gather(self, x: Tensor, view: LayerView) -> None:
+    @property
+    def trains(self) -> bool:
+        """Whether a layer that uses this Sigma is trained now."""
+        return any(weight.requires_grad for weight in self.weights)
+
+    def share(self, owner: "SecondMoment") -> None:
+        """Use the Sigma of `owner` from now on."""
+        self.shared_with = owner
+        owner.weights.append(self.weight)
+
+    def gather(self, x: Tensor, view: LayerView, turn: int) -> None:
         """Add one forward's input, seen through the `view` of the module that was called."""
         window = self.unused
         if window.total is None:
             window.total = torch.zeros(self.view.shape, dtype=self.dtype, device=x.device)
-        with torch.autocast(x.device.type, enabled=False):
-            window.rows += view.accumulate(window.total, x, self.max_rows)
+        with without_autocast([x.device]):
+            window.rows += view.accumulate(window.total, x, Sample(self.max_rows, turn))
 
     def close_window(self) -> WindowSum:
         """End the window; returns all that it gathered."""
@@ -122,11 +144,13 @@ class Statistics:
         self.cov_decay = cov_decay
         self.moments: list[SecondMoment] = []
         self.gathering = True
+        self.turn = 0  # number of the refresh that is gathered for
         self.sharing_decided = False
         self._numbers: Numbers | None = None
+        self._sent_right: DeferredRead | None = None
         self._watched: list[tuple[SecondMoment, LayerView]] = []
         self._backward_ran = False
-        # The newest input that layers with one `SecondMoment.key` read, its version and number.
+        # The newest input that layers of one kind, size and rule read, its version and number.
         self._newest: dict[tuple[object, ...], tuple[weakref.ref[Tensor], int, int]] = {}
         self._numbered = itertools.count()
         self._handle = register(self)
@@ -157,8 +181,8 @@ class Statistics:
         return len(self._watched) - 1
 
     def trains(self, index: int) -> bool:
-        """Whether the weight of the layer watched as number `index` is trained now."""
-        return self._watched[index][0].weight.requires_grad
+        """Whether the layer watched as number `index` is trained now."""
+        return self._watched[index][0].trains
 
     @torch.no_grad()
     def gather_input(self, index: int, x: Tensor, traced: bool) -> None:
@@ -169,9 +193,9 @@ class Statistics:
         """
         if not self.gathering or is_recomputation():
             return
-        moment = self._take(index, x)
-        if moment is not None and not traced:
-            moment.reads.append(self._tensor_number(moment, x))
+        moment, view = self._watched[index]
+        if self._take(index, x) and not traced:
+            moment.reads.append(self._tensor_number((*view.key, *moment.key), x))
 
     @torch.no_grad()
     def gather_output_gradient(self, index: int, grad: Tensor) -> None:
@@ -179,23 +203,22 @@ class Statistics:
         if self.gathering:
             self._take(index, grad)
 
-    def _take(self, index: int, x: Tensor) -> SecondMoment | None:
-        """Gather `x`, unless the layer is frozen now, as a discriminator in a generator's step."""
+    def _take(self, index: int, x: Tensor) -> bool:
+        """Gather `x`, unless the layer is frozen now, as a discriminator in a generator's step;
+        returns whether it is not."""
         self._note_backward()
         moment, view = self._watched[index]
-        if not moment.weight.requires_grad:
-            return None
-        if moment.shared_with is None:
-            moment.gather(x.detach(), view)
-        return moment
+        if moment.trains and moment.shared_with is None:
+            moment.gather(x.detach(), view, self.turn)
+        return moment.trains
 
-    def _tensor_number(self, moment: SecondMoment, x: Tensor) -> int:
-        """A number that layers which can share statistics have in common if they read the tensor
-        `x` one after another, unless it was changed in place in between."""
+    def _tensor_number(self, key: tuple[object, ...], x: Tensor) -> int:
+        """A number that layers which can share statistics, and so have one `key`, have in common
+        if they read the tensor `x` one after another, unless it was changed in place in between."""
         version = 0 if x.is_inference() else x._version
-        newest = self._newest.get(moment.key)
+        newest = self._newest.get(key)
         if newest is None or newest[0]() is not x or newest[1] != version:
-            newest = self._newest[moment.key] = weakref.ref(x), version, next(self._numbered)
+            newest = self._newest[key] = weakref.ref(x), version, next(self._numbered)
         return newest[2]
 
     def _decide_sharing(self) -> None:
@@ -205,26 +228,32 @@ class Statistics:
         layer keeps its own.
         """
         self.sharing_decided = True
-        first: dict[tuple[object, ...], int] = {}
+        first: dict[tuple[int, ...], int] = {}
         leaders = []
         for i, moment in enumerate(self.moments):
-            leader = first.setdefault((moment.key, *sorted(moment.reads)), i)
+            leader = first.setdefault(tuple(sorted(moment.reads)), i)
             leaders.append(leader if moment.reads and leader != i else -1)
         found = agreed(leaders, self.moments[0].device)
         for moment, number in zip(self.moments, found, strict=True):
-            moment.shared_with = self.moments[number] if number >= 0 else None
+            if number >= 0:
+                moment.share(self.moments[number])
 
-    def _check_sharing(self) -> None:
-        """ValueError for a layer that shares statistics and has read a tensor which their owner
-        has not."""
-        for moment in self.moments:
-            owner = moment.shared_with
-            if owner is not None and not set(moment.reads) <= set(owner.reads):
+    def _misread(self) -> list[bool]:
+        """Which layers share statistics and have read a tensor that their owner has not."""
+        owners = [moment.shared_with for moment in self.moments]
+        pairs = zip(self.moments, owners, strict=True)
+        return [owner is not None and not set(m.reads) <= set(owner.reads) for m, owner in pairs]
+
+    def _refuse(self, misread: Sequence[bool]) -> None:
+        """ValueError for a layer that has misread."""
+        for moment, wrong in zip(self.moments, misread, strict=True):
+            if wrong and moment.shared_with is not None:
                 raise ValueError(
-                    f"layer {moment.name!r} shares the statistics of layer {owner.name!r}, which "
-                    "read the same tensors at first, but it has now read one that the other layer "
-                    "has not read, or not while training: give it a layer rule of its own, "
-                    f"LayerRule('^{re.escape(moment.name)}$'), for statistics of its own"
+                    f"layer {moment.name!r} shares the statistics of layer "
+                    f"{moment.shared_with.name!r}, which read the same tensors at first, but it "
+                    "has read one that the other layer has not read, or not while training: give "
+                    f"it a layer rule of its own, LayerRule('^{re.escape(moment.name)}$'), for "
+                    "statistics of its own"
                 )
 
     def discard(self) -> None:
@@ -253,7 +282,16 @@ class Statistics:
 
         At a layer's refresh k, from 0, the decay is min(cov_decay, (1 + k) / (10 + k)): inputs
         change fastest at the start of training, and a long memory of them would mislead.
+
+        Raises:
+            ValueError: a layer that shares statistics has read another tensor; with several
+                processes at the next refresh, on all of them.
         """
+        misread = self._misread()
+        if world_size() == 1:
+            self._refuse(misread)
+        elif self._sent_right is not None:
+            self._refuse([share < 1 for share in self._sent_right.read()])
         windows = self._closed_windows()
         present = [i for i, window in enumerate(windows) if window.total is not None]
         if not present:
@@ -262,15 +300,21 @@ class Statistics:
         weight = old.ema_weight
         counts = on_device([window.rows for window in windows], weight.device, weight.dtype)
         sums = [total for window in windows if (total := window.total) is not None]
-        counts, *sums = summed([counts, *sums])
-        traces = list(torch.zeros_like(weight))
+        right = on_device([not wrong for wrong in misread], weight.device, weight.dtype)
+        counts, right, *sums = summed([counts, right, *sums])
+        if world_size() > 1:
+            self._sent_right = DeferredRead(right / world_size())
+        traces, sizes = list(torch.zeros_like(weight)), list(counts.clamp_min(1))
         for i, total in zip(present, sums, strict=True):
             traces[i] = total.diagonal(dim1=-2, dim2=-1).sum().to(weight)
+            if self.moments[i].free_of_scale:
+                mean = traces[i] / total.shape[-1]
+                sizes[i] = torch.where(mean > 0, mean, 1.0)
         ran = counts > 0
         good = ran & torch.stack(traces).isfinite()
         decay = ((1 + old.refreshes) / (10 + old.refreshes)).clamp_max(self.cov_decay)
         keep, share = torch.where(good, decay, 1.0), torch.where(good, 1 - decay, 0.0)
-        scales = share / counts.clamp_min(1)
+        scales = share / torch.stack(sizes)
         for i, total in zip(present, sums, strict=True):
             moment = self.moments[i]
             # A sum that is not finite has a scale of 0, which does not make NaN zero.
@@ -290,7 +334,6 @@ class Statistics:
         """What every layer gathered; nothing for those that share, and on several ranks zeros for
         layers that did not run here, since no rank knows whether they ran on another one."""
         self._backward_ran = False
-        self._check_sharing()
         if not self.sharing_decided:
             self._decide_sharing()
         windows = [moment.close_window() for moment in self.moments]
@@ -377,7 +420,9 @@ class Statistics:
         rows = []
         for moment in self.moments:
             entry, leader = averages.get(moment.name), shared.get(moment.name)
-            moment.shared_with = None if leader is None else known[leader]
+            moment.shared_with, moment.weights = None, [moment.weight]
+            if leader is not None:  # it stands before this layer
+                moment.share(known[leader])
             moment.close_window()
             moment.sigma = None if entry is None else _unpacked(entry["sigma"], moment)
             rows.append([0.0 if entry is None else entry[key] for key in Numbers._fields])

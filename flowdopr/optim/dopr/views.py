@@ -10,7 +10,7 @@ A view gives both in one layout:
 
     >>> linear, x = nn.Linear(6, 2), torch.randn(4, 5, 6)     # a batch of 4 with 5 tokens each
     >>> view = LinearView("blocks", 1, dim=6, blocks=3)       # Sigma in 3 blocks of 2 coordinates
-    >>> z, n = view.rows(x, max_rows=None)
+    >>> z, n = view.rows(x, Sample())
     >>> tuple(z.shape), n
     ((20, 1, 3, 2), 20)
     >>> view.shape                                            # of Sigma
@@ -24,27 +24,43 @@ diagonal blocks that a Sigma is cut into; s coordinates in a block; r rows of th
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from flowdopr.cpu import linear
 
+UNIT = 2**20
+GOLDEN = 648055  # of UNIT, the golden ratio; in integers, alike everywhere
 
-def kept_rows(total: int, max_rows: int | None, device: torch.device) -> Tensor | None:
-    """Indices of `max_rows` of `total` evenly spread rows, ascending; None where all are kept.
 
-    One row is taken from each of `max_rows` equal stretches, at a place that moves by the golden
-    ratio from one stretch to the next, so that no image column or token position is favoured when
-    the width of the grid divides a stretch. The choice depends on the two numbers alone.
+@dataclass(frozen=True)
+class Sample:
+    """Which rows of z a forward contributes: the same on every process and after a resume.
+
+    limit: at most so many of them; None: every one.
+    turn: number of the refresh.
     """
-    if max_rows is None or total <= max_rows:
-        return None
-    number = torch.arange(max_rows, device=device)
-    place = number * 633 % 1024  # 633 / 1024 is the golden ratio; in integers, alike everywhere
-    # Stretches of fewer than two rows leave out their last place, so that no row repeats.
-    reach = total if total >= 2 * max_rows else total - max_rows
-    return (number * total * 1024 + place * reach) // (max_rows * 1024)
+
+    limit: int | None = None
+    turn: int = 0
+
+    def rows(self, total: int, device: torch.device) -> Tensor | None:
+        """Indices of `limit` of `total` rows, (limit,); None where all are kept.
+
+        One row is taken from each of `limit` equal stretches, at a place that moves by the golden
+        ratio from one stretch to the next, so that no image column or token position is favoured
+        when the width of the grid divides a stretch. All move on by the golden ratio of `total`
+        from one refresh to the next, so that the average sees every row equally often.
+        """
+        if self.limit is None or total <= self.limit:
+            return None
+        numbers = torch.arange(self.limit + 1, device=device)
+        edges = numbers * total // self.limit
+        places = numbers[:-1] * GOLDEN % UNIT
+        shift = self.turn * GOLDEN % UNIT * total // UNIT
+        return (edges[:-1] + edges.diff() * places // UNIT + shift) % total
 
 
 def unravelled(numbers: Tensor, grid: Sequence[int]) -> tuple[Tensor, ...]:
@@ -115,17 +131,17 @@ class LayerView:
         cut = self.blocks > 1 and self.mode != "diagonal"
         return f"{self.mode} {self.blocks}x{self.side}" if cut else self.mode
 
-    def rows(self, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
+    def rows(self, x: Tensor, sample: Sample) -> tuple[Tensor, int]:
         """The kept rows of z of the input `x`, (n, g, b, s), and how many rows `x` has in all."""
         raise TypeError(f"{type(self).__name__} adds to sums without rows")
 
-    def accumulate(self, sums: Tensor, x: Tensor, max_rows: int | None) -> int:
+    def accumulate(self, sums: Tensor, x: Tensor, sample: Sample) -> int:
         """Add sum_i z_i z_i^T of the input `x` to `sums`; returns the number of its rows.
 
         Kept rows are weighted to stand for all rows, so that forwards of unequal size count by
         their size.
         """
-        rows, total = self.rows(x, max_rows)
+        rows, total = self.rows(x, sample)
         add_second_moment(sums, rows, total / max(1, rows.shape[0]))
         return total
 
@@ -168,18 +184,18 @@ class LayerView:
         return [self.multiply(grads, transform) for grads, transform in pairs]
 
 
-def vector_rows(x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
+def vector_rows(x: Tensor, sample: Sample) -> tuple[Tensor, int]:
     """The kept vectors of (..., d), (n, d), and how many there are in all."""
     flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
-    kept = kept_rows(flat.shape[0], max_rows, x.device)
+    kept = sample.rows(flat.shape[0], x.device)
     return flat if kept is None else flat.index_select(0, kept), flat.shape[0]
 
 
 class LinearView(LayerView):
     """`nn.Linear`: z is the input vector, all leading axes pooled."""
 
-    def rows(self, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
-        flat, total = vector_rows(x, max_rows)
+    def rows(self, x: Tensor, sample: Sample) -> tuple[Tensor, int]:
+        flat, total = vector_rows(x, sample)
         return flat.reshape(-1, self.groups, self.blocks, self.side), total
 
 
@@ -195,8 +211,8 @@ class BiasedLinearView(LinearView):
     def describe(self) -> str:
         return f"{super().describe()}+bias"
 
-    def rows(self, x: Tensor, max_rows: int | None) -> tuple[Tensor, int]:
-        flat, total = vector_rows(x, max_rows)
+    def rows(self, x: Tensor, sample: Sample) -> tuple[Tensor, int]:
+        flat, total = vector_rows(x, sample)
         return nn.functional.pad(flat, (0, 1), value=1.0).reshape(-1, 1, 1, self.side), total
 
     def matrix(self, grads: Sequence[Tensor]) -> Tensor:
@@ -213,7 +229,7 @@ class EmbeddingView(LayerView):
     """`nn.Embedding`: z is one-hot and Sigma = diag(p), so that M_v = G_v / (V p_v + gamma).
 
     A row of the table that was never looked up has no gradient and does not move. Every index
-    counts, whatever `max_rows`; so does `padding_idx`, whose gradient is zero.
+    counts, whatever the sample; so does `padding_idx`, whose gradient is zero.
     """
 
     def __init__(self, num_embeddings: int) -> None:
@@ -223,7 +239,7 @@ class EmbeddingView(LayerView):
     def rows_are_weight_rows(self) -> bool:
         return False
 
-    def accumulate(self, sums: Tensor, x: Tensor, max_rows: int | None) -> int:
+    def accumulate(self, sums: Tensor, x: Tensor, sample: Sample) -> int:
         index = x.reshape(-1)
         ones = torch.ones_like(index, dtype=sums.dtype)
         sums.view(-1).index_add_(0, index, ones)
