@@ -7,6 +7,10 @@ import torch
 from labels import LABELS, build
 from layer_cases import FORMS
 from torch import nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.checkpoint import checkpoint
 
 STEPS = 7
@@ -177,6 +181,59 @@ def test_each_group_has_its_own_learning_rate(name):
     train(network, optimizer, range(3), use_spare=True)
     for key, p in network.named_parameters():
         assert torch.equal(p, before[key]) == (id(p) in held)
+
+
+def test_a_step_inside_autocast_is_the_one_outside(name):
+    network, optimizer = make(name)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_at(network, step).backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            optimizer.step()
+    assert_same(weights(network), straight(name))
+
+
+HOOKS = ("step", "state_dict", "load_state_dict")
+
+
+def test_hooks_of_every_kind_run_once_on_it_and_on_the_one_inside(name):
+    network, optimizer = make(name)
+    seen, every = [], {id(o): o for o in (optimizer, getattr(optimizer, "optimizer", optimizer))}
+
+    def noting(kind):
+        return lambda which, *_: seen.append((kind, type(which).__name__))
+
+    kinds = [f"{kind}_{when}" for kind in HOOKS for when in ("pre", "post")]
+    for each in every.values():
+        for kind in kinds:
+            getattr(each, f"register_{kind}_hook")(noting(kind))
+    everywhere = (
+        register_optimizer_step_pre_hook(noting("global pre")),
+        register_optimizer_step_post_hook(noting("global post")),
+    )
+    train(network, optimizer, range(1))
+    optimizer.load_state_dict(optimizer.state_dict())
+    for handle in everywhere:
+        handle.remove()
+    names = [type(each).__name__ for each in every.values()]
+    wanted = [(kind, who) for kind in (*kinds, "global pre", "global post") for who in names]
+    assert sorted(seen) == sorted(wanted)
+
+
+def test_hooks_may_change_the_state_that_is_saved_and_loaded(name):
+    network, optimizer = make(name)
+    train(network, optimizer, range(2))
+    optimizer.register_state_dict_post_hook(lambda _, state: {"more": 1, **state})
+    saved = optimizer.state_dict()
+    assert saved["more"] == 1
+
+    def with_another_rate(_, state):
+        groups = [{**group, "lr": 0.5} for group in state["param_groups"]]
+        return {**state, "param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(with_another_rate)
+    optimizer.load_state_dict(saved)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5}
 
 
 def test_calls_a_closure_once_and_returns_its_loss(name):

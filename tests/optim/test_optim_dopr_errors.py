@@ -9,9 +9,8 @@ from layer_cases import adamw, small_model
 from torch import Tensor, nn
 from torch.optim import LBFGS
 
-from flowdopr.optim import build_optimizer
+from flowdopr.optim import KFAC, build_optimizer
 from flowdopr.optim.dopr import DoPr, LayerRule
-from flowdopr.optim.kfac import KFAC
 
 BAD: list[tuple[str, Callable[[nn.Module], DoPr]]] = [
     ("damping is -1", lambda m: adamw(m, damping=-1)),
@@ -135,15 +134,30 @@ def test_sigma_is_factored_in_full_precision_and_t_applied_in_the_programs(
     assert seen[2:] == [("apply", "tf32")] * (form == "sandwich")
 
 
-def test_transforms_of_torch_func_pass_by() -> None:
+@pytest.mark.parametrize("build", [adamw, KFAC], ids=["dopr", "kfac"])
+def test_transforms_of_torch_func_and_batched_gradients_pass_by(build) -> None:
     model = small_model()
-    optimizer = adamw(model, refresh_every=1)
+    optimizer = build(model, refresh_every=1)
+
+    def counted() -> list[int]:
+        return [s.unused.rows + s.used.rows for s in optimizer.statistics.moments]
+
     x = torch.randn(5, 6, 2, 4, 4)
-    torch.testing.assert_close(torch.vmap(model)(x), torch.stack([model(part) for part in x]))
-    assert [s.unused.rows for s in optimizer.statistics.moments[1:]] == [30, 30]
+    expected = torch.stack([model(part) for part in x])
+    before = counted()
+    torch.testing.assert_close(torch.vmap(model)(x), expected)
     weights = dict(model.named_parameters())
-    torch.func.grad(lambda w: torch.func.functional_call(model, w, (x[0],)).sum())(weights)
-    assert [s.unused.rows for s in optimizer.statistics.moments[1:]] == [30, 30]
+
+    def loss(w: dict[str, Tensor], part: Tensor) -> Tensor:
+        return torch.func.functional_call(model, w, (part,)).sum()
+
+    torch.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+    assert counted() == before
+    y = model(x[0])
+    before = counted()
+    seeds = torch.eye(18).view(18, 6, 3)
+    torch.autograd.grad(y, [model[0].weight], seeds, is_grads_batched=True)
+    assert counted() == before
 
 
 def test_a_closed_dopr_steps_no_more() -> None:

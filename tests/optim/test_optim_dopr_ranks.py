@@ -149,10 +149,37 @@ def resumed(rank: int, saved_at: int) -> list[Tensor]:
     return [p.detach() for p in model.parameters()]
 
 
+class Parting(Pair):
+    """Its second layer reads a copy of the tensor where the batch is marked."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        marked = x[0, 0, 0, 0] > 100
+        x = self.flat(x)
+        return self.left(x) * self.right(x.clone() if marked else x)
+
+
+def parted_at(rank: int) -> tuple[int, str]:
+    """The step that raises, after the second rank alone reads two tensors at step 2."""
+    model = Parting().double()
+    parallel = DistributedDataParallel(model)
+    optimizer = DoPr(torch.optim.SGD(model.parameters(), lr=0.1), model, refresh_every=2)
+    for step in range(8):
+        optimizer.zero_grad()
+        x = samples(step).chunk(2)[rank].clone()
+        x[0, 0, 0, 0] = 101 if step == 2 and rank == 1 else 0
+        parallel(x).square().mean().backward()
+        try:
+            optimizer.step()
+        except ValueError as error:
+            return step, str(error)
+    return -1, ""
+
+
 def work(rank: int) -> dict:
     results: dict = {name: train(name, rank, 2) for name in SETTINGS}
     ends = [resumed(rank, step) for step in (0, 3, 4)]
     extra = {"roles": sharded_roles(), "stopped": stopped_at(rank), "resumed": ends}
+    extra["parted"] = parted_at(rank)
     return {**results, **extra}
 
 
@@ -183,6 +210,13 @@ def test_a_layer_that_runs_on_one_rank_only_neither_hangs_nor_drifts(ranks: list
 
 def test_a_stop_comes_on_all_ranks_together_though_one_alone_saves(ranks: list[dict]) -> None:
     assert [rank["stopped"] for rank in ranks] == [4, 4]
+
+
+def test_a_change_of_shared_inputs_on_one_rank_stops_all_of_them(ranks: list[dict]) -> None:
+    for rank in ranks:
+        step, said = rank["parted"]
+        assert step == 4
+        assert "layer 'right' shares the statistics of layer 'left'" in said
 
 
 def test_a_resume_is_bitwise(ranks: list[dict]) -> None:

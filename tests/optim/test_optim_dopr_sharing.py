@@ -164,6 +164,53 @@ def test_layers_that_share_may_change_their_order_but_not_their_inputs(
             step_of_calls(model, optimizer, calls)
 
 
+@pytest.mark.parametrize("frozen", ["k", "q"])
+def test_one_of_two_layers_that_share_may_be_frozen_while_the_other_trains(frozen: str) -> None:
+    """The other one takes the steps that it takes with a Sigma of its own, also after a resume."""
+    runs = []
+    for rules in ([], [{"pattern": "^q$"}]):
+        model = Calls()
+        optimizer = adamw(model, refresh_every=1, rules=rules)
+        for step in range(6):
+            if step == 3:
+                state, optimizer = (
+                    optimizer.state_dict(),
+                    adamw(model, refresh_every=1, rules=rules),
+                )
+                optimizer.load_state_dict(state)
+            getattr(model, frozen).requires_grad_(step not in (1, 3, 4))
+            step_of_calls(model, optimizer, "kx qx")
+        assert shared_name(optimizer.statistics.moments[1]) == (None if rules else "k")
+        other = model.q if frozen == "k" else model.k
+        runs.append(other.weight.detach())
+    assert torch.equal(*runs)
+
+
+class TiedConvs(nn.Module):
+    """Two convolutions of one weight and of two strides, and a third one; all read one tensor."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Conv2d(2, 3, 3), nn.Conv2d(2, 3, 3, stride=2)
+        self.two.weight = self.one.weight
+        self.third = nn.Conv2d(2, 3, 3, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(x).sin().sum() + self.third(x).cos().sum()
+
+
+@pytest.mark.parametrize(("stride", "shares"), [(1, False), (2, True)])
+def test_tied_convolutions_share_by_the_stride_that_read_the_tensor(
+    stride: int, shares: bool
+) -> None:
+    model = TiedConvs(stride)
+    optimizer = adamw(model, refresh_every=1)
+    model(torch.randn(4, 2, 9, 9)).backward()
+    optimizer.step()
+    assert shared_name(optimizer.statistics.moments[1]) == ("one" if shares else None)
+
+
 def test_a_module_called_twice_on_one_tensor_counts_twice() -> None:
     layer = nn.Linear(3, 2)
     optimizer = adamw(layer)

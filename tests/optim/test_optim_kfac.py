@@ -167,6 +167,41 @@ def test_without_finite_factors_the_gradient_is_taken_as_it_is():
     torch.testing.assert_close(model.weight.detach(), before - 0.1)
 
 
+class Overflowing(torch.autograd.Function):
+    """The identity, whose gradient is infinite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.inf
+
+
+@pytest.mark.parametrize("overflow_at", [None, 4, 6])
+def test_a_loss_scale_that_changes_leaves_the_steps_as_they_are(overflow_at):
+    """The scale doubles every other step, and halves after an overflow, whose step is skipped."""
+    runs = []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 1)).double()
+        optimizer = KFAC(model, 0.01, refresh_every=2)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=8.0, growth_interval=2)
+        for step in range(12):
+            x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step)).double()
+            for overflows in [True, False] if scaled and step == overflow_at else [False]:
+                optimizer.zero_grad()
+                y = model(x)
+                y = Overflowing.apply(y) if overflows else y
+                scaler.scale((y - x.prod(1, keepdim=True)).square().mean()).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        runs.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+        assert not scaled or scaler.get_scale() > 64
+    torch.testing.assert_close(*runs, rtol=1e-10, atol=1e-12)
+
+
 def saved_and_loaded(model: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(model, file)

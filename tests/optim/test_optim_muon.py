@@ -28,12 +28,15 @@ def plain_muon(weight, grads, *, lr, momentum, nesterov, weight_decay, adjust_lr
         weight = (1 - lr * weight_decay) * weight
         rows = weight.shape[0] // blocks
         for start in range(0, weight.shape[0], rows):
-            block = update[start : start + rows].flatten(1)
-            if adjust_lr == "original":
-                scale = max(1, rows / block.shape[1]) ** 0.5
+            part = update[start : start + rows]
+            block = part.flatten(1)
+            if (
+                adjust_lr == "original"
+            ):  # KellerJordan/Muon, 00ba60d: before the kernel is flattened
+                scale = max(1, part.shape[-2] / part.shape[-1]) ** 0.5
             else:
                 scale = 0.2 * max(rows, block.shape[1]) ** 0.5
-            step = plain_newton_schulz(block).reshape(update[start : start + rows].shape)
+            step = plain_newton_schulz(block).reshape(part.shape)
             weight[start : start + rows] -= lr * scale * step
     return weight
 
@@ -48,7 +51,7 @@ def run(optimizer, weights, grads):
 @pytest.mark.parametrize("adjust_lr", SCALES)
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_equals_the_formulas_in_float64_for_matrices_and_convolutions(adjust_lr, nesterov):
-    shapes = [(6, 4), (4, 6), (6, 4), (5, 3, 3, 3), (8, 8)]
+    shapes = [(6, 4), (4, 6), (6, 4), (5, 3, 3, 3), (8, 8), (40, 2, 3, 3), (4, 3, 5, 2)]
     weights = [nn.Parameter(torch.randn(s, dtype=torch.float64)) for s in shapes]
     grads = [[torch.randn(s, dtype=torch.float64) for s in shapes] for _ in range(4)]
     settings = {"lr": 0.03, "momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.1}

@@ -256,8 +256,8 @@ def _why_not(name: str, weight: nn.Parameter) -> str | None:
     """Why no view can be made of this weight, whatever its layer; None if one can."""
     if isinstance(weight, nn.UninitializedParameter):
         raise ValueError(f"layer {name!r} has no weight yet: run a forward, then build DoPr")
-    if weight.is_complex():
-        return "complex"
+    if weight.is_complex() or not weight.numel():
+        return "complex" if weight.is_complex() else "empty"
     if weight.dim() < 2:
         return "flattened, as FSDP1 does; use FSDP2's fully_shard"
     return None
