@@ -117,7 +117,7 @@ class KFAC(DoPr):
         weight, (module, _) = layer.parameters[0], layer.modules[0]
         view = OutputGradientView(weight.shape[0], _axes(module))
         name = f"{layer.name} (output gradients)"
-        moment = SecondMoment(name, view, weight, None, "", free_of_scale=True)
+        moment = SecondMoment(name, view, weight, free_of_scale=True)
         self.statistics.watch_output_gradients(moment, module, view)
         return moment
 

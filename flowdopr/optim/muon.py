@@ -122,5 +122,6 @@ class Muon(MatrixOptimizer):
         for indices in same_shape(params):
             steps = orthogonalised([updates[i] for i in indices], group)
             moved = [params[i] for i in indices]
-            scale = SCALES[group["adjust_lr"]](*steps.shape[-2:], moved[0].shape[2:])
+            rows, cols = steps.shape[-2:]
+            scale = SCALES[group["adjust_lr"]](rows, cols, moved[0].shape[2:])
             torch._foreach_add_(moved, unstack_blocks(steps, moved), alpha=-group["lr"] * scale)

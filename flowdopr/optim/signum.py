@@ -53,6 +53,7 @@ class Signum(SteadyOptimizer):
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             momenta = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_lerp_(momenta, [p.grad for p in params], 1 - group["momentum"])
+            grads = [p.grad for p in params if p.grad is not None]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
             decay_weights(params, group)
             torch._foreach_add_(params, signs(momenta), alpha=-group["lr"])

@@ -183,9 +183,7 @@ class MeanChannelView(ChannelView):
 class TransposedView(ChannelView):
     """A transposed convolution, whose weight is (C_in, C_out / g, k, k)."""
 
-    @property
-    def rows_are_weight_rows(self) -> bool:
-        return False
+    rows_are_weight_rows = False
 
     def matrix(self, grads: Sequence[Tensor]) -> Tensor:
         weight = grads[0].reshape(self.groups, self.blocks, self.side, -1)

@@ -52,11 +52,21 @@ def is_recomputation() -> bool:
     return node is None or node.name() != "CheckpointFunctionBackward"
 
 
-class InputHook:
-    """The forward pre-hook of one module; it does nothing once copied or unpickled."""
+class Hook:
+    """A hook of one module; it does nothing once copied or unpickled."""
 
-    def __init__(self, handle: int, index: int, token: Tensor | None) -> None:
+    def __init__(self, handle: int = -1, index: int = 0, token: Tensor | None = None) -> None:
         self.handle, self.index, self.token = handle, index, token
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
+        return type(self)()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+class InputHook(Hook):
+    """The forward pre-hook that gathers the input."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.token is None or not module.training or not torch.is_grad_enabled():
@@ -69,22 +79,12 @@ class InputHook:
         elif peek_interpreter_stack() is None:  # not inside torch.func
             _gather_input(x, self.handle, self.index, traced=False)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "InputHook":
-        return InputHook(-1, self.index, None)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return InputHook, (-1, self.index, None)
-
-
-class OutputGradientHook:
-    """The forward hook of one module that gathers the gradient of its output, for K-FAC; it does
-    nothing once copied or unpickled.
+class OutputGradientHook(Hook):
+    """The forward hook that gathers the gradient of the output, for K-FAC.
 
     A checkpointed layer counts once: the output of only one of its two forwards gets a gradient.
     """
-
-    def __init__(self, handle: int = -1, index: int = 0) -> None:
-        self.handle, self.index = handle, index
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if not module.training or not output.requires_grad or peek_interpreter_stack() is not None:
@@ -93,12 +93,6 @@ class OutputGradientHook:
         if gatherer is not None and gatherer.gathering and gatherer.trains(self.index):
             handle, index = self.handle, self.index
             output.register_hook(lambda grad: _gather_output_gradient(grad, handle, index))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "OutputGradientHook":
-        return OutputGradientHook()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return OutputGradientHook, ()
 
 
 def _gather_input(x: Tensor, handle: int, index: int, *, traced: bool) -> None:

@@ -234,11 +234,7 @@ def _walk(
         elif known is None:
             biases = [module.bias] if view.takes_bias and isinstance(module, nn.Linear) else []
             layers[id(weight)] = Layer(name, [weight, *biases], rule, view, [(module, view)])
-        elif (type(view), view.mode, view.shape) == (
-            type(known.view),
-            known.view.mode,
-            known.view.shape,
-        ):
+        elif view.kind == known.view.kind:
             known.modules.append((module, view))
         else:
             reasons[id(weight)] = "tied between layers that read it in different orientations"
@@ -265,7 +261,8 @@ def _why_not(name: str, weight: nn.Parameter) -> str | None:
 
 def _can_be_sharded_as_it_is(view: LayerView, weight: nn.Parameter) -> bool:
     """Whether each process can precondition its rows of the weight alone; True if it has all."""
-    return not is_sharded(weight) or (view.rows_are_weight_rows and has_whole_rows(weight))
+    alone = view.rows_are_weight_rows and view.groups == 1 and has_whole_rows(weight)
+    return alone or not is_sharded(weight)
 
 
 def _trains_bias(module: nn.Module) -> bool:

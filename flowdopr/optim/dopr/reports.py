@@ -5,7 +5,7 @@ By then the device has sent the numbers to the host, unless it is a whole interv
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ logger = logging.getLogger("flowdopr.optim")
 
 
 class Diagnostics(NamedTuple):
-    """The state of one layer's Sigma, as numbers on the host.
+    """The state of one layer's Sigma, as numbers on the host; `Statistics` has those of all layers
+    as tensors (n,) on the device, which decides by them without the host.
 
     ema_weight: the sum of the weights in the moving average of Sigma; 0 before the first refresh.
     refreshes: how many refreshes are in the average.
@@ -25,12 +26,12 @@ class Diagnostics(NamedTuple):
     least_damping: the least gamma of later ones; above 0 once a factorisation has failed.
     """
 
-    ema_weight: float
-    refreshes: float
-    skipped: float
-    skipped_in_a_row: float
-    damping: float
-    least_damping: float
+    ema_weight: Any
+    refreshes: Any
+    skipped: Any
+    skipped_in_a_row: Any
+    damping: Any
+    least_damping: Any
 
 
 class DeferredRead:

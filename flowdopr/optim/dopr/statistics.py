@@ -14,7 +14,8 @@ import itertools
 import re
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +34,12 @@ from flowdopr.optim.dopr.reports import DeferredRead, Diagnostics
 from flowdopr.optim.dopr.views import LayerView, Sample
 
 
+@dataclass
 class WindowSum:
     """A sum of z z^T, (g, b, s, s), with its number of rows; None and 0 before the first row."""
 
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.rows = 0
+    total: Tensor | None = None
+    rows: int = 0
 
     def move_into(self, other: "WindowSum") -> None:
         """Add everything to `other` and leave nothing here."""
@@ -48,38 +49,39 @@ class WindowSum:
         self.total, self.rows = None, 0
 
 
+@dataclass(eq=False)
 class SecondMoment:
     """Sigma of one layer.
 
+    max_rows, rule: rows that a forward contributes, and the pattern of the layer's rule.
+    free_of_scale: whether each window's second moment is divided by its mean eigenvalue before it
+        is averaged, because its rows have a scale of their own: that of the loss.
     unused, used: what this window has gathered, before and after a backward.
     sigma: the exponential moving average of the windows' second moments, not yet divided by the sum
         of its weights, which `Statistics.numbers` has.
-    free_of_scale: whether each window's second moment is divided by its mean eigenvalue before it
-        is averaged, because its rows have a scale of their own: that of the loss.
     shared_with: another layer that reads the same tensors, whose Sigma this layer uses instead of
         gathering its own.
+    weights: those of all layers that use this Sigma.
+    reads: numbers of the tensors that it read in this window.
+    number: its place in `Statistics.moments`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        view: LayerView,
-        weight: Tensor,
-        max_rows: int | None,
-        rule: str,
-        *,
-        free_of_scale: bool = False,
-    ) -> None:
-        self.name, self.view, self.weight, self.max_rows = name, view, weight, max_rows
-        self.free_of_scale = free_of_scale
-        self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.key = (self.dtype, max_rows, rule)
-        self.unused, self.used = WindowSum(), WindowSum()
-        self.sigma: Tensor | None = None
-        self.shared_with: SecondMoment | None = None
-        self.weights = [weight]  # of the layers that use this Sigma
-        self.reads: list[int] = []  # numbers of the tensors that it read in this window
-        self.number = -1  # its place in `Statistics.moments`
+    name: str
+    view: LayerView
+    weight: Tensor
+    max_rows: int | None = None
+    rule: str = ""
+    free_of_scale: bool = False
+    unused: WindowSum = field(default_factory=WindowSum)
+    used: WindowSum = field(default_factory=WindowSum)
+    sigma: Tensor | None = None
+    shared_with: "SecondMoment | None" = None
+    reads: list[int] = field(default_factory=list)
+    number: int = -1
+
+    def __post_init__(self) -> None:
+        self.dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        self.weights = [self.weight]
 
     @property
     def device(self) -> torch.device:
@@ -116,18 +118,6 @@ class SecondMoment:
         return whole if whole.rows else WindowSum()  # empty batches count as no forward
 
 
-class Numbers(NamedTuple):
-    """The fields of `Diagnostics` of all layers as tensors (n,) on the device, where a refresh
-    decides what follows from them, so that the host does not wait."""
-
-    ema_weight: Tensor
-    refreshes: Tensor
-    skipped: Tensor
-    skipped_in_a_row: Tensor
-    damping: Tensor
-    least_damping: Tensor
-
-
 def on_device(numbers: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
     """A tensor (n,) of numbers from the host. It is filled on the device, since a copy would make
     the host wait."""
@@ -146,7 +136,7 @@ class Statistics:
         self.gathering = True
         self.turn = 0  # number of the refresh that is gathered for
         self.sharing_decided = False
-        self._numbers: Numbers | None = None
+        self._numbers: Diagnostics | None = None
         self._sent_right: DeferredRead | None = None
         self._watched: list[tuple[SecondMoment, LayerView]] = []
         self._backward_ran = False
@@ -195,7 +185,9 @@ class Statistics:
             return
         moment, view = self._watched[index]
         if self._take(index, x) and not traced:
-            moment.reads.append(self._tensor_number((*view.key, *moment.key), x))
+            moment.reads.append(
+                self._tensor_number((*view.key, moment.dtype, moment.max_rows, moment.rule), x)
+            )
 
     @torch.no_grad()
     def gather_output_gradient(self, index: int, grad: Tensor) -> None:
@@ -345,16 +337,16 @@ class Statistics:
         return windows
 
     @property
-    def numbers(self) -> Numbers:
+    def numbers(self) -> Diagnostics:
         """The numbers of all layers, zeros before the first refresh, where the first layer is."""
         device = self.moments[0].device
         if self._numbers is None:
             double = any(moment.dtype == torch.float64 for moment in self.moments)
             dtype = torch.float64 if double else torch.float32
             zeros = torch.zeros(len(self.moments), dtype=dtype, device=device)
-            self._numbers = Numbers(*(zeros.clone() for _ in Numbers._fields))
+            self._numbers = Diagnostics(*(zeros.clone() for _ in Diagnostics._fields))
         elif self._numbers.damping.device != device:  # the model was moved
-            self._numbers = Numbers(*(values.to(device) for values in self._numbers))
+            self._numbers = Diagnostics(*(values.to(device) for values in self._numbers))
         return self._numbers
 
     def set_damping(self, damping: float) -> None:
@@ -425,10 +417,10 @@ class Statistics:
                 moment.share(known[leader])
             moment.close_window()
             moment.sigma = None if entry is None else _unpacked(entry["sigma"], moment)
-            rows.append([0.0 if entry is None else entry[key] for key in Numbers._fields])
+            rows.append([0.0 if entry is None else entry[key] for key in Diagnostics._fields])
         self._numbers = None
         zeros = self.numbers.damping
-        self._numbers = Numbers(*torch.tensor(rows, dtype=zeros.dtype, device=zeros.device).mT)
+        self._numbers = Diagnostics(*torch.tensor(rows, dtype=zeros.dtype, device=zeros.device).mT)
 
 
 def _remove_all(removable: list[Any]) -> None:
@@ -454,7 +446,7 @@ def _fits(entry: dict[str, Any] | None, moment: SecondMoment) -> bool:
         return True
     groups, blocks, side, _ = moment.view.shape
     shape = (groups, blocks, side * (side + 1) // 2)
-    return entry.keys() >= {"sigma", *Numbers._fields} and entry["sigma"].shape == shape
+    return entry.keys() >= {"sigma", *Diagnostics._fields} and entry["sigma"].shape == shape
 
 
 def _packed(sigma: Tensor) -> Tensor:

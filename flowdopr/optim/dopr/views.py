@@ -98,9 +98,12 @@ class LayerView:
     """The base of all views: a weight (d_out, ...) with the coordinates of z in its trailing axes.
 
     mode: as the table of roles names it. groups, blocks, side: g, b, s above.
+    rows_are_weight_rows: whether each row of G is a row of the weight along its first axis. A
+        process that holds some of these rows can then precondition them alone.
     """
 
     takes_bias = False
+    rows_are_weight_rows = True
 
     def __init__(self, mode: str, groups: int, dim: int, blocks: int = 1) -> None:
         self.mode, self.groups, self.blocks, self.side = mode, groups, blocks, dim // blocks
@@ -116,15 +119,14 @@ class LayerView:
         return self.shape
 
     @property
-    def rows_are_weight_rows(self) -> bool:
-        """Whether each row of G is a row of the weight along its first axis. A process that holds
-        some of these rows can then precondition them alone."""
-        return self.groups == 1
+    def kind(self) -> tuple[object, ...]:
+        """Layers with equal kinds have a Sigma over the same coordinates."""
+        return (type(self).__name__, self.mode, *self.shape)
 
     @property
     def key(self) -> tuple[object, ...]:
         """Two layers with equal keys make the same Sigma of one input."""
-        return (type(self).__name__, self.mode, *self.shape)
+        return self.kind
 
     def describe(self) -> str:
         """The mode as the table of roles prints it."""
@@ -232,12 +234,10 @@ class EmbeddingView(LayerView):
     counts, whatever the sample; so does `padding_idx`, whose gradient is zero.
     """
 
+    rows_are_weight_rows = False
+
     def __init__(self, num_embeddings: int) -> None:
         super().__init__("diagonal", 1, num_embeddings, num_embeddings)
-
-    @property
-    def rows_are_weight_rows(self) -> bool:
-        return False
 
     def accumulate(self, sums: Tensor, x: Tensor, sample: Sample) -> int:
         index = x.reshape(-1)
