@@ -16,7 +16,7 @@ from flowdopr.linalg import in_float32
 
 
 class SteadyOptimizer(torch.optim.Optimizer):
-    """Base of all optimizers here but DoPr, which do their work in `_step`."""
+    """Base of all optimizers here, which do their work in `_step`."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

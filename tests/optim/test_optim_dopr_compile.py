@@ -14,7 +14,7 @@ def test_a_compiled_model_gathers_without_recompiling() -> None:
         torch._dynamo.reset()
         counters.clear()
         model = small_model()
-        optimizer = adamw(model, refresh_every=3)
+        optimizer = adamw(model, refresh_every=3, max_rows=50)
         forward = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         for step in range(7):
             optimizer.zero_grad()

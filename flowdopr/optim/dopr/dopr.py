@@ -19,13 +19,14 @@ second moment of z and m = tr(Sigma) / d, and the wrapped optimizer, the gradien
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowdopr.linalg import full_float32, in_float32
+from flowdopr.optim.base import SteadyOptimizer
 from flowdopr.optim.dopr.inverse import Form
 from flowdopr.optim.dopr.layers import (
     CONV_MODES,
@@ -57,8 +58,13 @@ READS_WEIGHTS = re.compile(
 EVALUATES_LOSS = re.compile(r"(?i)lbfgs|sam$|alig|adahessian|sophiah")
 
 
-class DoPr(torch.optim.Optimizer):
+class DoPr(SteadyOptimizer):
     """Wraps a constructed optimizer over `model`'s parameters with activation preconditioning.
+
+    After a step `.grad` holds what the GP saw, M. Besides what the constructor refuses, a step
+    raises FloatingPointError at the refresh after the last of `reports.MAX_NONFINITE` refreshes in
+    a row in which a layer's inputs were not finite, and ValueError where a layer that shares its
+    Sigma has read another tensor than the layer it shares with.
 
     Args:
         optimizer: the GP. Its param_groups and state are shared: schedulers, GradScaler and
@@ -141,35 +147,21 @@ class DoPr(torch.optim.Optimizer):
         """Layer name -> refreshes, skipped refreshes and damping; the host waits for them."""
         return self.statistics.diagnostics()
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Refresh Sigma if this is a refresh step, precondition, and let the GP step.
-
-        Afterwards `.grad` holds what the GP saw, M.
-
-        Raises:
-            FloatingPointError: at the refresh after the last of `reports.MAX_NONFINITE` refreshes
-                in a row in which a layer's inputs were not finite.
-        """
+    def _step(self) -> None:
+        """Refresh Sigma if this is a refresh step, precondition, and let the GP step."""
         if self._closed:
             raise ValueError(
                 "this DoPr was closed: step the optimizer inside it, or build a new one"
             )
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         strength = self._schedule(self.steps)[1]
-        with in_float32(self._parameters()):
-            if self.statistics.gathering:
-                self._refresh()
-            elif strength == 0:  # AP has faded, and no refresh will come to report the last one
-                self._reporter.log_sent_and_stop()
-            # T is applied in the program's own precision of matrix products, as G was made.
-            self._step_preconditioned(self._ready_layers() if strength > 0 else [])
+        if self.statistics.gathering:
+            self._refresh()
+        elif strength == 0:  # AP has faded, and no refresh will come to report the last one
+            self._reporter.log_sent_and_stop()
+        # T is applied in the program's own precision of matrix products, as G was made.
+        self._step_preconditioned(self._ready_layers() if strength > 0 else [])
         self.steps += 1
         self._set_gathering()
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the statistics of a backward whose step never came."""
@@ -256,9 +248,6 @@ class DoPr(torch.optim.Optimizer):
     def _share_groups(self) -> None:
         self.defaults = self.optimizer.defaults
         self.state, self.param_groups = self.optimizer.state, self.optimizer.param_groups
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
 
     # A step
 
