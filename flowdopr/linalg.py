@@ -46,7 +46,7 @@ def without_autocast(devices: Iterable[torch.device]) -> Iterator[None]:
     """Operations on these devices in the precision of their tensors, whatever autocast says."""
     with contextlib.ExitStack() as stack:
         for kind in {device.type for device in devices}:
-            if torch.is_autocast_enabled(kind):
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 

@@ -86,3 +86,9 @@ def test_a_step_that_fails_gives_weights_and_gradients_back(dtype):
     with pytest.raises(TypeError):
         optimizer.step()
     assert {t.dtype for p in network.parameters() for t in (p, p.grad)} == {dtype}
+
+
+def test_weights_without_memory_load_a_state():
+    network = Network().to("meta", torch.bfloat16)
+    optimizer = build(network, "muon", 0.01)
+    optimizer.load_state_dict(optimizer.state_dict())
