@@ -20,11 +20,11 @@ def run_quick(script: str, file: Path, options: list[str]) -> dict:
 
 @pytest.mark.slow
 def test_quick_benchmark_writes_ratios(tmp_path):
-    options = ["--gps", "sgd", "--models", "dit-xxs-quick"]
+    options = ["--gps", "sgd", "--models", "dit-xxs-quick", "--also", '{"max_rows": 8}']
     report = run_quick("scripts/benchmark_optim.py", tmp_path / "benchmark.json", options)
     assert report["machine"]["commit"]
     (result,) = report["results"]
-    assert set(result["arms"]) == {"gp", "dopr", "dopr exact"}
+    assert set(result["arms"]) == {"gp", "dopr", "dopr exact", "dopr also"}
     assert result["arms"]["gp"]["time_ratio"] == result["arms"]["gp"]["memory_ratio"] == 1
     assert all(arm["memory_bytes"] > 0 for arm in result["arms"].values())
 
