@@ -60,6 +60,8 @@ def find_classes(source: Source) -> Classes:
         if file in source.others:
             return _listed(source, file)
     inner = [_parts(folder)[len(top) :] for folder in folders]
+    names = sorted({folder[0] for folder in inner if folder})
+    _refuse_splits(source, "/".join(top), names)
     if not any(inner) or all(map(EDM_NAME.fullmatch, source.names)):
         return Classes([0] * len(inner), ())
     if [] in inner:
@@ -67,15 +69,12 @@ def find_classes(source: Source) -> Classes:
             f"{source.setting}: '{source.where(source.names[inner.index([])])}' lies beside class "
             "folders; put it into one of them, or all images into one folder"
         )
-    classes = [folder[0] for folder in inner]
-    names = sorted(set(classes))
-    _refuse_splits(source, "/".join(top), names)
     number = {name: label for label, name in enumerate(names)}
     beside = [path for path in source.others if posixpath.dirname(path[:-1]) == "/".join(top)]
     empty = [posixpath.basename(path[:-1]) for path in beside if path.endswith("/")]
     empty = [shown(folder) for folder in empty if folder not in number]
     remarks = (f"without an image: {', '.join(empty[:MOST_NAMES])}",) if empty else ()
-    labels = [number[name] for name in classes]
+    labels = [number[folder[0]] for folder in inner]
     return Classes(labels, tuple(map(shown, names)), remarks=remarks)
 
 

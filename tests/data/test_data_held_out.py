@@ -59,7 +59,7 @@ def test_a_pair_that_does_not_fit_is_one_line(make_config, pair, write_images, t
         with pytest.raises(ValueError, match=message) as caught:
             build_datasets(config)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"held_out_root is not used by data.name=digits"):
+    with pytest.raises(ValueError, match=r"held_out_root=x is not used by data.name=digits"):
         make_config(name="digits", held_out_root="x")
     with pytest.raises(ValueError, match=r"held_out_fraction=0.2 is not used beside data.held_out"):
         make_config(name="folder", held_out_root="x", held_out_fraction=0.2)

@@ -120,6 +120,11 @@ def test_parts_of_a_data_set_are_no_classes(make_source, names, first, second):
         find_classes(source)
 
 
+def test_parts_that_each_have_a_dataset_json_are_refused_too(make_source):
+    with pytest.raises(ValueError, match=r"'train' and 'test' in .* are parts of a data set"):
+        find_classes(make_source(edm(None, "train/") | edm(None, "test/")))
+
+
 def test_folders_without_images_are_named(make_source):
     source = make_source({f"{name}/0.png": PNG for name in "ab"} | {"c/0.heic": PNG})
     found = find_classes(source)

@@ -144,7 +144,11 @@ def test_the_command_line_says_one_line(tmp_path, capsys):
 def test_the_terminal_gets_counts_and_the_log_every_parameter(tmp_path, capfd):
     path = train(tiny(tmp_path, "optimizer.name=dopr-sgd", "train.steps=2"))
     shown, kept = capfd.readouterr().err, (path / "log.txt").read_text()
-    summary, step, held_out = shown.strip().split("\n")
+    data, summary, step, held_out = shown.strip().split("\n")
+    shown_classes = "10 classes (0, 1, 2, 3, 4, ..., 9)"
+    assert (
+        data == f"data: digits, 1,618 images to train on, 179 held out, 1 x 8 x 8, {shown_classes}"
+    )
     found = re.findall(r"(\d+) (?:matrix|bias|embedding)", summary)
     assert sum(map(int, found)) == kept.count(".weight ") + kept.count(".bias ")
     assert summary.startswith("tiny: ")
@@ -152,7 +156,7 @@ def test_the_terminal_gets_counts_and_the_log_every_parameter(tmp_path, capfd):
     assert summary.endswith(f"; each is listed in {path / 'log.txt'}")
     assert step.startswith("step 2/2 images 32 loss ")
     assert held_out.startswith("step 2/2 held_out_loss ")
-    assert all(line in kept for line in (summary, step, held_out))
+    assert all(line in kept for line in (data, summary, step, held_out))
 
 
 def test_log_lines_read_as_numbers(tmp_path):
