@@ -4,14 +4,11 @@ Shapes: images uint8 `(N, C, H, W)`; features `(N, D)` and logits `(N, K)` on th
 """
 
 import hashlib
-import os
 from collections.abc import Collection
 from typing import Any
 
 import torch
 import torch_fidelity
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -19,7 +16,8 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from flowdopr.data import ImageDataset
-from flowdopr.disk import cache_folder, replacing
+from flowdopr.disk import cache_folder
+from flowdopr.evaluate.cache import cached_tensors
 from flowdopr.evaluate.extractors import Extractor, Features
 from flowdopr.terminal import counting
 
@@ -56,27 +54,20 @@ def check_numbers(metrics: Collection[str], generated: int, reference: int) -> N
 def reference_features(reference: ImageDataset, fingerprint: str, extractor: Extractor) -> Tensor:
     """The features of the real images, cached for their `fingerprint` and the extractor's weights.
 
-    A cache file that is damaged is made again. It holds tensors alone and cannot run code.
+    A cache file that is damaged is made again.
     """
     key = repr((fingerprint, len(reference), extractor.weights_sha256, str(extractor.dtype)))
     name = f"reference-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
-    path = cache_folder() / "features" / name
-    try:
-        features = load_file(path)["features"]
-        if len(features) == len(reference):
-            return features
-    except (OSError, SafetensorError, KeyError):
-        pass
-    parts = []
-    with counting("features of the real images", len(reference)) as progress:
-        for indices in torch.arange(len(reference)).split(TOGETHER):
-            parts.append(extractor(reference.batch(indices)[0]).features)
-            progress(len(indices))
-    features = torch.cat(parts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, f".{os.getpid()}.part") as part:
-        save_file({"features": features}, part)
-    return features
+
+    def make() -> tuple[Tensor]:
+        parts = []
+        with counting("features of the real images", len(reference)) as progress:
+            for indices in torch.arange(len(reference)).split(TOGETHER):
+                parts.append(extractor(reference.batch(indices)[0]).features)
+                progress(len(indices))
+        return (torch.cat(parts),)
+
+    return cached_tensors(cache_folder() / "features" / name, ("features",), make)[0]
 
 
 def fidelity(

@@ -89,8 +89,9 @@ def load_network(network: Network, weights: str | Path) -> Any:
     timm, helpers = _optional("timm"), _optional("timm.models")
     size = {} if network.by_order else {"num_classes": 0, "img_size": network.side}
     model = timm.create_model(network.model, pretrained=False, **size)
-    try:  # reads tensors only (weights_only=True)
-        helpers.load_checkpoint(model, str(weights), use_ema=False, remap=network.by_order)
+    remap = network.by_order
+    try:  # weights_only: of tensors alone, so that a file cannot run code
+        helpers.load_checkpoint(model, str(weights), use_ema=False, remap=remap, weights_only=True)
     except Exception as error:  # whatever a file of unknown content makes torch and timm raise
         reason = " ".join(str(error).split())[:120]
         raise ValueError(

@@ -14,19 +14,16 @@ Shapes: images uint8 `(N, C, H, W)`; D = C H W after averaging; K directions.
 
 import hashlib
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from flowdopr.data import ImageDataset
-from flowdopr.disk import replacing
+from flowdopr.evaluate.cache import cached_tensors
 
 LARGEST_SIDE = 32
 ROUNDING = 1 / 12  # variance of a number's distance to the nearest level
@@ -62,26 +59,20 @@ def principal_directions(
         ValueError: all images are equal.
     """
     key = hashlib.sha256(repr((fingerprint, len(images), LARGEST_SIDE)).encode()).hexdigest()
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        parts = torch.arange(len(images)).split(TOGETHER)
+        mean, covariance = _mean_and_covariance(images.batch(part)[0] for part in parts)
+        variances, directions = torch.linalg.eigh(covariance)
+        kept = variances > ROUNDING
+        if not kept.any():
+            raise ValueError("evaluate.metrics: spectrum needs training images that differ")
+        directions = directions[:, kept].flip(1).float().contiguous()
+        return mean.float(), directions, variances[kept].flip(0).float()
+
+    names = ("mean", "directions", "variances")
     path = cache / f"directions-{key[:24]}.safetensors"
-    try:
-        return PrincipalDirections(**load_file(path))
-    except (OSError, SafetensorError, TypeError):  # missing, or damaged and made again
-        pass
-    parts = torch.arange(len(images)).split(TOGETHER)
-    mean, covariance = _mean_and_covariance(images.batch(part)[0] for part in parts)
-    variances, directions = torch.linalg.eigh(covariance)
-    kept = variances > ROUNDING
-    if not kept.any():
-        raise ValueError("evaluate.metrics: spectrum needs training images that differ")
-    tensors = {
-        "mean": mean.float(),
-        "directions": directions[:, kept].flip(1).float().contiguous(),
-        "variances": variances[kept].flip(0).float(),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, f".{os.getpid()}.part") as part:
-        save_file(tensors, part)
-    return PrincipalDirections(**tensors)
+    return PrincipalDirections(*cached_tensors(path, names, make))
 
 
 def _mean_and_covariance(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Distances against independent float64 computations, and the pitfalls around torch-fidelity."""
 
-import pickle
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from urllib.error import URLError
@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from safetensors.torch import save
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 
 from flowdopr.data import ImageTensor
+from flowdopr.disk import cache_folder
 from flowdopr.evaluate import (
     classifier_extractor,
     extractors,
@@ -19,7 +21,7 @@ from flowdopr.evaluate import (
     inception_extractor,
     reference_features,
 )
-from flowdopr.evaluate.classifier import cache_folder
+from flowdopr.evaluate.pretrained import pretrained_extractor
 from flowdopr.linalg import full_float32
 
 ALL = ("fd", "kid", "isc", "prc")
@@ -139,7 +141,7 @@ def test_generated_images_are_never_cached(digits, extractor):
     assert found[0] != found[1]
 
 
-@pytest.mark.parametrize("damage", [b"", b"no tensors", None])
+@pytest.mark.parametrize("damage", [b"", b"no tensors", save({"other": torch.ones(2)}), None])
 def test_a_damaged_cache_of_reference_features_is_made_again(digits, extractor, damage):
     reference = part(digits.train, 0, 50)
     before = set((cache_folder() / "features").glob("*"))
@@ -226,14 +228,11 @@ class Intruder:
         return Path.touch, (self.path,)
 
 
-def test_a_file_of_weights_cannot_run_code(tmp_path):
-    stolen = tmp_path / "stolen"
-    for name, write in {
-        "torch": torch.save,
-        "pickle": lambda x, p: p.write_bytes(pickle.dumps(x, protocol=2)),
-    }.items():
-        path = tmp_path / name
-        write({"weights": Intruder(stolen)}, path)
-        with pytest.raises(ValueError, match="cannot be read"):
-            inception_extractor(str(path))
-        assert not stolen.exists()
+@pytest.mark.parametrize("load", [inception_extractor, partial(pretrained_extractor, "dinov2")])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_of_weights_cannot_run_code(tmp_path, load, zipped):
+    path, stolen = tmp_path / "weights.pth", tmp_path / "stolen"
+    torch.save({"weights": Intruder(stolen)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"evaluate.extractor.weights: .* (cannot|does not)"):
+        load(str(path))
+    assert not stolen.exists()
