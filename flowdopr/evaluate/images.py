@@ -18,7 +18,7 @@ from flowdopr.config import Config
 from flowdopr.config.schema import EvaluateConfig
 from flowdopr.data import Datasets
 from flowdopr.data.loader import picks_between
-from flowdopr.evaluate.classifier import cache_folder
+from flowdopr.disk import cache_folder
 from flowdopr.evaluate.exact import Measured
 from flowdopr.evaluate.extractors import (
     CLASSIFIER,
