@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from untrained import save_random_checkpoint
 
 from flowdopr.config import apply_overrides
 from flowdopr.data import plain_batches
@@ -11,7 +12,7 @@ from flowdopr.evaluate import evaluate
 from flowdopr.evaluate.card import answers, card_settings, write_json
 from flowdopr.evaluate.generate import balanced_labels, labels_like_data, repeated_labels
 from flowdopr.flow import ONE_STEP_BATCH, build_objective, one_step_loss
-from flowdopr.runs import averages_of
+from flowdopr.runs import RunFolder, averages_of
 
 
 def read(path):
@@ -174,6 +175,17 @@ def test_other_images_than_the_runs_are_refused(make_run):
         evaluate(run.path)
     assert "\n" not in str(caught.value)
     assert not list((run.path / "evaluation").iterdir())
+
+
+def test_nothing_is_downloaded_to_the_place_that_a_runs_config_names(make_run, tmp_path):
+    run, place = make_run(), tmp_path / "place"
+    data = [f"data.root={place}", "data.download=true"]
+    config = apply_overrides(run.config, ["name=mnist", "data.name=mnist", *data])
+    stranger = RunFolder.create(config, run.dataset, {}, resume=False)
+    save_random_checkpoint(stranger, 1)
+    with pytest.raises(ValueError, match=r"mnist is not in .* data.download is false.*=true"):
+        evaluate(stranger.path)
+    assert not place.exists()
 
 
 def test_label_rules():
