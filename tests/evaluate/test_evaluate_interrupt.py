@@ -28,7 +28,7 @@ def test_evaluate_keeps_the_cards_that_are_there(make_run, monkeypatch, capsys):
     assert run_command(command) == 0
     cards = list((run.path / "evaluation").iterdir())
     capsys.readouterr()
-    monkeypatch.setattr(measure, "fidelity", interrupt)
+    monkeypatch.setattr(measure, "measure_model", interrupt)
     assert run_command([*command, "evaluate.seed=1"]) == 130
     said = capsys.readouterr()
     assert said.err.startswith("flowdopr: evaluate stopped; no card is written, others stay")
