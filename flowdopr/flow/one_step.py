@@ -54,7 +54,7 @@ class TimeBins:
             means = sums / counts
             variances = self._sums(bins, (values - means[bins]) ** 2) / (counts - 1)
             errors = np.where(counts > 1, np.sqrt(variances / counts), np.nan)
-        return OneStepLoss(sums.sum() / len(t), means.tolist(), errors.tolist(), len(t))
+        return OneStepLoss(float(sums.sum() / len(t)), means.tolist(), errors.tolist(), len(t))
 
     @staticmethod
     def _sums(bins: np.ndarray, values: np.ndarray) -> np.ndarray:
