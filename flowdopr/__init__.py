@@ -4,6 +4,11 @@ The rooms, in the order the data walks through them: `config`, `data`, `flow`, `
 `train`, `evaluate`, `compare`. `docs/architecture.md` draws the way.
 """
 
-from importlib.metadata import version
 
-__version__ = version("flowdopr")
+def __getattr__(name: str) -> str:
+    """`__version__`, looked up when it is asked for: Ctrl-C finds the command ready sooner."""
+    if name != "__version__":
+        raise AttributeError(f"module 'flowdopr' has no attribute '{name}'")
+    from importlib.metadata import version
+
+    return version("flowdopr")

@@ -1,260 +1,15 @@
-"""The command line: `flowdopr train | sample | evaluate | compare | encode | check`.
+"""The command line: it runs one command and ends with its exit code.
 
-Each command is one call into the package. Bad input ends with one line and exit code 2, a run that
-failed with 1, a signal with 128 + its number, success with 0. Modules are imported inside the
-commands, so that `--help` does not wait for torch.
+Bad input ends with one line and exit code 2, a run that failed with 1, a signal with 128 + its
+number, success with 0. This file imports little, so that Ctrl-C finds it ready at once.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
-import typer
-from typer import Argument, Option
-
-from flowdopr.exits import Commands, end, exit_code, one_line
-from flowdopr.terminal import heartbeat
-
-if TYPE_CHECKING:
-    from flowdopr.config import Config
-
-app = typer.Typer(
-    cls=Commands, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
-)
-
-SETTINGS_OF_SAMPLE = {
-    "solver": "solver",
-    "steps": "solver.steps",
-    "atol": "solver.atol",
-    "rtol": "solver.rtol",
-    "guidance_scale": "guidance.scale",
-    "guide_run": "guidance.guide.run",
-    "guide_weights": "guidance.guide.weights",
-    "guide_step": "guidance.guide.step",
-    "batch_size": "batch_size",
-}
-"""Options of `flowdopr sample` that are short for settings of the section `sample`."""
-
-ConfigFile = Annotated[
-    Path, Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml.")
-]
-RunPath = Annotated[Path, Argument(metavar="RUN", help="Run folder, such as runs/quickstart.")]
-Overrides = Annotated[
-    list[str] | None,
-    Argument(
-        metavar="[a.b=value ...]",
-        help="Settings, listed in docs/settings.md; quote brackets and braces.",
-    ),
-]
-PrintConfig = Annotated[
-    bool, Option("--print-config", help="Print the resolved config as YAML, do nothing else.")
-]
-Checkpoint = Annotated[int | None, Option(help="Checkpoint; default: the newest.")]
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"flowdopr {version('flowdopr')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    _: Annotated[
-        bool, Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    """Flow-matching image generation that judges optimizers by their samples."""
-
-
-@app.command()
-def train(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    resume: Annotated[
-        bool, Option("--resume", help="Go on from the newest checkpoint, if there is one.")
-    ] = False,
-    changed_data: Annotated[
-        bool, Option("--changed-data", help="With --resume: go on although the images changed.")
-    ] = False,
-    print_config: PrintConfig = False,
-) -> None:
-    """Train a model into the run folder <output>/<name>.
-
-    Ctrl-C and SIGTERM save a checkpoint first; the same command with --resume goes on exactly where
-    it stopped. Runs on several processes or GPUs under `accelerate launch -m flowdopr train ...`.
-    """
-    if changed_data and not resume:
-        raise ValueError("--changed-data: it belongs to --resume, a new run takes any images")
-    resolved = _resolved(config, overrides, print_config, one_run=True)
-    from flowdopr.train import train as run_train
-
-    _tell(run_train(resolved, resume=resume, changed_data=changed_data))
-
-
-@app.command()
-def sample(
-    context: typer.Context,
-    run: RunPath,
-    out: Annotated[Path, Option(help="Folder for the images; a cut sampling into it goes on.")],
-    overrides: Overrides = None,
-    num: Annotated[int, Option(min=1, help="Number of images.")] = 64,
-    solver: Annotated[
-        str | None, Option(help="torchdiffeq method or SDE solver, with its defaults.")
-    ] = None,
-    steps: Annotated[int | None, Option(help="Steps of a fixed-step solver.")] = None,
-    atol: Annotated[float | None, Option(help="Absolute tolerance of the solver.")] = None,
-    rtol: Annotated[float | None, Option(help="Relative tolerance of the solver.")] = None,
-    guidance_scale: Annotated[
-        float | None, Option(help="Guidance, classifier-free or by the guide.")
-    ] = None,
-    guide_run: Annotated[
-        str | None, Option(help="Autoguidance by the model of this run folder, a worse one.")
-    ] = None,
-    guide_weights: Annotated[str | None, Option(help="Weights of the guide; default: ema.")] = None,
-    guide_step: Annotated[int | None, Option(help="Checkpoint of the guide.")] = None,
-    labels: Annotated[
-        str | None, Option(help="Class numbers, repeated over the images: 3 or 0,1,2.")
-    ] = None,
-    seed: Annotated[
-        int,
-        Option(min=0, help="Image i depends on the seed and i alone (adaptive: up to tolerance)."),
-    ] = 0,
-    step: Checkpoint = None,
-    ema: Annotated[
-        str, Option(help="Weights: ema, raw, an average's own name, or posthoc-LENGTH.")
-    ] = "ema",
-    batch_size: Annotated[int | None, Option(help="Images at a time.")] = None,
-    autoencoder: Annotated[
-        str | None, Option(help="Where the autoencoder of a run on latents lies now.")
-    ] = None,
-    npz: Annotated[
-        bool, Option("--npz", help="Also write samples.npz (arr_0: uint8, NHWC; labels).")
-    ] = False,
-) -> None:
-    """Draw images from a run: numbered PNGs and grid.png. Options default to the run's config.
-
-    Any setting of the section `sample` is given as sample.key=value, after the options' own.
-    """
-    from flowdopr.evaluate import sample as run_sample
-
-    given = {key: context.params[option] for option, key in SETTINGS_OF_SAMPLE.items()}
-    options = [f"sample.{k}={json.dumps(v)}" for k, v in given.items() if v is not None]
-    path = run_sample(
-        run,
-        [*options, *(overrides or ())],
-        num=num,
-        out=out,
-        labels=_numbers(labels),
-        seed=seed,
-        step=step,
-        weights=ema,
-        npz=npz,
-        autoencoder=autoencoder,
-    )
-    _tell(path)
-
-
-@app.command()
-def evaluate(
-    run: RunPath,
-    overrides: Overrides = None,
-    step: Checkpoint = None,
-    force: Annotated[
-        bool, Option("--force", help="Measure again even where a card exists.")
-    ] = False,
-) -> None:
-    """Measure a run into a JSON card: one-step loss beside FD or FID, KID, precision, recall.
-
-    Only settings of the sections `sample` and `evaluate` can be changed.
-    """
-    from flowdopr.evaluate import evaluate as run_evaluate
-
-    path = run_evaluate(run, overrides or (), step=step, force=force)
-    card = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in card["metrics"].items():
-        if isinstance(value, int | float):
-            print(f"{name:24} {value:.6g}")
-    _tell(path)
-
-
-@app.command()
-def compare(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    workers: Annotated[
-        int | None, Option(min=1, help="Runs at a time; default: compare.workers.")
-    ] = None,
-    report_only: Annotated[
-        bool, Option("--report-only", help="Only rebuild the report from finished runs.")
-    ] = False,
-    print_config: PrintConfig = False,
-) -> None:
-    """Train every arm x learning rate x seed, evaluate each, and write report.html.
-
-    Finished runs are skipped and interrupted ones go on, so the same command can be repeated.
-    """
-    resolved = _resolved(config, overrides, print_config)
-    from flowdopr.compare import check_overrides
-    from flowdopr.compare import compare as run_compare
-
-    check_overrides(overrides or ())
-    run_compare(resolved, workers=workers, report_only=report_only)
-
-
-@app.command()
-def encode(
-    config: ConfigFile,
-    autoencoder: Annotated[
-        str, Option(help="Folder in diffusers' format, or a name on the Hugging Face hub.")
-    ],
-    out: Annotated[Path, Option(help="Folder for the latents; an interrupted encoding goes on.")],
-    overrides: Overrides = None,
-    kept: Annotated[str, Option(help="posterior: drawn anew each epoch; or mean.")] = "posterior",
-    dtype: Annotated[str, Option(help="float16 or float32.")] = "float16",
-    shard_size: Annotated[int, Option(min=1, help="Images in a file.")] = 8192,
-    batch_size: Annotated[int, Option(min=1, help="Images at a time.")] = 32,
-) -> None:
-    """Encode the images of CONFIG's section `data` once, for `data.name: latents`.
-
-    Mirrored copies are encoded too where data.horizontal_flip is on. Needs flowdopr[latents].
-    """
-    from flowdopr.config import load_data_config
-    from flowdopr.latents import encode as run_encode
-
-    path = run_encode(
-        load_data_config(config, overrides or ()),
-        autoencoder=autoencoder,
-        out=out,
-        kept=kept,
-        dtype=dtype,
-        shard_size=shard_size,
-        batch_size=batch_size,
-    )
-    _tell(path)
-
-
-@app.command()
-def check(
-    data: Annotated[Path, Argument(help="Config, or a folder or ZIP archive of images.")],
-    overrides: Overrides = None,
-) -> None:
-    """Decode every image of DATA as training does, and print a line for each broken one.
-
-    Of latents, the checksums are compared. The exit code is 1 if anything is broken.
-    """
-    from flowdopr.latents import check as run_check
-
-    broken = run_check(data, overrides or ())
-    for line in broken:
-        print(line)
-    if broken:
-        raise typer.Exit(1)
+from flowdopr.exits import Stopped, end_with, importing
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -264,50 +19,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run_command(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code. FLOWDOPR_TRACEBACK=1 shows tracebacks."""
-    command = typer.main.get_command(app)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        with importing():
+            from flowdopr.commands import command
+            from flowdopr.terminal import heartbeat
         arguments = arguments or ["--help"]
         with heartbeat("flowdopr"):
             return command.main(arguments, prog_name="flowdopr", standalone_mode=False) or 0
     except KeyboardInterrupt:
-        return end("interrupted", 130)
-    except Exception as error:
-        if os.environ.get("FLOWDOPR_TRACEBACK"):
-            raise
-        code = exit_code(error)
-        if code is None:
-            raise
-        return end(one_line(error), code)
-
-
-def _resolved(
-    config: Path, overrides: list[str] | None, print_only: bool, *, one_run: bool = False
-) -> Config:
-    """The config of a command, which ends here if it is only to be printed."""
-    from flowdopr.config import effective, load_config, to_yaml
-
-    resolved = load_config(config, overrides or ())
-    if print_only:
-        print(to_yaml(effective(resolved) if one_run else resolved), end="")
-        raise typer.Exit
-    return resolved
-
-
-def _tell(path: Path) -> None:
-    """Print the path of a result, once for all processes of a launch."""
-    if os.environ.get("RANK", "0") == "0":
-        print(path)
-
-
-def _numbers(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--labels {text}: write class numbers, such as 3 or 0,1,2") from None
-
-
-if __name__ == "__main__":
-    main()
+        error: Exception = Stopped("stopped before it began")
+    except Exception as caught:
+        error = caught
+    code = None if os.environ.get("FLOWDOPR_TRACEBACK") else end_with(error)
+    if code is None:
+        raise error
+    return code

@@ -1,36 +1,70 @@
-"""Writing files atomically, the folder of cached files, and locking a folder for one process."""
+"""Files: writing atomically, reading with errors that name the file, the cache, and locks."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
+import json
+import math
 import os
 import platform
-import time
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows has no fcntl, so nothing is locked there
-    fcntl = None
+import torch
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-LOCK = ".lock"
-"""The lock file of a folder; it names the process that locked it last."""
-SECONDS_BETWEEN_TRIES = 0.2
+LOCK, OWNER = ".lock", ".lock.owner"
+"""The lock file of a folder, and the file that names the process that locked it last: on Windows no
+other process can read a locked file."""
+PART = ".part"
+"""Suffix of a file or folder that is being written."""
+FULL = 2**20
+"""A disk with fewer free bytes is called full."""
+
+
+class WriteError(OSError):
+    """A file cannot be written; what was there before is unchanged."""
+
+    exit_code = 1
 
 
 def cache_folder() -> Path:
     """`$FLOWDOPR_CACHE`, or `flowdopr` in the user's cache folder."""
     named = os.environ.get("FLOWDOPR_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(named) if named else Path(base) / "flowdopr"
+    return Path(named).expanduser() if named else Path(base) / "flowdopr"
 
 
 @contextmanager
-def replacing(path: Path, suffix: str = ".part") -> Iterator[Path]:
+def writing(path: Path) -> Iterator[None]:
+    """Turn the errors of writing `path`, of which torch and safetensors have their own, into one.
+
+    Raises:
+        WriteError: one line that names `path` and the reason.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise  # not torch.save's
+        place = next(folder for folder in path.absolute().parents if folder.exists())
+        full = shutil.disk_usage(place).free < FULL
+        reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
+        raise WriteError(
+            f"{path}: cannot be written: {reason}; what was written before is kept: free some "
+            "space, or choose another place, and repeat the command (train: with --resume)"
+        ) from None
+
+
+@contextmanager
+def replacing(path: Path, suffix: str = PART) -> Iterator[Path]:
     """Yield a temporary file to write, and rename it to `path` at the end of the block.
 
     A reader sees the old file or the complete new one, even after a power cut.
@@ -38,14 +72,44 @@ def replacing(path: Path, suffix: str = ".part") -> Iterator[Path]:
     Args:
         suffix: of the temporary file; processes that may write `path` at the same time need
             different ones.
+
+    Raises:
+        WriteError: a full disk, for example.
     """
     part = path.with_name(path.name + suffix)
     try:
-        yield part
-        to_disk(part)
-        os.replace(part, path)
+        with writing(path):
+            yield part
+            to_disk(part)
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Like `replacing`, for a folder: `path` appears with all its files or not at all."""
+    part = path.with_name(path.name + PART)
+    try:
+        with writing(path):
+            shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
+            part.mkdir(parents=True)
+            yield part
+            for file in part.iterdir():
+                to_disk(file)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete what a killed process left half written in `folder`."""
+    for part in folder.glob(f"*{PART}"):
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -59,10 +123,117 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def to_json(value: Any, *, indent: int | None = 2) -> str:
+    """`value` as strict JSON and a line break; a number that is not finite becomes null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file, not atomically, with the permissions of every other new file."""
+    path.touch()
+    mode = path.stat().st_mode  # safetensors makes a file that only its owner can read
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata)
+    path.chmod(mode)
+
+
 def to_disk(path: Path) -> None:
     """Wait until the file's content is on the disk and not only in the page cache."""
     with open(path, "rb") as handle:
         os.fsync(handle.fileno())
+
+
+@contextmanager
+def reading(path: Path | str, remedy: str) -> Iterator[None]:
+    """Turn whatever a missing or damaged file causes within the block into one line.
+
+    Args:
+        path: of the file, or a place in it.
+        remedy: what the error message tells the user to do.
+
+    Raises:
+        ValueError: one line that names `path`, what is wrong with it, and the remedy.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: {_damage(error)}; {remedy}") from None
+
+
+def _damage(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror or error}"
+    text = " ".join(str(error).split())
+    return f"is damaged: {text[:150] or type(error).__name__}"
+
+
+def read_json(path: Path, remedy: str, shape: Any = dict[str, Any]) -> Any:
+    """The value in the JSON file at `path`.
+
+    Args:
+        shape: the type that the value must have, any that pydantic can check.
+
+    Raises:
+        ValueError: see `reading`; a value of another type.
+    """
+    with reading(path, remedy):
+        return parse_json(shape, path.read_bytes())
+
+
+def parse_json(shape: Any, content: str | bytes) -> Any:
+    """The value in the JSON text `content`, of the type `shape`.
+
+    Raises:
+        ValueError: it is no JSON, or not a `shape`; says where, but not in which file.
+    """
+    try:
+        return TypeAdapter(shape).validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
+
+
+def read_tensors(
+    path: Path, remedy: str, wanted: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The tensors in the safetensors file at `path`, on the CPU.
+
+    Args:
+        wanted: tensors of the names, shapes and dtypes that the file must have.
+
+    Raises:
+        ValueError: see `reading`; a tensor that is missing, not wanted or of another shape.
+    """
+    with reading(path, remedy):
+        found = load_file(path)
+    if wanted is not None and (wrong := _differences(found, wanted)):
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{path}: does not fit the model: {', '.join(wrong[:3])}{more}; {remedy}")
+    return found
+
+
+def _differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    wrong = [f"{name} is missing" for name in wanted.keys() - found.keys()]
+    wrong += [f"{name} is not in the model" for name in found.keys() - wanted.keys()]
+    for name in wanted.keys() & found.keys():
+        forms = [f"{list(t.shape)} {t.dtype}" for t in (found[name], wanted[name])]
+        if forms[0] != forms[1]:
+            wrong.append(f"{name} is {forms[0]}, not {forms[1]}")
+    return sorted(wrong)
 
 
 def file_sha256(path: str | Path) -> str:
@@ -79,7 +250,8 @@ def locked(folder: Path, remedy: str, *, patience: float = 0.0) -> Iterator[None
     """Lock `folder`, which is created if needed, within the block.
 
     The operating system holds the lock and releases it when the process ends, however it ends;
-    forked processes do not inherit it. It stops only processes that ask for it, not readers.
+    forked processes do not inherit it. It stops only processes that ask for it, not readers. What a
+    killed process left half written in `folder` itself is deleted.
 
     Args:
         remedy: what the error message tells the user to do.
@@ -88,26 +260,14 @@ def locked(folder: Path, remedy: str, *, patience: float = 0.0) -> Iterator[None
     Raises:
         ValueError: another process holds the lock.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+", encoding="utf-8") as handle:
-        deadline = time.monotonic() + patience
-        while not _lock(handle):
-            if time.monotonic() >= deadline:
-                handle.seek(0)
-                raise ValueError(f"{folder}: {handle.read()} is at work here; {remedy}")
-            time.sleep(SECONDS_BETWEEN_TRIES)
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {platform.node()}")
-        handle.flush()
-        yield
-
-
-def _lock(handle: IO[str]) -> bool:
-    """Whether this process now holds the lock; True on file systems without locks."""
-    if fcntl is None:
-        return True
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    owner = folder / OWNER
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)
-    return True
+        with FileLock(folder / LOCK, timeout=patience):
+            write_text(owner, f"process {os.getpid()} on {platform.node()}")
+            remove_parts(folder)
+            yield
+    except Timeout:
+        holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+        raise ValueError(f"{folder}: {holder} is at work here; {remedy}") from None

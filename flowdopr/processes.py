@@ -1,8 +1,19 @@
-"""The processes of this launch, as accelerate knows them."""
+"""The processes of this launch, as accelerate knows them, and the memory of this one."""
 
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+
+SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
+"""Ways to share a model over processes that accelerate's environment may ask for."""
 
 
 def this_process() -> PartialState:
@@ -10,11 +21,64 @@ def this_process() -> PartialState:
 
     On a machine without a GPU, accelerate connects the processes only if it is told to use the CPU;
     otherwise each process would act as the only one.
+
+    Raises:
+        ValueError: see `check_launch`.
     """
+    check_launch()
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu)
+
+
+def check_launch() -> None:
+    """Refuse an environment that asks accelerate for more than data parallelism.
+
+    Raises:
+        ValueError: names the variable.
+    """
+    for name in SHARDED:
+        variable = f"ACCELERATE_USE_{name}"
+        if parse_flag_from_env(variable):
+            raise ValueError(
+                f"{variable}={os.environ[variable]}: flowdopr shares only batches over processes "
+                "(DDP); unset it, or choose multi-GPU in accelerate's config"
+            )
 
 
 def device_of(state: PartialState) -> torch.device:
     """The device of this process."""
     return state.device or torch.device("cpu")
+
+
+class Agreement:
+    """Numbers that every process of a launch reports, and of which all learn the largest.
+
+    The hosts exchange them, so that no process waits for its device. All processes must make one.
+    """
+
+    def __init__(self, num_processes: int):
+        several = num_processes > 1
+        self.group: Any = torch.distributed.new_group(backend="gloo") if several else None
+
+    def largest(self, *numbers: int) -> list[int]:
+        """Each number, or a larger one of another process; all processes must call it."""
+        if self.group is None:
+            return list(numbers)
+        found = torch.tensor(numbers)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, self.group)
+        return found.tolist()
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory of this process in MiB: allocated on a CUDA device, else resident.
+
+    Systems other than Linux and Windows tell only the memory that is resident now.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if peak:  # a new process inherits its parent's `ru_maxrss`, but not this number
+        return int(peak[1]) / 2**10
+    memory = psutil.Process().memory_info()
+    return getattr(memory, "peak_wset", memory.rss) / 2**20

@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import platform
-import re
 import statistics
 import subprocess
 import time
@@ -25,9 +24,11 @@ from typing import Any
 
 import torch
 
+from flowdopr.disk import to_json
 from flowdopr.linalg import tf32_products
 from flowdopr.models import DiT, UNet
 from flowdopr.optim import build_optimizer
+from flowdopr.processes import peak_memory_mib
 
 REFRESH_EVERY = 16
 EXACT = {"refresh_every": 1, "max_rows": "all"}
@@ -137,7 +138,7 @@ def peak_memory(setup: Setup, gp: str, dopr: dict[str, Any] | None, steps: int) 
     """Peak memory of `steps` steps in bytes; call it in a new process."""
     # One step of a tiny model loads the libraries, which are not counted.
     Arm(Setup("dit-xxs-quick", 2, setup.device, setup.autocast), "sgd", None).step()
-    before = peak_resident()
+    before = peak_memory_mib(torch.device("cpu"))
     if setup.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     arm = Arm(setup, gp, dopr)
@@ -145,14 +146,7 @@ def peak_memory(setup: Setup, gp: str, dopr: dict[str, Any] | None, steps: int) 
         arm.step()
     if setup.device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return peak_resident() - before
-
-
-def peak_resident() -> int:
-    """Bytes of this process's largest resident set so far (Linux). `ru_maxrss` is unsuitable: a new
-    process inherits it from its parent."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+    return round((peak_memory_mib(torch.device("cpu")) - before) * 2**20)
 
 
 def measure(
@@ -234,7 +228,7 @@ def main() -> None:
     report = {"machine": machine(options.device), "results": results}
     print(json.dumps(report["machine"]))
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        options.json.write_text(to_json(report))
         print(f"wrote {options.json}")
 
 

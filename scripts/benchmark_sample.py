@@ -10,7 +10,6 @@ of the loop's seconds divided by ours; above 1 we are faster.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowdopr.disk import to_json
 from flowdopr.flow import generate, image_generator
 from flowdopr.models import DiT, UNet
 
@@ -118,7 +118,7 @@ def main() -> None:
             flush=True,
         )
     if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        arguments.json.write_text(to_json(report))
 
 
 if __name__ == "__main__":

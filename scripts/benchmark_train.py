@@ -17,7 +17,6 @@ median over rounds of their seconds divided by ours; above 1 we are faster.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -28,6 +27,7 @@ import torch
 from peers import TORCHCFM_CIFAR10, SiT, load_torchcfm, torchcfm_unet
 from torch import Tensor, nn
 
+from flowdopr.disk import to_json
 from flowdopr.flow import FlowMatching
 from flowdopr.models import DiT, UNet
 from flowdopr.optim import build_optimizer
@@ -216,7 +216,7 @@ def main() -> None:
                 flush=True,
             )
     if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        arguments.json.write_text(to_json(report))
 
 
 if __name__ == "__main__":

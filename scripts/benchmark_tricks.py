@@ -23,6 +23,7 @@ import torch
 from benchmark_optim import MODELS, REFRESH_EVERY, Arm, Setup, machine
 from torch import Tensor
 
+from flowdopr.disk import to_json
 from flowdopr.optim.dopr import transforms
 
 PARTS = ("gather", "refresh", "apply")
@@ -139,7 +140,7 @@ def main() -> None:
     report = {"machine": machine(options.device), "batch_size": batch, "results": results}
     print(json.dumps(report["machine"]))
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        options.json.write_text(to_json(report))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Shapes: s (n, STATES), u (n, ACTIONS), K (ACTIONS, STATES), G (FEATURES, STATES)
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 from scipy.linalg import solve_discrete_are
 from torch import nn
 
+from flowdopr.disk import to_json
 from flowdopr.optim import build_optimizer
 
 STATES, ACTIONS, FEATURES, HORIZON, BATCH = 16, 6, 3, 100, 64
@@ -201,7 +201,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the matrices are tiny
     arms = compare_arms(options.gps, options.seeds, options.steps)
-    (options.out / "results.json").write_text(json.dumps(arms, indent=1) + "\n")
+    (options.out / "results.json").write_text(to_json(arms))
     plot(arms, options.out / "linear_feedback.png")
     print(f"wrote {options.out / 'results.json'} and {options.out / 'linear_feedback.png'}")
 

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "flowdopr"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A room may import these rooms of ours, and itself.
-TOOLS = {"cpu", "disk", "linalg", "patterns", "processes", "terminal"}
+TOOLS = {"cpu", "disk", "exits", "linalg", "patterns", "processes", "terminal"}
 MAY_IMPORT = {
     "config": {"patterns"},
     **{tool: set() for tool in TOOLS},
@@ -22,8 +22,8 @@ MAY_IMPORT = {
     "train": {"config", "optim", "flow", "models", "data", "runs", "latents", *TOOLS},
     "evaluate": {"config", "flow", "models", "data", "runs", "latents", *TOOLS},
     "compare": {"config", "data", "runs", "latents", "train", "evaluate", *TOOLS},
-    "exits": set(),
-    "cli": {"exits", "terminal", "config", "latents", "train", "evaluate", "compare"},
+    "commands": {"exits", "config", "latents", "train", "evaluate", "compare"},
+    "cli": {"exits", "terminal", "commands"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -65,6 +65,13 @@ def test_files_stay_readable(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, f"{node.name} does not fit on a screen"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nothing_needs_unix(path):
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import)]
+    names = {alias.name for node in nodes for alias in node.names}
+    assert not names & {"fcntl", "grp", "pwd", "resource", "termios"}
 
 
 def test_optim_stands_alone():

@@ -1,5 +1,7 @@
 """Files are whole or not there, and a folder has one process at work."""
 
+import json
+import math
 import os
 import signal
 import subprocess
@@ -8,8 +10,7 @@ import threading
 
 import pytest
 
-from flowdopr import disk
-from flowdopr.disk import LOCK, locked, replacing, write_bytes, write_text
+from flowdopr.disk import OWNER, locked, replacing, to_json, write_bytes, write_text
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -18,6 +19,14 @@ def test_a_file_is_replaced_whole(tmp_path):
     write_bytes(tmp_path / "a.txt", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_bytes() == b"new"
+
+
+def test_json_is_strict():
+    numbers = {"loss": math.inf, "curve": [0.5, (math.nan, -math.inf)]}
+    assert json.loads(to_json(numbers), parse_constant=pytest.fail) == {
+        "loss": None,
+        "curve": [0.5, [None, None]],
+    }
 
 
 def interrupted(path):
@@ -67,7 +76,7 @@ def test_a_folder_is_locked_as_long_as_the_other_process_lives(tmp_path, other_p
     other_process.communicate()
     for _ in range(2):
         with locked(folder, "go elsewhere"):
-            assert f"process {os.getpid()} " in (folder / LOCK).read_text()
+            assert f"process {os.getpid()} " in (folder / OWNER).read_text()
 
 
 def test_patience_waits_for_the_other_process(tmp_path, other_process):
@@ -89,9 +98,3 @@ def test_forked_children_do_not_keep_the_lock(tmp_path, other_process):
         process.kill()
         with locked(folder, "wait", patience=20):
             os.killpg(process.pid, signal.SIGKILL)
-
-
-def test_without_locks_of_the_system_nobody_is_kept_out(tmp_path, other_process, monkeypatch):
-    monkeypatch.setattr(disk, "fcntl", None)
-    with locked(tmp_path / "run", "wait"):
-        assert other_process.poll() is None

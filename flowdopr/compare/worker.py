@@ -19,8 +19,9 @@ from pathlib import Path
 from flowdopr.compare.cards import read_run
 from flowdopr.compare.plan import expand
 from flowdopr.config import load_config
-from flowdopr.evaluate import RolloutsFailed, evaluate
-from flowdopr.train import Interrupted, TrainingFailed, train
+from flowdopr.evaluate import evaluate
+from flowdopr.exits import LESS_MEMORY, exit_code, is_out_of_memory, one_line
+from flowdopr.train import Interrupted, train
 
 PATIENCE_SECONDS = 60.0
 """How long to wait for an earlier worker of the same run, which may still be saving."""
@@ -47,8 +48,12 @@ def main() -> None:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
-    except (TrainingFailed, RolloutsFailed, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        if is_out_of_memory(error):
+            sys.exit(f"error: out of memory; {LESS_MEMORY['compare']}")
+        if exit_code(error) is None:
+            raise
+        sys.exit(f"error: {one_line(error)}")
 
 
 if __name__ == "__main__":

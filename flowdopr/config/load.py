@@ -122,7 +122,7 @@ def _base(path: Path, base: Any, opened: tuple[Path, ...] | None) -> tuple[Path,
         problem = f"{base} leads back to an earlier file, or there are more than {MOST_BASES} bases"
     if problem or opened is None:
         raise ConfigError(f"{path}: base: {problem}")
-    return path.parent / base, (*opened, path)
+    return path.parent / Path(base).expanduser(), (*opened, path)
 
 
 def _parsed(path: Path, opened: tuple[Path, ...] | None) -> Values:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from flowdopr.config.types import NAMED, Count, NotNegative, Positive, Section, Weights
+from flowdopr.config.types import NAMED, Count, NotNegative, PathText, Positive, Section, Weights
 
 
 class UniformGrid(Section):
@@ -109,7 +109,7 @@ class SDESolver(SteppedSection):
 
 
 class GuideConfig(Section):
-    run: str
+    run: PathText
     """Folder of a run, worse than this one, whose model takes the place of the unconditional
     branch."""
     weights: Weights = "ema"

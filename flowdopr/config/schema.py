@@ -19,6 +19,7 @@ from flowdopr.config.types import (
     Count,
     CountOrZero,
     Fraction,
+    PathText,
     Positive,
     Section,
     Weights,
@@ -49,7 +50,7 @@ class DataConfig(Section):
     # fmt: on
     """Data set. `digits` ships with scikit-learn; `folder` and `zip` hold images of your own, flat
     or one folder a class; `latents` is what `flowdopr encode` wrote."""
-    root: str = "data"
+    root: PathText = "data"
     """Where the data set is or is downloaded to: a folder, or the archive itself for `zip`."""
     image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
     """Side in pixels: images are resized (shorter side) and centre-cropped. Default: as is."""
@@ -62,7 +63,7 @@ class DataConfig(Section):
     """Mirror each training image with probability 1/2. The FID reference is never mirrored."""
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share held out of training where the data set has no test split (digits, folder, zip)."""
-    held_out_root: str | None = None
+    held_out_root: PathText | None = None
     """`folder`, `zip`: folder or archive of the held-out images, instead of a share of `root`.
     `latents`: where those are now."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -73,9 +74,9 @@ class DataConfig(Section):
     """Download a torchvision data set that is not in `root` yet."""
     num_workers: CountOrZero = 0
     """Processes that decode images, for each training process. 0: the training process itself."""
-    autoencoder: str | None = None
+    autoencoder: PathText | None = None
     """`latents`: path of the autoencoder. null: its path at encoding."""
-    source_root: str | None = None
+    source_root: PathText | None = None
     """`latents`: path of the images that were encoded. null: their path at encoding."""
 
     @model_validator(mode="after")
@@ -110,6 +111,9 @@ class TrainConfig(Section):
     """Steps over which the learning rate rises linearly to `optimizer.lr`."""
     lr_decay: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after warm-up; linear and cosine end at 0."""
+    init_from: PathText | None = None
+    """Start from these weights: a safetensors file, or a run folder, which stands for the average
+    of its newest checkpoint that samples are drawn with. null: a new model."""
     ema_decays: tuple[Fraction, ...] = (0.9999,)
     """Decays of exponential weight averages; the first one is sampled from. Step k uses at most
     (1 + k) / (10 + k)."""
@@ -156,7 +160,7 @@ class ClassifierConfig(Section):
 class InceptionConfig(Section):
     name: Literal["inception"]
     """Feature space: torch-fidelity's Inception network; gives FID."""
-    weights: str | None = None
+    weights: PathText | None = None
     """Path of its weights, a file of tensors that can run no code. null: downloaded at first
     use."""
 
@@ -170,7 +174,7 @@ class ImageNetConfig(Section):
 class DINOv2Config(Section):
     name: Literal["dinov2"]
     """Feature space: DINOv2's ViT-B/14, with `flowdopr[imagenet]`; gives FD."""
-    weights: str
+    weights: PathText
     """Path of its weights, dinov2_vitb14_pretrain.pth."""
 
 
@@ -278,7 +282,7 @@ class CompareConfig(Section):
 class Config(Section):
     name: Words
     """Name of the experiment; the run folder is `<output>/<name>`."""
-    output: str = "runs"
+    output: PathText = "runs"
     """Folder that holds the run folders."""
     seed: CountOrZero = 0
     """Seed of weights, batches, noise, times and label dropout."""

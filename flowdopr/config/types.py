@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, get_args
@@ -18,6 +19,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # of a file or folder; may start by ~
 NAMED = Field(discriminator="name")  # a union of sections, one chosen by its `name`
 
 

@@ -4,28 +4,11 @@ Shapes: `image_shape` is that of the model's input: pixels (C, H, W) or latents 
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
+from typing import Any
 
 from flowdopr.data.memory import ImageDataset
 
-T = TypeVar("T")
 MOST_NAMES = 6  # of classes on one line
-
-
-def parse_json(kind: type[T], content: str | bytes) -> T:
-    """The JSON text `content` as a `kind`, a type that pydantic can check.
-
-    Raises:
-        ValueError: it is no JSON, or not a `kind`; says where, but not in which file.
-    """
-    try:
-        return TypeAdapter(kind).validate_json(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, Field
 
-from flowdopr.data.info import MOST_NAMES, parse_json
+from flowdopr.data.info import MOST_NAMES
 from flowdopr.data.sources import LABEL_FILE, Source, shown, why
+from flowdopr.disk import parse_json
 
 # Names of folders that are parts of a data set; those that come first are preferred to train on.
 SPLITS = ("train", "training", "valid", "validation", "val", "dev", "eval", "test", "testing")

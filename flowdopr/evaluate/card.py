@@ -11,7 +11,6 @@ made again. `sampling` repeats those that decide the images, and adds the NFE an
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from flowdopr.config import Config
 from flowdopr.data import DatasetInfo
-from flowdopr.disk import write_text
+from flowdopr.disk import to_json, write_text
 from flowdopr.evaluate.classifier import RECIPE
 from flowdopr.flow import BATCH_DEPENDENT_SOLVERS
 from flowdopr.runs.folder import flat
@@ -151,11 +150,6 @@ def read_card(path: Path) -> dict[str, Any] | None:
     return card
 
 
-def to_json(value: Any) -> str:
-    """Strict JSON; a number that is not finite becomes null."""
-    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
-
-
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write `to_json` whole or not at all, into a folder that is made if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,11 +163,3 @@ def first_difference(old: Any, new: Any, ignored: str = "") -> str | None:
         if key != ignored and before.get(key) != now.get(key):
             return f"{key} was {before.get(key)}, now {now.get(key)}"
     return None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

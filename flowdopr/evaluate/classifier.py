@@ -20,13 +20,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowdopr.data import Datasets, ImageDataset, from_uint8
 from flowdopr.data.loader import picks_between
-from flowdopr.disk import cache_folder, file_sha256, replacing
+from flowdopr.disk import cache_folder, file_sha256, replacing, write_tensors
 from flowdopr.terminal import counting
 
 RECIPE = 2  # part of the cache key: raise it with any change of the network or its training
@@ -191,4 +191,4 @@ def _save(path: Path, model: Classifier, held_out_accuracy: float) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, f".{os.getpid()}.part") as part:
-        save_file(model.state_dict(), part, metadata={"flowdopr": json.dumps(notes)})
+        write_tensors(part, model.state_dict(), {"flowdopr": json.dumps(notes)})

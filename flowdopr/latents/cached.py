@@ -27,9 +27,10 @@ from torch import Tensor
 from flowdopr.config import Config, DataConfig
 from flowdopr.config.schema import USED_BY
 from flowdopr.data import build_image_datasets
-from flowdopr.data.info import DatasetInfo, Datasets, parse_json
+from flowdopr.data.info import DatasetInfo, Datasets
 from flowdopr.data.memory import ImageDataset, Picks
 from flowdopr.data.sources import shown, why
+from flowdopr.disk import parse_json
 from flowdopr.latents.notes import NOTES, SPLITS, Notes, Shard, read_notes
 
 

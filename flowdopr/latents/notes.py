@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from flowdopr.data.info import DatasetInfo, parse_json
+from flowdopr.data.info import DatasetInfo
 from flowdopr.data.sources import shown
+from flowdopr.disk import parse_json
 
 NOTES = "latents.json"
 SPLITS = ("train", "held_out")

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flowdopr.data.info import Datasets
 from flowdopr.data.loader import span_batches
-from flowdopr.disk import file_sha256, replacing, write_text
+from flowdopr.disk import file_sha256, replacing, to_json, write_tensors, write_text
 from flowdopr.latents.notes import NOTES, SPLITS
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -128,7 +127,7 @@ def write_notes(
         "shards": shards,
         "versions": versions,
     }
-    write_text(out / NOTES, json.dumps(notes, indent=2) + "\n")
+    write_text(out / NOTES, to_json(notes))
     return out / NOTES
 
 
@@ -183,4 +182,4 @@ def _stored(x: Tensor, encoder: Encoder, encoding: Encoding) -> Iterator[tuple[s
 
 def _save(path: Path, tensors: dict[str, Tensor], identity: str) -> None:
     with replacing(path) as part:
-        save_file(tensors, part, metadata={"flowdopr": identity})
+        write_tensors(part, tensors, {"flowdopr": identity})

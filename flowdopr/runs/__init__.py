@@ -1,8 +1,9 @@
-"""Runs on disk: the run folder, weight averages, guide models from other runs, and provenance."""
+"""Runs on disk: the run folder, weight averages, models from other runs, and provenance."""
 
 from flowdopr.runs.averages import Average, averages_of
 from flowdopr.runs.folder import RunFolder, check_same_run
 from flowdopr.runs.guide import Guide, load_guide
+from flowdopr.runs.initial import load_initial
 from flowdopr.runs.provenance import commit, provenance, versions
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "check_same_run",
     "commit",
     "load_guide",
+    "load_initial",
     "provenance",
     "versions",
 ]

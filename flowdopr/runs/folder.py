@@ -18,19 +18,34 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from flowdopr.config import Config, ConfigError, effective, load_config, to_dict, to_yaml
 from flowdopr.data import DatasetInfo
-from flowdopr.disk import LOCK, to_disk, write_text
+from flowdopr.disk import (
+    LOCK,
+    OWNER,
+    PART,
+    read_json,
+    read_tensors,
+    reading,
+    remove_parts,
+    replacing_folder,
+    to_json,
+    write_tensors,
+    write_text,
+    writing,
+)
 from flowdopr.models import build_model
 from flowdopr.runs.averages import Average, averages_of, combine, posthoc_coefficients
+from flowdopr.runs.contents import MadeBy, MetricsLine, State
 from flowdopr.runs.provenance import with_earlier
 
 CHECKPOINTS, KEPT_AVERAGES = "checkpoints", "averages"
@@ -46,9 +61,10 @@ FREE_ON_RESUME = (
 )
 # What `create` makes before config.yaml. A crash may leave these in a folder that is not a run yet.
 BEFORE_CONFIG = {
-    *(CHECKPOINTS, "samples", "evaluation", "versions.json", "dataset.json", LOCK),
-    *(f"{name}.part" for name in ("versions.json", "dataset.json", "config.yaml")),
+    *(CHECKPOINTS, "samples", "evaluation", "versions.json", "dataset.json", LOCK, OWNER),
+    *(f"{name}{PART}" for name in ("versions.json", "dataset.json", "config.yaml")),
 }
+RESTORE = "restore it from a copy of the run"  # the remedy for a damaged file
 
 
 class RunFolder:
@@ -68,10 +84,8 @@ class RunFolder:
         for name in ("config.yaml", "dataset.json"):
             if not (path / name).is_file():
                 raise ConfigError(f"{path}: not a run folder: it has no {name}")
-        info = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
-        return cls(
-            path, load_config(path / "config.yaml", follow_base=False), DatasetInfo.from_dict(info)
-        )
+        info = read_json(path / "dataset.json", RESTORE, DatasetInfo)
+        return cls(path, load_config(path / "config.yaml", follow_base=False), info)
 
     @classmethod
     def create(
@@ -99,14 +113,16 @@ class RunFolder:
         path = Path(config.output) / config.name
         for folder in (CHECKPOINTS, "samples", "evaluation"):
             (path / folder).mkdir(parents=True, exist_ok=True)
+        for folder in (CHECKPOINTS, "samples"):
+            remove_parts(path / folder)
         run = cls(path, config, dataset)
         newest = max(run.steps(), default=0)
         if newest == 0:
             shutil.rmtree(path / KEPT_AVERAGES, ignore_errors=True)
         if config.train.steps not in run.steps():  # else nothing is trained by these versions
             made_by = with_earlier(made_by, run.made_by(), newest)
-            write_text(path / "versions.json", json.dumps(made_by, indent=2) + "\n")
-        write_text(path / "dataset.json", json.dumps(dataset.to_dict(), indent=2) + "\n")
+            write_text(path / "versions.json", to_json(made_by))
+        write_text(path / "dataset.json", to_json(dataset.to_dict()))
         write_text(path / "config.yaml", to_yaml(config))
         run._drop_metrics_after(newest)
         return run
@@ -137,9 +153,15 @@ class RunFolder:
             )
 
     def made_by(self) -> dict[str, Any]:
-        """The content of versions.json (see `with_earlier`), or {} if there is none yet."""
+        """The content of versions.json (see `with_earlier`), or {} if there is none yet.
+
+        Raises:
+            ValueError: the file is damaged; so for every other reader of the folder.
+        """
         path = self.path / "versions.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not path.exists():
+            return {}
+        return read_json(path, f"{RESTORE}, or delete it", MadeBy)
 
     # Checkpoints
 
@@ -168,18 +190,11 @@ class RunFolder:
             note: plain values for checkpoint.json.
         """
         final = self.checkpoint_path(step)
-        part = final.with_name(final.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for name, weights in {"model": model, **averages}.items():
-            contiguous = {key: value.contiguous() for key, value in weights.items()}
-            save_file(contiguous, part / f"{name}.safetensors")
-        torch.save(state, part / "state.pt")
-        (part / "checkpoint.json").write_text(json.dumps({"step": step, **note}, indent=2) + "\n")
-        for file in part.iterdir():
-            to_disk(file)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(part, final)
+        with replacing_folder(final) as part:
+            for name, weights in {"model": model, **averages}.items():
+                write_tensors(part / f"{name}.safetensors", weights)
+            torch.save(state, part / "state.pt")
+            (part / "checkpoint.json").write_text(to_json({"step": step, **note}))
         keep = self.config.train.keep_checkpoints
         self._delete_checkpoints(self.steps()[: -keep if keep else 0])
         return final
@@ -209,16 +224,28 @@ class RunFolder:
         kept.parent.mkdir(exist_ok=True)
         os.replace(deleted, kept)
 
+    def reading(self, step: int, file: str) -> AbstractContextManager[None]:
+        """A block whose errors are damage of a checkpoint's `file`: see `disk.reading`."""
+        return reading(self.checkpoint_path(step) / file, self._remedy(step))
+
+    def _remedy(self, step: int) -> str:
+        path = self.checkpoint_path(step)
+        return f"{RESTORE}, or go on from an earlier checkpoint by deleting {path}"
+
     def load_state(self, step: int) -> dict[str, Any]:
         """The training state of a checkpoint, on the CPU; the file cannot run code."""
-        return torch.load(
-            self.checkpoint_path(step) / "state.pt", map_location="cpu", weights_only=True
-        )
+        path = self.checkpoint_path(step) / "state.pt"
+        with self.reading(step, path.name):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            return dict(TypeAdapter(State).validate_python(found))
 
-    def load_weights(self, step: int, weights: str) -> dict[str, Tensor]:
+    def load_weights(
+        self, step: int, weights: str, wanted: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """The state dict of checkpoint `step`.
 
         Args:
+            wanted: the state dict of a model that they must fit.
             weights: "raw"; "ema", the average that samples are drawn with; an average's own name,
                 such as "ema-0.999" or "power-0.1"; or "posthoc-LENGTH", combined from all
                 power-function averages up to `step`, including those of deleted checkpoints.
@@ -227,7 +254,15 @@ class RunFolder:
             ConfigError: this run has no such weights, or its averages do not determine them.
         """
         if weights.startswith("posthoc-"):
-            return self._posthoc_weights(step, weights)
+            return self._posthoc_weights(step, weights, wanted)
+        return read_tensors(self.weights_file(step, weights), self._remedy(step), wanted)
+
+    def weights_file(self, step: int, weights: str) -> Path:
+        """The file of the weights that `load_weights` returns, if they are not combined of several.
+
+        Raises:
+            ConfigError: this run has no such weights.
+        """
         names = [average.name for average in averages_of(self.config)]
         files = {"raw": "model", "ema": names[0], **{name: name for name in names}}
         if weights not in files:
@@ -235,9 +270,11 @@ class RunFolder:
                 f"{self.path}: no weights '{weights}'; there are: {', '.join(files)}"
                 + (", posthoc-LENGTH" if self.config.train.ema_lengths else "")
             )
-        return load_file(self.checkpoint_path(step) / f"{files[weights]}.safetensors")
+        return self.checkpoint_path(step) / f"{files[weights]}.safetensors"
 
-    def _posthoc_weights(self, step: int, weights: str) -> dict[str, Tensor]:
+    def _posthoc_weights(
+        self, step: int, weights: str, wanted: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]:
         stored = self.config.train.ema_lengths
         if not stored:
             raise ConfigError(f"{self.path}: {weights} needs a run with train.ema_lengths")
@@ -255,7 +292,24 @@ class RunFolder:
             raise ConfigError(f"{self.path}: weights {weights}: {error}") from None
         names = ((t, Average(length=length).name) for t, length in snapshots)
         files = (folders[t] / f"{name}.safetensors" for t, name in names)
-        return combine(map(load_file, files), coefficients.tolist())
+        return combine(
+            (read_tensors(file, RESTORE, wanted) for file in files), coefficients.tolist()
+        )
+
+    def chosen_step(self, step: int | None = None) -> int:
+        """`step`, or that of the newest checkpoint.
+
+        Raises:
+            ConfigError: there is no such checkpoint.
+        """
+        steps = self.steps()
+        if not steps:
+            raise ConfigError(f"{self.path}: this run has no checkpoint yet")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            known = ", ".join(map(str, steps))
+            raise ConfigError(f"{self.path}: no checkpoint at step {step}; there are: {known}")
+        return step
 
     def load_model(
         self,
@@ -268,33 +322,35 @@ class RunFolder:
         Raises:
             ConfigError: there is no such checkpoint, or it has no such weights (`load_weights`).
         """
-        steps = self.steps()
-        if not steps:
-            raise ConfigError(f"{self.path}: this run has no checkpoint yet")
-        step = steps[-1] if step is None else step
-        if step not in steps:
-            known = ", ".join(map(str, steps))
-            raise ConfigError(f"{self.path}: no checkpoint at step {step}; there are: {known}")
+        step = self.chosen_step(step)
         model = build_model(self.config, self.dataset.image_shape, self.dataset.num_classes)
-        model.load_state_dict(self.load_weights(step, weights))
+        model.load_state_dict(self.load_weights(step, weights, model.state_dict()))
         return model.to(device).eval(), step
 
     # Metrics
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line) + "\n")
+        path = self.path / "metrics.jsonl"
+        with writing(path), open(path, "a", encoding="utf-8") as handle:
+            handle.write(to_json(line, indent=None))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl in order, without a last line that a crash cut short."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]
+        if not path.exists():
+            return []
+        lines = path.read_bytes().split(b"\n")[:-1]
+        found, check = [], TypeAdapter(MetricsLine).validate_json
+        for number, line in enumerate(lines, 1):
+            with reading(f"{path}, line {number}", f"{RESTORE}, or delete the line"):
+                check(line)
+                found.append(json.loads(line))  # in the order of the file
+        return found
 
     def _drop_metrics_after(self, step: int) -> None:
         """Delete the lines of steps after `step`."""
         kept = [line for line in self.metrics() if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+        text = "".join(to_json(line, indent=None) for line in kept)
         write_text(self.path / "metrics.jsonl", text)
 
 
@@ -329,8 +385,9 @@ def check_same_run(
             )
     if config.train.steps != run.config.train.steps and config.train.lr_decay != "constant":
         raise ConfigError(
-            f"{run.path}: train.steps was {run.config.train.steps}, now {config.train.steps}: "
-            f"the {config.train.lr_decay} learning rate depends on it, so the run cannot be resumed"
+            f"{run.path}: train.steps was {run.config.train.steps}, now {config.train.steps}: the "
+            f"{config.train.lr_decay} learning rate depends on it, so the run cannot be resumed; "
+            f"train on from its weights in a run of its own by name=NEW train.init_from={run.path}"
         )
     if dataset.fingerprint != run.dataset.fingerprint and not changed_data:
         raise ConfigError(

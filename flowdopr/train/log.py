@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from flowdopr.disk import writing
 from flowdopr.optim import format_roles, parameter_roles
 from flowdopr.terminal import print_line
 
@@ -27,6 +28,14 @@ class TerminalHandler(logging.Handler):
             print_line(self.format(record))
 
 
+class RunFileHandler(logging.FileHandler):
+    """Appends to log.txt; a full disk ends the run in one line, where logging would print pages."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        with writing(Path(self.baseFilename)):
+            raise  # the error that `emit` caught
+
+
 @contextmanager
 def run_log(path: Path | None) -> Iterator[logging.Logger]:
     """Send the messages of all loggers below "flowdopr" to stderr and append them to `path`.
@@ -35,7 +44,7 @@ def run_log(path: Path | None) -> Iterator[logging.Logger]:
     """
     handlers: list[logging.Handler] = [TerminalHandler()]
     if path is not None:
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = RunFileHandler(path, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
     level_before = logger.level
@@ -48,7 +57,8 @@ def run_log(path: Path | None) -> Iterator[logging.Logger]:
         logger.setLevel(level_before)
         for handler in handlers:
             logger.removeHandler(handler)
-            handler.close()
+            with suppress(OSError):  # a full disk, which a line says already
+                handler.close()
 
 
 def log_roles(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:

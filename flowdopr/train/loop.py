@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from torchvision.utils import save_image
 
 from flowdopr.config import Config
 from flowdopr.data import Datasets, build_loader, plain_batches
+from flowdopr.disk import replacing
+from flowdopr.exits import is_out_of_memory, one_line
 from flowdopr.flow import (
     ONE_STEP_BATCH,
     Draw,
@@ -32,18 +35,19 @@ from flowdopr.flow import (
     one_step_loss,
 )
 from flowdopr.linalg import tf32_products
+from flowdopr.processes import Agreement
 from flowdopr.runs import Average, RunFolder
 from flowdopr.terminal import Counter, counting
 from flowdopr.train.ema import EMA
-from flowdopr.train.log import shown_line
+from flowdopr.train.log import FILE_ONLY, shown_line
 from flowdopr.train.meter import Meter
 from flowdopr.train.schedule import derive_seed, lr_factor
 from flowdopr.train.signals import Interrupted, StopSignal, TrainingFailed
 
 log = logging.getLogger("flowdopr.train")
 
-# Steps between two checks whether any process was told to stop: a check makes the host wait.
-STOP_AGREED_EVERY = 10
+Batch = tuple[Tensor, Tensor]
+HELD_OUT, GRID = "held-out loss", "sample grid"
 TRY = "lower optimizer.lr, lengthen train.warmup_steps, or use train.precision=bf16 or no"
 
 
@@ -91,12 +95,18 @@ class Trainer:
             group["initial_lr"] = group["lr"]
         self.ema = EMA(self.raw_model, components.averages)
         self.meter = Meter(accelerator)
+        self.agreement = Agreement(accelerator.num_processes)
+        self.missing: list[str] = []
+        """Held-out losses and sample grids that failed."""
         self.step = self._restore()
 
     # The loop
 
     def fit(self) -> None:
-        """Train from the restored step to `train.steps`, saving at the end or when stopped."""
+        """Train from the restored step to `train.steps`, saving at the end or when stopped.
+
+        A step is saved before it is validated, and before an error of the data ends the run.
+        """
         settings = self.config.train
         loader = self._loader()
         self.model.train()
@@ -104,28 +114,44 @@ class Trainer:
         shown = self.accelerator.is_main_process
         bar = counting("training", settings.steps, completed=self.step, shown=shown)
         with StopSignal() as stop, bar as progress:
-            while self.step < settings.steps:
-                x_1, y = next(loader)
-                loss, grad_norm = self.optimizer_step(x_1, y)
+            if self.step:
+                self._look(done=self._looked_at())
+            batch, ending = self._next(loader, stop)
+            while batch and not ending:
+                loss, grad_norm = self.optimizer_step(*batch)
                 self.step += 1
                 self.ema.update(self.step)
                 self.meter.add(loss)
                 progress()
                 if self._due(settings.log_every):
                     self._log(grad_norm, progress)
-                if self._due(settings.validate_every):
-                    self._validate()
-                if self._due(settings.sample_every):
-                    self._draw_samples()
-                stopped = self._agreed(stop)
-                if stopped or self._due(settings.checkpoint_every):
+                batch, ending = self._next(loader, stop)
+                if ending or self._due(settings.checkpoint_every):
                     self._save()
-                if stopped:
-                    raise Interrupted(
-                        f"{self.run.path}: stopped after step {self.step}, saved; "
-                        "go on with the same command and --resume",
-                        stopped,
-                    )
+                self._look()
+            if ending:
+                raise ending
+
+    def _next(self, loader: Iterator[Batch], stop: StopSignal) -> tuple[Batch | None, Any]:
+        """The batch of the next step, None after the last one, and the error with which the run
+        must end now, the same in every process: a signal, or images that cannot be loaded."""
+        batch = failure = None
+        try:
+            batch = next(loader) if self.step < self.config.train.steps else None
+        except Exception as error:
+            log.info("the images of step %d", self.step + 1, exc_info=True, extra=FILE_ONLY)
+            failure = error
+        own = self.accelerator.process_index + 1 if failure else 0
+        signum, failed = self.agreement.largest(stop.received or 0, own)
+        saved = f"step {self.step} is saved" if self.step else "nothing was trained"
+        if failed:
+            what = one_line(failure) if failure else f"process {failed - 1} failed"
+            remedy = "mend it, and go on with the same command and --resume"
+            return None, TrainingFailed(f"{self.run.path}: {what}; {saved}: {remedy}")
+        if signum:
+            what = f"{self.run.path}: stopped after step {self.step}; {saved}"
+            return batch, Interrupted(f"{what}: go on with the same command and --resume", signum)
+        return batch, None
 
     def optimizer_step(self, x_1: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Forward and backward over the micro-batches, then one step of the optimizer.
@@ -197,17 +223,6 @@ class Trainer:
         last = self.step == self.config.train.steps
         return last or (every is not None and self.step % every == 0)
 
-    def _agreed(self, stop: StopSignal) -> int:
-        """The signal that any process received, else 0; the same in every process."""
-        received = stop.received or 0
-        if self.accelerator.num_processes == 1:
-            return received
-        if self.step % STOP_AGREED_EVERY:
-            return 0
-        flag = torch.tensor(received, device=self.accelerator.device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return int(flag)
-
     def _log(self, grad_norm: Tensor | None, progress: Counter) -> None:
         line = {"step": self.step, "images": self.step * self.config.train.global_batch_size}
         line |= self.meter.close(self.config.train.global_batch_size)
@@ -226,45 +241,76 @@ class Trainer:
             self.run.append_metrics(line)
             log.info(shown_line(line, self.config.train.steps))
 
-    @contextmanager
-    def _averaged_model(self) -> Iterator[nn.Module]:
-        """The raw model with averaged weights, in evaluation mode; the meter is paused."""
+    def _look(self, done: Collection[str] = ()) -> None:
+        """Validate and draw samples where this step is due, except for what is `done`.
+
+        The first process does it. A failure is logged, and training goes on.
+        """
+        settings = self.config.train
+        looks = {
+            HELD_OUT: (settings.validate_every, self._validate),
+            GRID: (settings.sample_every, self._draw_samples),
+        }
+        due = [what for what, (every, _) in looks.items() if self._due(every) and what not in done]
+        if not due:
+            return
         self.meter.pause()
-        self.raw_model.eval()
-        with self.ema.applied(self.raw_model), torch.no_grad():
-            yield self.raw_model
-        self.raw_model.train()
+        if self.accelerator.is_main_process:
+            for what in due:
+                try:
+                    with self._averaged_model() as model:
+                        looks[what][1](model)
+                except Exception as error:
+                    self._note_missing(f"{what} of step {self.step}", error)
         self.accelerator.wait_for_everyone()
         self.meter.go_on()
 
-    def _validate(self) -> None:
-        with self._averaged_model() as model:
-            if self.accelerator.is_main_process:
-                batches = plain_batches(
-                    self.datasets.held_out, ONE_STEP_BATCH, self.accelerator.device
-                )
-                result = one_step_loss(self.objective, model, batches, seed=self.config.seed)
-                self._record({"step": self.step, "held_out_loss": result.mean})
+    def _looked_at(self) -> set[str]:
+        """What an earlier launch made of the restored step, before it ended."""
+        lines = [line for line in self.run.metrics() if line["step"] == self.step]
+        found = {HELD_OUT for line in lines if "held_out_loss" in line}
+        return found | ({GRID} if self._grid_path().exists() else set())
 
-    def _draw_samples(self) -> None:
+    def _note_missing(self, what: str, error: Exception) -> None:
+        log.info("%s", what, exc_info=True, extra=FILE_ONLY)
+        remedy = ": lower sample.batch_size" if is_out_of_memory(error) else ""
+        log.warning("no %s: %s%s; the run goes on without it", what, one_line(error), remedy)
+        self.missing.append(what)
+
+    @contextmanager
+    def _averaged_model(self) -> Iterator[nn.Module]:
+        """The raw model with averaged weights, in evaluation mode."""
+        self.raw_model.eval()
+        try:
+            with self.ema.applied(self.raw_model), torch.no_grad():
+                yield self.raw_model
+        finally:
+            self.raw_model.train()
+
+    def _validate(self, model: nn.Module) -> None:
+        batches = plain_batches(self.datasets.held_out, ONE_STEP_BATCH, self.accelerator.device)
+        result = one_step_loss(self.objective, model, batches, seed=self.config.seed)
+        self._record({"step": self.step, "held_out_loss": result.mean})
+
+    def _draw_samples(self, model: nn.Module) -> None:
         number = self.config.sample.num_images
         conditional = self.config.model.class_conditional
         num_classes = self.datasets.info.num_classes if conditional else 0
-        labels = torch.arange(number) % num_classes if num_classes else None
-        with self._averaged_model() as model:
-            if self.accelerator.is_main_process:
-                samples = generate(
-                    model,
-                    labels,
-                    num_images=number,
-                    seed=self.config.seed,
-                    batch_size=self.config.sample.batch_size,
-                    guide_model=self.components.guide_model,
-                    sampling=self.components.sampling,
-                )
-                images = self.components.decode(samples.images)
-                path = self.run.path / "samples" / f"step-{self.step:08d}.png"
-                save_image(images / 2 + 0.5, path, nrow=math.ceil(number**0.5))
+        samples = generate(
+            model,
+            torch.arange(number) % num_classes if num_classes else None,
+            num_images=number,
+            seed=self.config.seed,
+            batch_size=self.config.sample.batch_size,
+            guide_model=self.components.guide_model,
+            sampling=self.components.sampling,
+        )
+        images = self.components.decode(samples.images)
+        with replacing(self._grid_path()) as part:
+            save_image(images / 2 + 0.5, part, format="png", nrow=math.ceil(number**0.5))
+
+    def _grid_path(self) -> Path:
+        return self.run.path / "samples" / f"step-{self.step:08d}.png"
 
     # Checkpoints
 
@@ -299,12 +345,14 @@ class Trainer:
         steps = self.run.steps()
         if not steps:
             return 0
-        state = self.run.load_state(steps[-1])
-        self.raw_model.load_state_dict(self.run.load_weights(steps[-1], "raw"))
+        step, wanted = steps[-1], self.raw_model.state_dict()
+        state = self.run.load_state(step)
+        self.raw_model.load_state_dict(self.run.load_weights(step, "raw", wanted))
         for average in self.ema.averages:
-            self.ema.load(average.name, self.run.load_weights(steps[-1], average.name))
-        self.raw_optimizer.load_state_dict(state["optimizer"])
-        self.meter.restore(state.get("losses", torch.zeros(0)))
-        if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        return steps[-1]
+            self.ema.load(average.name, self.run.load_weights(step, average.name, wanted))
+        self.meter.restore(state["losses"])
+        with self.run.reading(step, "state.pt"):
+            self.raw_optimizer.load_state_dict(state["optimizer"])
+            if self.accelerator.scaler:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        return step

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
+from functools import reduce
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+from flowdopr.processes import peak_memory_mib
 
 
 class Meter:
@@ -20,18 +22,22 @@ class Meter:
 
     def start(self) -> None:
         self.steps, self.seconds = 0, 0.0
+        self.restored = torch.zeros(0, device=self.accelerator.device)
         self.losses: list[Tensor] = []
         self.go_on()
 
     def state(self) -> Tensor:
         """Losses `(steps,)` since the last line, averaged over processes; all must call it."""
         if not self.losses:
-            return torch.zeros(0)
-        return self.accelerator.reduce(torch.stack(self.losses), reduction="mean")  # pyright: ignore
+            return self.restored
+        # Added in the order of the processes, so that a loss has the same bits in whatever window.
+        gathered: Any = self.accelerator.gather(torch.stack(self.losses))
+        parts = gathered.chunk(self.accelerator.num_processes)
+        return torch.cat([self.restored, reduce(torch.add, parts) / len(parts)])
 
     def restore(self, losses: Tensor) -> None:
         """Continue with the losses of `state`; the time before them is not restored."""
-        self.losses = list(losses.to(self.accelerator.device))
+        self.restored = losses.to(self.accelerator.device)
 
     def add(self, loss: Tensor) -> None:
         self.losses.append(loss)
@@ -47,8 +53,7 @@ class Meter:
 
     def close(self, global_batch_size: int) -> dict[str, float]:
         """Means since the last call, then start again; the loss is averaged over processes."""
-        mean = torch.stack(self.losses).mean()
-        loss = float(self.accelerator.reduce(mean, reduction="mean"))  # pyright: ignore
+        loss = float(self.state().mean())
         self.pause()
         per_step = self.seconds / self.steps
         self.start()
@@ -58,11 +63,3 @@ class Meter:
             "images_per_second": global_batch_size / per_step,
             "peak_memory_mib": peak_memory_mib(self.accelerator.device),
         }
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory of this process in MiB: allocated on a CUDA device, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)

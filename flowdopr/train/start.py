@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin
 
 from flowdopr.config import Config, ConfigError, effective
 from flowdopr.data import DatasetInfo, check_start
@@ -19,7 +19,8 @@ from flowdopr.flow import build_objective, build_sampling
 from flowdopr.latents import build_datasets, load_decoder
 from flowdopr.models import build_model
 from flowdopr.optim import build_optimizer
-from flowdopr.runs import RunFolder, averages_of, load_guide, provenance
+from flowdopr.processes import check_launch
+from flowdopr.runs import RunFolder, averages_of, load_guide, load_initial, provenance
 from flowdopr.train.log import log_roles, run_log
 from flowdopr.train.loop import Components, Trainer
 from flowdopr.train.signals import TrainingFailed
@@ -52,6 +53,9 @@ def train(
     components = build_components(config, datasets.info, accelerator.device)
     run = RunFolder(Path(config.output) / config.name, config, datasets.info)
     unchecked: list[str] = []
+    initial = {}
+    if config.train.init_from and not run.steps():
+        initial = {"init_from": load_initial(components.model, config.train.init_from)}
     with ExitStack() as held:
         if accelerator.is_main_process:
             allowed = {"resume": resume, "changed_data": changed_data}
@@ -60,7 +64,7 @@ def train(
             remedy = "wait for it, or choose another folder by name=NEW"
             held.enter_context(locked(run.path, remedy, patience=patience))
             made_by = provenance(accelerator.device) | {"processes": accelerator.num_processes}
-            made_by |= {"data": datasets.info.fingerprint}
+            made_by |= {"data": datasets.info.fingerprint} | initial
             run = RunFolder.create(config, datasets.info, made_by, **allowed)
         accelerator.wait_for_everyone()
         held.enter_context(run_log(run.path / "log.txt" if accelerator.is_main_process else None))
@@ -73,7 +77,12 @@ def train(
                 done = trainer.step >= config.train.steps
                 state = "already complete at" if done else "going on from"
                 log.info("%s step %d", state, trainer.step)
+            elif resume and accelerator.is_main_process:
+                log.warning("no checkpoint in %s: training starts at step 0", run.path)
             trainer.fit()
+            if trainer.missing:
+                what = ", ".join(trainer.missing)
+                log.warning("%s: trained, but without %s", run.path, what)
         except FloatingPointError as error:  # DoPr saw inputs that are not finite too often
             raise TrainingFailed(f"{run.path}: {error}") from None
         finally:
@@ -123,16 +132,25 @@ def optimizer_arguments(config: Config) -> dict[str, Any]:
 def make_accelerator(config: Config) -> Accelerator:
     """The devices and processes of this launch.
 
+    The config decides alone; what accelerate's environment says of precision, accumulation and
+    compilation does not count.
+
     Raises:
-        ConfigError: a precision that the device lacks, a batch size that does not divide, or a
-            kind of parallelism that the trainer does not support.
+        ConfigError, ValueError: a precision that the device lacks, a batch size that does not
+            divide, or a kind of parallelism that the trainer does not support.
     """
     settings = config.train
+    check_launch()
     AcceleratorState._reset_state()  # an earlier run in this process may have set it
     try:
         # With cpu=True, accelerate connects several processes without a GPU through gloo.
         cpu = not torch.accelerator.is_available()
-        accelerator = Accelerator(mixed_precision=settings.precision, cpu=cpu)
+        accelerator = Accelerator(
+            mixed_precision=settings.precision,
+            cpu=cpu,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_plugin=TorchDynamoPlugin(backend="no"),  # pyright: ignore
+        )
     except ValueError as error:
         raise ConfigError(f"train.precision={settings.precision}: {error}") from None
     if accelerator.distributed_type not in (
@@ -144,6 +162,8 @@ def make_accelerator(config: Config) -> Accelerator:
             f"accelerate is configured for {accelerator.distributed_type.value}; "
             "the trainer runs on one process or on several by data parallelism (DDP)"
         )
+    if settings.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("train.precision=fp16: CPUs train in float32 then; use bf16 or no")
     share = accelerator.num_processes * settings.accumulation_steps
     if settings.global_batch_size % share:
         raise ConfigError(

@@ -1,38 +1,13 @@
-"""The run folder: what it refuses, what it deletes, what it keeps, and what a crash may leave.
-
-No model is trained here: checkpoints hold one number, the step.
-"""
+"""The run folder: what it refuses, what it deletes, what it keeps, and what a crash may leave."""
 
 import pytest
 import torch
+from stored import INFO, save
 
-from flowdopr.config import ConfigError, apply_overrides
+from flowdopr.config import ConfigError
 from flowdopr.data import DatasetInfo
-from flowdopr.runs import RunFolder, averages_of
+from flowdopr.runs import RunFolder
 from flowdopr.runs.provenance import with_earlier
-
-INFO = DatasetInfo("digits", (1, 8, 8), 2, ("a", "b"), 10, 5, fingerprint="0" * 64)
-
-
-@pytest.fixture
-def create(make_config, tmp_path):
-    """`create("train.keep_checkpoints=2", ...)` -> a run folder, new or to be resumed."""
-
-    def run(*overrides: str, resume: bool = False, info: DatasetInfo = INFO) -> RunFolder:
-        settings = [f"output={tmp_path}", "name=run", "train.steps=8", *overrides]
-        config = apply_overrides(make_config(name="digits"), settings)
-        return RunFolder.create(config, info, {"commit": "new"}, resume=resume)
-
-    return run
-
-
-def save(run: RunFolder, *steps: int) -> RunFolder:
-    for step in steps:
-        weights = {"w": torch.tensor([float(step)])}
-        averages = {average.name: weights for average in averages_of(run.config)}
-        run.save_checkpoint(step, model=weights, averages=averages, state={}, note={})
-        run.append_metrics({"step": step})
-    return run
 
 
 def files_in(folder):

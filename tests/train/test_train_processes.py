@@ -1,6 +1,7 @@
 """The number of processes and of accumulation steps changes rounding at most."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from tiny import again, assert_same_checkpoint, tiny, tiny_file, weights
 
 from flowdopr.config import ConfigError
+from flowdopr.runs import RunFolder
 from flowdopr.train import train
 
 
@@ -48,9 +50,14 @@ def test_two_processes_equal_one(tmp_path, optimizer):
 
 def test_two_processes_resume_bitwise(tmp_path):
     settings = ["optimizer.name=dopr-muon", "optimizer.dopr.refresh_every=4"]
+    settings += ["train.log_every=8", "train.checkpoint_every=3"]
     straight = train_on_two(tmp_path, *settings, "name=straight")
-    train_on_two(tmp_path, *settings, "name=cut", "train.steps=3")
-    assert_same_checkpoint(straight, train_on_two(tmp_path, *settings, "name=cut"), 8)
+    cut = train_on_two(tmp_path, *settings, "name=cut")
+    shutil.rmtree(cut / "checkpoints" / "step-00000008")
+    train_on_two(tmp_path, *settings, "name=cut")  # from step 6, within the window of the loss
+    assert_same_checkpoint(straight, cut, 8)
+    losses = [RunFolder.open(run).metrics()[0]["loss"] for run in (straight, cut)]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "dopr-adamw"])

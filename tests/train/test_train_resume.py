@@ -36,8 +36,16 @@ def test_resumed_run_equals_the_straight_one(tmp_path, optimizer):
 def test_steps_cannot_change_under_a_decaying_rate(tmp_path):
     config = tiny(tmp_path, "train.lr_decay=cosine")
     train(config)
-    with pytest.raises(ConfigError, match=r"train.steps was 8, now 9: the cosine learning rate"):
+    remedy = rf"a run of its own by name=NEW train\.init_from={tmp_path}/runs/tiny$"
+    with pytest.raises(ConfigError, match=rf"was 8, now 9: the cosine learning rate .*{remedy}"):
         train(again(config, "train.steps=9"), resume=True)
+
+
+def test_resuming_where_nothing_is_starts_and_says_so(tmp_path, capfd):
+    run = train(tiny(tmp_path, "train.steps=1"), resume=True)
+    assert f"no checkpoint in {run}: training starts at step 0\n" in capfd.readouterr().err
+    train(tiny(tmp_path, "train.steps=1", "name=plain"))
+    assert "no checkpoint" not in capfd.readouterr().err
 
 
 def test_resuming_a_complete_run_does_nothing(tmp_path):

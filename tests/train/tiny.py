@@ -1,5 +1,9 @@
 """A run on the digits that takes a second, shared by the tests of this folder."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -35,6 +39,24 @@ def again(config: Config, *overrides: str) -> Config:
 
 def weights(run: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+
+
+def start_two(*arguments: str) -> list[subprocess.Popen]:
+    """`python ARGUMENTS` in two processes that are connected by gloo, by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
 
 
 def assert_same_checkpoint(run: Path, other: Path, step: int) -> None:

@@ -1,0 +1,348 @@
+"""The commands `flowdopr train | sample | evaluate | compare | encode | check`, each one call.
+
+Modules are imported inside the commands, so that `--help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Argument, Option
+from typer.core import TyperGroup
+
+from flowdopr.exits import KEPT, LESS_MEMORY, OutOfMemory, Stopped, importing, is_out_of_memory
+
+if TYPE_CHECKING:
+    from flowdopr.config import Config
+
+
+class Commands(TyperGroup):
+    """Commands that on Ctrl-C raise `Stopped` and with too little memory `OutOfMemory`, which one
+    line explains."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            name = ctx.invoked_subcommand
+            raise Stopped(f"{name} stopped; {KEPT[name]}") from None
+        except Exception as error:
+            name = ctx.invoked_subcommand
+            if name is None or not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(f"{name}: out of memory; {LESS_MEMORY[name]}") from error
+
+
+app = typer.Typer(
+    cls=Commands, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+
+SETTINGS_OF_SAMPLE = {
+    "solver": "solver",
+    "steps": "solver.steps",
+    "atol": "solver.atol",
+    "rtol": "solver.rtol",
+    "guidance_scale": "guidance.scale",
+    "guide_run": "guidance.guide.run",
+    "guide_weights": "guidance.guide.weights",
+    "guide_step": "guidance.guide.step",
+    "batch_size": "batch_size",
+}
+"""Options of `flowdopr sample` that are short for settings of the section `sample`."""
+
+
+def _path(text: str) -> Path:
+    """A path option, for shells that leave `--out=~/samples` as it is."""
+    return Path(os.path.expanduser(text))
+
+
+ConfigFile = Annotated[
+    Path,
+    Argument(metavar="CONFIG", parser=_path, help="YAML file, such as configs/quickstart.yaml."),
+]
+RunPath = Annotated[
+    Path, Argument(metavar="RUN", parser=_path, help="Run folder, such as runs/quickstart.")
+]
+DataPath = Annotated[
+    Path,
+    Argument(metavar="DATA", parser=_path, help="Config, or a folder or ZIP archive of images."),
+]
+ImagesPath = Annotated[
+    Path,
+    Option(
+        "--out",
+        metavar="<Path>",
+        parser=_path,
+        help="Folder for the images; a cut sampling into it goes on.",
+    ),
+]
+LatentsPath = Annotated[
+    Path,
+    Option(
+        "--out",
+        metavar="<Path>",
+        parser=_path,
+        help="Folder for the latents; an interrupted encoding goes on.",
+    ),
+]
+AutoencoderPath = Annotated[
+    str,
+    Option(
+        "--autoencoder",
+        metavar="<str>",
+        parser=os.path.expanduser,
+        help="Folder in diffusers' format, or a name on the Hugging Face hub.",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    Argument(
+        metavar="[a.b=value ...]",
+        help="Settings, listed in docs/settings.md; quote brackets and braces.",
+    ),
+]
+PrintConfig = Annotated[
+    bool, Option("--print-config", help="Print the resolved config as YAML, do nothing else.")
+]
+Checkpoint = Annotated[int | None, Option(help="Checkpoint; default: the newest.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"flowdopr {version('flowdopr')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Flow-matching image generation that judges optimizers by their samples."""
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, Option("--resume", help="Go on from the newest checkpoint, if there is one.")
+    ] = False,
+    changed_data: Annotated[
+        bool, Option("--changed-data", help="With --resume: go on although the images changed.")
+    ] = False,
+    print_config: PrintConfig = False,
+) -> None:
+    """Train a model into the run folder <output>/<name>.
+
+    Ctrl-C and SIGTERM save a checkpoint first; the same command with --resume goes on exactly where
+    it stopped. Runs on several processes or GPUs under `accelerate launch -m flowdopr train ...`.
+    """
+    if changed_data and not resume:
+        raise ValueError("--changed-data: it belongs to --resume, a new run takes any images")
+    resolved = _resolved(config, overrides, print_config, one_run=True)
+    with importing():
+        from flowdopr.train import train as run_train
+
+    _tell(run_train(resolved, resume=resume, changed_data=changed_data))
+
+
+@app.command()
+def sample(
+    context: typer.Context,
+    run: RunPath,
+    out: ImagesPath,
+    overrides: Overrides = None,
+    num: Annotated[int, Option(min=1, help="Number of images.")] = 64,
+    solver: Annotated[
+        str | None, Option(help="torchdiffeq method or SDE solver, with its defaults.")
+    ] = None,
+    steps: Annotated[int | None, Option(help="Steps of a fixed-step solver.")] = None,
+    atol: Annotated[float | None, Option(help="Absolute tolerance of the solver.")] = None,
+    rtol: Annotated[float | None, Option(help="Relative tolerance of the solver.")] = None,
+    guidance_scale: Annotated[
+        float | None, Option(help="Guidance, classifier-free or by the guide.")
+    ] = None,
+    guide_run: Annotated[
+        str | None, Option(help="Autoguidance by the model of this run folder, a worse one.")
+    ] = None,
+    guide_weights: Annotated[str | None, Option(help="Weights of the guide; default: ema.")] = None,
+    guide_step: Annotated[int | None, Option(help="Checkpoint of the guide.")] = None,
+    labels: Annotated[
+        str | None, Option(help="Class numbers, repeated over the images: 3 or 0,1,2.")
+    ] = None,
+    seed: Annotated[
+        int,
+        Option(min=0, help="Image i depends on the seed and i alone (adaptive: up to tolerance)."),
+    ] = 0,
+    step: Checkpoint = None,
+    ema: Annotated[
+        str, Option(help="Weights: ema, raw, an average's own name, or posthoc-LENGTH.")
+    ] = "ema",
+    batch_size: Annotated[int | None, Option(help="Images at a time.")] = None,
+    autoencoder: Annotated[
+        str | None, Option(help="Where the autoencoder of a run on latents lies now.")
+    ] = None,
+    npz: Annotated[
+        bool, Option("--npz", help="Also write samples.npz (arr_0: uint8, NHWC; labels).")
+    ] = False,
+) -> None:
+    """Draw images from a run: numbered PNGs and grid.png. Options default to the run's config.
+
+    Any setting of the section `sample` is given as sample.key=value, after the options' own.
+    """
+    with importing():
+        from flowdopr.evaluate import sample as run_sample
+
+    path = run_sample(
+        run,
+        _sample_overrides(context, overrides),
+        num=num,
+        out=out,
+        labels=_numbers(labels),
+        seed=seed,
+        step=step,
+        weights=ema,
+        npz=npz,
+        autoencoder=autoencoder,
+    )
+    _tell(path)
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    overrides: Overrides = None,
+    step: Checkpoint = None,
+    force: Annotated[
+        bool, Option("--force", help="Measure again even where a card exists.")
+    ] = False,
+) -> None:
+    """Measure a run into a JSON card: one-step loss beside FD or FID, KID, precision, recall.
+
+    Only settings of the sections `sample` and `evaluate` can be changed.
+    """
+    with importing():
+        from flowdopr.evaluate import evaluate as run_evaluate
+
+    path = run_evaluate(run, overrides or (), step=step, force=force)
+    card = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in card["metrics"].items():
+        if isinstance(value, int | float):
+            print(f"{name:24} {value:.6g}")
+    _tell(path)
+
+
+@app.command()
+def compare(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None, Option(min=1, help="Runs at a time; default: compare.workers.")
+    ] = None,
+    report_only: Annotated[
+        bool, Option("--report-only", help="Only rebuild the report from finished runs.")
+    ] = False,
+    print_config: PrintConfig = False,
+) -> None:
+    """Train every arm x learning rate x seed, evaluate each, and write report.html.
+
+    Finished runs are skipped and interrupted ones go on, so the same command can be repeated.
+    """
+    resolved = _resolved(config, overrides, print_config)
+    with importing():
+        from flowdopr.compare import check_overrides
+        from flowdopr.compare import compare as run_compare
+
+    check_overrides(overrides or ())
+    run_compare(resolved, workers=workers, report_only=report_only)
+
+
+@app.command()
+def encode(
+    config: ConfigFile,
+    autoencoder: AutoencoderPath,
+    out: LatentsPath,
+    overrides: Overrides = None,
+    kept: Annotated[str, Option(help="posterior: drawn anew each epoch; or mean.")] = "posterior",
+    dtype: Annotated[str, Option(help="float16 or float32.")] = "float16",
+    shard_size: Annotated[int, Option(min=1, help="Images in a file.")] = 8192,
+    batch_size: Annotated[int, Option(min=1, help="Images at a time.")] = 32,
+) -> None:
+    """Encode the images of CONFIG's section `data` once, for `data.name: latents`.
+
+    Mirrored copies are encoded too where data.horizontal_flip is on. Needs flowdopr[latents].
+    """
+    with importing():
+        from flowdopr.config import load_data_config
+        from flowdopr.latents import encode as run_encode
+    path = run_encode(
+        load_data_config(config, overrides or ()),
+        autoencoder=autoencoder,
+        out=out,
+        kept=kept,
+        dtype=dtype,
+        shard_size=shard_size,
+        batch_size=batch_size,
+    )
+    _tell(path)
+
+
+@app.command()
+def check(data: DataPath, overrides: Overrides = None) -> None:
+    """Decode every image of DATA as training does, and print a line for each broken one.
+
+    Of latents, the checksums are compared. The exit code is 1 if anything is broken.
+    """
+    with importing():
+        from flowdopr.latents import check as run_check
+
+    broken = run_check(data, overrides or ())
+    for line in broken:
+        print(line)
+    if broken:
+        raise typer.Exit(1)
+
+
+def _resolved(
+    config: Path, overrides: list[str] | None, print_only: bool, *, one_run: bool = False
+) -> Config:
+    """The config of a command, which ends here if it is only to be printed."""
+    with importing():
+        from flowdopr.config import effective, load_config, to_yaml
+    resolved = load_config(config, overrides or ())
+    if print_only:
+        print(to_yaml(effective(resolved) if one_run else resolved), end="")
+        raise typer.Exit
+    return resolved
+
+
+def _sample_overrides(context: typer.Context, overrides: list[str] | None) -> list[str]:
+    """The options that are short for settings, as overrides, and `overrides` after them."""
+    given = {key: context.params[option] for option, key in SETTINGS_OF_SAMPLE.items()}
+    options = [f"sample.{k}={json.dumps(v)}" for k, v in given.items() if v is not None]
+    return [*options, *(overrides or ())]
+
+
+def _tell(path: Path) -> None:
+    """Print the path of a result, once for all processes of a launch."""
+    if os.environ.get("RANK", "0") == "0":
+        print(path)
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--labels {text}: write class numbers, such as 3 or 0,1,2") from None
+
+
+command = typer.main.get_command(app)

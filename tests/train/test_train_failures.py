@@ -1,0 +1,200 @@
+"""What fails does not take the trained steps with it, and is said in one line."""
+
+import resource
+import signal
+import time
+
+import breaking
+import numpy as np
+import pytest
+import torch
+from breaking import break_after_check
+from tiny import again, assert_same_checkpoint, start_two, tiny, tiny_file
+
+from flowdopr.cli import run_command
+from flowdopr.config import ConfigError
+from flowdopr.data.loader import epoch_picks
+from flowdopr.exits import is_out_of_memory
+from flowdopr.runs import RunFolder
+from flowdopr.train import TrainingFailed, start, train
+
+STIFF = ("sample.solver=dopri5", "sample.guidance.scale=1e30")  # dopri5's steps underflow
+
+
+@pytest.fixture
+def images(write_images, tmp_path):
+    """Settings for 40 images and 5 held-out ones in folders of their own."""
+    roots = {key: tmp_path / key for key in ("root", "held_out_root")}
+    for root, count in zip(roots.values(), (40, 5), strict=True):
+        write_images(root, {"one": count, "two": count})
+    return ["data.name=folder", *(f"data.{key}={root}" for key, root in roots.items())]
+
+
+def training_image(config, position):
+    """The path of the training image at `position` of the first epoch."""
+    number = int(epoch_picks(config.seed, 0, 80)[0][position])
+    folder = ("one", "two")[number // 40]
+    return f"{config.data.root}/{folder}/{sorted(map(str, range(40)))[number % 40]}.png"
+
+
+@pytest.fixture
+def breaks(monkeypatch):
+    """`breaks(image)`: see `break_after_check`."""
+    monkeypatch.setattr(start, "check_start", start.check_start)  # restored after the test
+    return break_after_check
+
+
+def test_a_sample_grid_that_fails_costs_only_itself(tmp_path, capfd):
+    path, shared = tiny_file(tmp_path, "train.sample_every=4", "train.checkpoint_every=4")
+    assert run_command(["train", str(path), *shared, *STIFF]) == 0
+    out, err = capfd.readouterr()
+    run = RunFolder.open(out.strip())
+    assert run.steps() == [4, 8]
+    assert "no sample grid of step 4: solver='dopri5' failed (underflow" in err
+    assert err.strip().endswith("trained, but without sample grid of step 4, sample grid of step 8")
+    assert "Traceback" not in err
+    assert "Traceback" in (run.path / "log.txt").read_text()
+    plain = train(tiny(tmp_path, "name=plain", "sample.guidance.scale=2"))
+    assert_same_checkpoint(run.path, plain, 8)
+    assert run_command(["train", str(path), *shared, "--resume"]) == 0
+    assert [grid.name for grid in (run.path / "samples").iterdir()] == ["step-00000008.png"]
+
+
+def test_a_broken_held_out_image_costs_only_the_held_out_loss(tmp_path, images, breaks, capfd):
+    config = tiny(tmp_path, *images)
+    breaks(f"{config.data.held_out_root}/two/1.png")
+    run = RunFolder.open(train(config))
+    assert run.steps() == [8]
+    assert "two/1.png" in capfd.readouterr().err
+    assert "held_out_loss" not in run.metrics()[-1]
+    assert (run.path / "samples" / "step-00000008.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("position", "words"), [(2 * 16, "step 2 is saved: mend it, and"), (0, "nothing was trained")]
+)
+def test_images_that_cannot_be_loaded_end_the_run_after_saving(
+    tmp_path, images, breaks, position, words
+):
+    config = tiny(tmp_path, *images)
+    straight = train(again(config, "name=straight", "train.steps=2"))
+    broken = training_image(config, position)
+    breaks(broken)
+    with pytest.raises(TrainingFailed, match=rf"'{broken}' .*; {words}"):
+        train(config)
+    if position:
+        assert_same_checkpoint(straight, tmp_path / "runs" / "tiny", 2)
+    else:
+        assert RunFolder.open(tmp_path / "runs" / "tiny").steps() == []
+
+
+def test_each_process_says_its_own_error(tmp_path, images):
+    path, shared = tiny_file(tmp_path, *images)
+    broken = training_image(tiny(tmp_path, *images), 2 * 16 + 8)  # in the share of process 1
+    processes = start_two(breaking.__file__, broken, "train", str(path), *shared)
+    said = [process.communicate(timeout=200)[1].strip().split("\n") for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert "flowdopr: process 0: " in said[0][-1]
+    assert "process 1 failed; step 2 is saved: mend it, and go on with" in said[0][-1]
+    assert said[1][-1].startswith("flowdopr: process 1: ")
+    assert broken in said[1][-1]
+    assert not any("Traceback" in line for lines in said for line in lines)
+    assert RunFolder.open(tmp_path / "runs" / "tiny").steps() == [2]
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_the_death_of_a_process_ends_the_other_in_one_line(tmp_path, killed):
+    path, shared = tiny_file(tmp_path, "train.checkpoint_every=5", "train.steps=1000000")
+    processes = start_two("-m", "flowdopr", "train", str(path), *shared)
+    while not list(tmp_path.glob("runs/tiny/checkpoints/step-????????")):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+    processes[killed].send_signal(signal.SIGKILL)
+    said = processes[1 - killed].communicate(timeout=200)[1]
+    assert processes[1 - killed].returncode == 1
+    line = said.strip().split("\n")[-1]
+    assert line.startswith(f"flowdopr: process {1 - killed}: stopped, because another process")
+    assert "Traceback" not in said
+    processes[killed].communicate()
+
+
+def test_an_error_of_all_processes_is_said_once(tmp_path):
+    path, shared = tiny_file(tmp_path, "data.name=folder", "data.root=nowhere")
+    said = [
+        process.communicate(timeout=200)[1]
+        for process in start_two("-m", "flowdopr", "train", str(path), *shared)
+    ]
+    assert sum(text.count("there is no folder 'nowhere'") for text in said) == 1
+    assert all("Traceback" not in text for text in said)
+
+
+@pytest.mark.parametrize("ask", [lambda: torch.empty(10**15), lambda: np.empty(10**15)])
+def test_too_little_memory_is_recognised(ask):
+    with pytest.raises((RuntimeError, MemoryError)) as error:
+        ask()
+    assert is_out_of_memory(error.value)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_too_little_memory_names_the_settings_to_lower(tmp_path, capfd):
+    path, shared = tiny_file(tmp_path, "model.hidden_size=1000000000000")
+    assert run_command(["train", str(path), *shared]) == 1
+    said = capfd.readouterr().err
+    assert said.startswith("flowdopr: train: out of memory; raise train.accumulation_steps")
+    assert said.count("\n") == 1
+
+
+@pytest.fixture
+def no_large_files():
+    """Files cannot grow beyond 30,000 bytes: the checkpoints of the tiny run are larger."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(
+    tmp_path, no_large_files, capfd
+):
+    path, shared = tiny_file(tmp_path, "name=full")
+    run = train(tiny(tmp_path, "name=full", "train.steps=2"))
+    no_large_files()
+    assert run_command(["train", str(path), *shared, "--resume"]) == 1
+    line = capfd.readouterr().err.strip().split("\n")[-1]
+    assert line.startswith(f"flowdopr: {run}/checkpoints/step-00000008: cannot be written: ")
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_log_on_a_full_disk_ends_the_run_in_one_line(tmp_path, capfd):
+    path, shared = tiny_file(tmp_path, "name=full")
+    log = train(tiny(tmp_path, "name=full", "train.steps=2")) / "log.txt"
+    log.unlink()
+    log.symlink_to("/dev/full")
+    capfd.readouterr()
+    assert run_command(["train", str(path), *shared, "--resume"]) == 1
+    said = capfd.readouterr().err
+    line = said.strip().split("\n")[-1]
+    assert line.startswith(f"flowdopr: {log}: cannot be written: No space left on device; ")
+    assert "Traceback" not in said
+
+
+def test_half_precision_needs_a_gpu(tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.precision=fp16: .*; use bf16 or no"):
+        train(tiny(tmp_path, "train.precision=fp16"))
+
+
+def test_the_environment_of_accelerate_changes_nothing(tmp_path, monkeypatch):
+    plain = train(tiny(tmp_path, "name=plain", "train.steps=3"))
+    for name, value in {
+        "MIXED_PRECISION": "bf16",
+        "GRADIENT_ACCUMULATION_STEPS": "4",
+        "DYNAMO_BACKEND": "inductor",
+    }.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    assert_same_checkpoint(plain, train(tiny(tmp_path, "name=other", "train.steps=3")), 3)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_an_environment_that_asks_for_more_than_ddp_is_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(ValueError, match=rf"^ACCELERATE_USE_{kind}=true: .*; unset it, or"):
+        train(tiny(tmp_path))
