@@ -10,6 +10,7 @@ import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,9 @@ def read_json(path: Path, remedy: str, shape: Any = dict[str, Any]) -> Any:
         return parse_json(shape, path.read_bytes())
 
 
+_checker = lru_cache(TypeAdapter)  # slow to make
+
+
 def parse_json(shape: Any, content: str | bytes) -> Any:
     """The value in the JSON text `content`, of the type `shape`.
 
@@ -200,7 +204,7 @@ def parse_json(shape: Any, content: str | bytes) -> Any:
         ValueError: it is no JSON, or not a `shape`; says where, but not in which file.
     """
     try:
-        return TypeAdapter(shape).validate_json(content)
+        return _checker(shape).validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))

@@ -33,6 +33,7 @@ from flowdopr.disk import (
     LOCK,
     OWNER,
     PART,
+    parse_json,
     read_json,
     read_tensors,
     reading,
@@ -339,11 +340,10 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
-        lines = path.read_bytes().split(b"\n")[:-1]
-        found, check = [], TypeAdapter(MetricsLine).validate_json
+        found, lines = [], path.read_bytes().split(b"\n")[:-1]
         for number, line in enumerate(lines, 1):
             with reading(f"{path}, line {number}", f"{RESTORE}, or delete the line"):
-                check(line)
+                parse_json(MetricsLine, line)
                 found.append(json.loads(line))  # in the order of the file
         return found
 

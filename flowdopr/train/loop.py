@@ -289,7 +289,11 @@ class Trainer:
 
     def _validate(self, model: nn.Module) -> None:
         batches = plain_batches(self.datasets.held_out, ONE_STEP_BATCH, self.accelerator.device)
-        result = one_step_loss(self.objective, model, batches, seed=self.config.seed)
+        # Not the run's own seed, so that runs of several seeds can be compared.
+        seed = self.config.evaluate.seed
+        result = one_step_loss(self.objective, model, batches, seed=seed)
+        if not math.isfinite(result.mean):
+            raise TrainingFailed(f"it is {result.mean}; {TRY}")
         self._record({"step": self.step, "held_out_loss": result.mean})
 
     def _draw_samples(self, model: nn.Module) -> None:
@@ -306,6 +310,8 @@ class Trainer:
             sampling=self.components.sampling,
         )
         images = self.components.decode(samples.images)
+        if not images.isfinite().all():  # they would become black
+            raise TrainingFailed(f"images are not finite; {TRY}")
         with replacing(self._grid_path()) as part:
             save_image(images / 2 + 0.5, part, format="png", nrow=math.ceil(number**0.5))
 
