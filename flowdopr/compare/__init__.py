@@ -75,7 +75,7 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
         )
     plans, failed = expand(config), []
     runs = _results(config, [plan for plan in plans if plan.tuning], report_only, failed)
-    chosen = {arm.name: arm.chosen for arm in summarise(runs) if arm.chosen is not None}
+    chosen = {arm.name: arm.chosen.trial for arm in summarise(runs) if arm.chosen is not None}
     runs += _results(config, reported(plans, chosen), report_only, failed)
     study = build_study(config, runs)
     write_report(study)

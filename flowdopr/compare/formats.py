@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from flowdopr.compare.statistics import Spread
+from flowdopr.compare.statistics import Spread, TrialSummary
 
 NONE = "–"
 
@@ -47,6 +47,12 @@ def memory(value: float | None) -> str:
         return NONE
     mebibytes = value / 2**20
     return f"{mebibytes:.0f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:.1f} GiB"
+
+
+def tried(trial: TrialSummary) -> str:
+    """The settings of a trial, the learning rate first: `0.02, damping 1`."""
+    searched = [f"{key.rpartition('.')[2]} {value}" for key, value in trial.plan.searched.items()]
+    return ", ".join([learning_rate(trial.lr) if trial.runs else NONE, *searched])
 
 
 def learning_rate(value: float | None) -> str:

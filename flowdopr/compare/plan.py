@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from flowdopr.config import ArmConfig, CompareConfig, Config, ConfigError, apply_overrides
 
@@ -26,12 +29,24 @@ class RunPlan:
     lr: float
     seed: int
     config: Config
+    searched: Mapping[str, Any] = field(default_factory=dict)
+    """The values of the arm's `grid` in this run."""
     nfe_steps: tuple[int, ...] = ()
     """Solver steps at which the last checkpoint is evaluated again."""
     evaluation_seeds: tuple[int, ...] = ()
     """Evaluation seeds with which the last checkpoint is evaluated again."""
     tuning: bool = False
-    """Whether the run chooses its arm's learning rate, and is not reported."""
+    """Whether the run chooses its arm's trial, and is not reported."""
+
+    @property
+    def trial(self) -> str:
+        """What was tried, short enough for a folder: `lr0.001`, `lr0.001-damping0.1`."""
+        values = {"lr": f"{self.lr:g}"} | {
+            key.rpartition(".")[2]: value if isinstance(value, str) else json.dumps(value)
+            for key, value in self.searched.items()
+        }
+        text = "-".join(f"{key}{value}" for key, value in values.items())
+        return re.sub(r"[^A-Za-z0-9._-]+", "", text)
 
     @property
     def name(self) -> str:
@@ -86,8 +101,8 @@ def study_path(config: Config) -> Path:
 def expand(config: Config) -> list[RunPlan]:
     """All runs of the study, seed by seed, so that each arm has a result early.
 
-    Where tuning seeds choose the learning rates, those that are reported are among them, each at
-    every rate; `reported` selects the rate.
+    Where tuning seeds choose the trials, the runs of the seeds that are reported are among them,
+    for every trial; `reported` selects it.
 
     Raises:
         ConfigError: no `compare` section, no FD among the metrics, an arm's overrides are wrong
@@ -100,33 +115,41 @@ def expand(config: Config) -> list[RunPlan]:
     bases = {arm.name: _arm_config(config, arm) for arm in study.arms}
     further = tuple(seed for seed in study.evaluation_seeds if seed != config.evaluate.seed)
     plans = [
-        RunPlan(
-            arm.name,
-            lr,
-            seed,
-            _run_config(bases[arm.name], arm, lr, seed),
-            study.nfe_steps,
-            further,
-            seed in study.tuning_seeds,
+        _run(
+            bases[arm.name],
+            arm,
+            RunPlan(
+                arm.name,
+                lr,
+                seed,
+                bases[arm.name],
+                dict(zip(arm.grid, values, strict=True)),
+                study.nfe_steps,
+                further,
+                seed in study.tuning_seeds,
+            ),
         )
         for seed in (*study.tuning_seeds, *study.seeds)
         for arm in study.arms
         for lr in arm.lrs
+        for values in product(*arm.grid.values())
     ]
     names = [plan.name for plan in plans]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(
             f"compare.arms: two runs would share the folder '{twice[0]}'; remove one of the two "
-            "learning rates, which agree in six digits"
+            "trials, whose values agree in six digits or but for signs"
         )
     return plans
 
 
-def reported(plans: Sequence[RunPlan], chosen: Mapping[str, float]) -> list[RunPlan]:
-    """The runs that are reported: where tuning runs choose, those at each arm's `chosen` rate."""
+def reported(plans: Sequence[RunPlan], chosen: Mapping[str, str]) -> list[RunPlan]:
+    """The runs that are reported: where tuning runs choose, those of each arm's `chosen` trial."""
     apart = any(plan.tuning for plan in plans)
     return [
-        plan for plan in plans if not plan.tuning and (not apart or plan.lr == chosen.get(plan.arm))
+        plan
+        for plan in plans
+        if not plan.tuning and (not apart or plan.trial == chosen.get(plan.arm))
     ]
 
 
@@ -145,18 +168,17 @@ def check_overrides(overrides: Iterable[str]) -> None:
 
 def _arm_config(config: Config, arm: ArmConfig) -> Config:
     """The study's config with the arm's overrides, its section `compare` included."""
-    place = f"compare.arms '{arm.name}': set"
-    for key in arm.set:
-        if key in SET_BY_STUDY:
-            raise ConfigError(f"{place} {key}: comes from {SET_BY_STUDY[key]}; remove it")
-        if key.split(".")[0] == "compare":
-            raise ConfigError(f"{place} {key}: an arm cannot change the study; remove it")
+    for name, keys in (("set", arm.set), ("grid", arm.grid)):
+        for key in keys:
+            where = f"compare.arms '{arm.name}': {name} {key}"
+            if key in SET_BY_STUDY:
+                raise ConfigError(f"{where}: comes from {SET_BY_STUDY[key]}; remove it")
+            if key.split(".")[0] in ("compare", "data", "evaluate"):
+                raise ConfigError(
+                    f"{where}: an arm must keep the study's compare, data and evaluate sections, "
+                    "or its numbers could not be compared; remove it"
+                )
     base = _apply(config, arm, [f"{key}={json.dumps(value)}" for key, value in arm.set.items()])
-    if (base.data, base.evaluate) != (config.data, config.evaluate):
-        raise ConfigError(
-            f"{place}: an arm must keep the study's data and evaluate sections, or its numbers "
-            "could not be compared; make it a study of its own"
-        )
     solver = base.sample.solver
     listed = getattr(getattr(solver, "grid", None), "name", None) == "list"
     if study_settings(config).nfe_steps and (listed or not hasattr(solver, "steps")):
@@ -169,11 +191,12 @@ def _arm_config(config: Config, arm: ArmConfig) -> Config:
     return base
 
 
-def _run_config(base: Config, arm: ArmConfig, lr: float, seed: int) -> Config:
-    run = f"{arm.name}-lr{lr:g}-s{seed}".replace("+", "")  # `1e+06`: names may not contain a plus
-    name = f"{base.name}/{run}"
-    overrides = [f"name={json.dumps(name)}", f"seed={seed}", f"optimizer.lr={lr!r}", "compare=null"]
-    return _apply(base, arm, overrides)
+def _run(base: Config, arm: ArmConfig, plan: RunPlan) -> RunPlan:
+    """`plan` with the complete config of its run."""
+    name = f"{base.name}/{arm.name}-{plan.trial}-s{plan.seed}"
+    overrides = [f"name={json.dumps(name)}", f"seed={plan.seed}", f"optimizer.lr={plan.lr!r}"]
+    overrides += [f"{key}={json.dumps(value)}" for key, value in plan.searched.items()]
+    return replace(plan, config=_apply(base, arm, [*overrides, "compare=null"]))
 
 
 def _apply(config: Config, arm: ArmConfig, overrides: list[str]) -> Config:

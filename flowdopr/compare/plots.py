@@ -40,9 +40,9 @@ def scatter(study: Study) -> Figure | None:
     drawn = False
     for arm in study.arms:
         style = study.styles[arm.name]
-        for rate in arm.every_rate:
-            face = style.colour if rate == arm.tuned else "none"
-            points = _series([run.final for run in rate.runs if run.final], "one_step_loss", "fd")
+        for trial in arm.every_trial:
+            face = style.colour if trial == arm.tuned else "none"
+            points = _series([run.final for run in trial.runs if run.final], "one_step_loss", "fd")
             x, y = _columns(points)
             axes.plot(x, y, style.marker, color=style.colour, markerfacecolor=face, markersize=8)
             drawn = drawn or bool(points)
@@ -125,20 +125,22 @@ def loss_by_time(study: Study) -> Figure | None:
 
 
 def by_learning_rate(study: Study) -> Figure | None:
-    """FD by learning rate: means as a line, each run a marker, the tuned rate filled."""
-    if all(len(arm.rates) < 2 for arm in study.arms):
+    """FD by learning rate: the best mean at each rate as a line, each run a marker, filled in the
+    chosen trial."""
+    if all(len(arm.trials) < 2 for arm in study.arms):
         return None
     figure, (axes,) = _figure(1)
     for arm in study.arms:
-        style = study.styles[arm.name]
-        means = [(rate.lr, spread.mean) for rate in arm.rates if (spread := rate.spread("fd"))]
-        axes.plot(*_columns(means), style.line, color=style.colour, linewidth=2)
-        for rate in arm.rates:
-            face = style.colour if rate.lr == arm.chosen else "white"
-            points = [(rate.lr, fd) for run in rate.runs if (fd := run.value("fd")) is not None]
+        style, best = study.styles[arm.name], {}
+        for trial in arm.trials:
+            if spread := trial.spread("fd"):
+                best[trial.lr] = min(spread.mean, best.get(trial.lr, spread.mean))
+            face = style.colour if trial == arm.chosen else "white"
+            points = [(trial.lr, fd) for run in trial.runs if (fd := run.value("fd")) is not None]
             axes.plot(*_columns(points), style.marker, color=style.colour, markerfacecolor=face)
+        axes.plot(*_columns(list(best.items())), style.line, color=style.colour, linewidth=2)
     axes.set_xscale("log")
-    rates = sorted({rate.lr for arm in study.arms for rate in arm.rates})
+    rates = sorted({trial.lr for arm in study.arms for trial in arm.trials})
     _ticks_at(axes, rates, [learning_rate(rate) for rate in rates])
     _label(axes, "learning rate", f"{study.metric} of the rollouts")
     _legend(axes, study)

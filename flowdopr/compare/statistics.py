@@ -33,14 +33,26 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class RateSummary:
-    """One arm at one learning rate: its finished runs, one for each seed."""
+class TrialSummary:
+    """One trial of an arm: its finished runs, one for each seed."""
 
-    arm: str
-    lr: float
+    plan: RunPlan
+    """Of one of its runs, finished or not."""
     runs: tuple[RunResult, ...]
     failed: int = 0
     """Runs that failed, and so are in no mean."""
+
+    @property
+    def arm(self) -> str:
+        return self.plan.arm
+
+    @property
+    def trial(self) -> str:
+        return self.plan.trial
+
+    @property
+    def lr(self) -> float:
+        return self.plan.lr
 
     def by_seed(self, metric: Metric) -> dict[int, list[float | None]]:
         """The metric at the last checkpoint, for each evaluation seed, by seed."""
@@ -56,35 +68,34 @@ class RateSummary:
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """One arm: its results by learning rate, and the rate chosen by the rollout metric."""
+    """One arm: its results by trial, and the trial chosen by the rollout metric."""
 
     plan: RunPlan
     """The arm's first run, for the settings that all its runs share."""
-    rates: tuple[RateSummary, ...]
-    """The runs among which the rate is chosen, by learning rate, ascending: those of the tuning
-    seeds if there are any, else all."""
-    chosen: float | None
-    """The rate of the lowest mean FD among those with the most finished seeds; None if no run is
+    trials: tuple[TrialSummary, ...]
+    """Those among which one is chosen, by learning rate: of the tuning seeds if there are any."""
+    chosen: TrialSummary | None
+    """The one of the lowest mean FD among those with the most finished seeds; None if no run is
     finished."""
-    tuned: RateSummary | None
-    """The reported runs at the chosen rate; None if none is finished."""
-    tuned_by_loss: RateSummary | None
-    """The rate that the mean one-step loss would have chosen instead."""
+    tuned: TrialSummary | None
+    """The reported runs of the chosen trial; None if none is finished."""
+    tuned_by_loss: TrialSummary | None
+    """The trial that the mean one-step loss would have chosen instead."""
 
     @property
     def name(self) -> str:
         return self.plan.arm
 
     @property
-    def reported(self) -> RateSummary:
-        """The tuned rate; the first rate if no run is finished, where all rates are empty."""
-        return self.tuned or self.rates[0]
+    def reported(self) -> TrialSummary:
+        """`tuned`; the first trial if no run is finished, where all trials are empty."""
+        return self.tuned or self.trials[0]
 
     @property
-    def every_rate(self) -> tuple[RateSummary, ...]:
-        """`rates`, and `tuned` where other seeds chose it."""
-        apart = self.tuned is not None and self.tuned not in self.rates
-        return (*self.rates, self.tuned) if apart and self.tuned else self.rates
+    def every_trial(self) -> tuple[TrialSummary, ...]:
+        """`trials`, and `tuned` where other seeds chose it."""
+        apart = self.tuned is not None and self.tuned not in self.trials
+        return (*self.trials, self.tuned) if apart and self.tuned else self.trials
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
@@ -103,45 +114,48 @@ def summarise(runs: Sequence[RunResult]) -> list[ArmSummary]:
 
 
 def _summarise_arm(runs: list[RunResult]) -> ArmSummary:
-    first = runs[0].plan
-    rates = _by_rate([run for run in runs if run.plan.tuning] or runs)
-    # A learning rate at which seeds failed must not win by the seeds that survived.
-    most = max(len(rate.runs) for rate in rates)
-    eligible = [rate for rate in rates if rate.runs and len(rate.runs) == most]
+    trials = _by_trial([run for run in runs if run.plan.tuning] or runs)
+    # A trial of which seeds failed must not win by the seeds that survived.
+    most = max(len(trial.runs) for trial in trials)
+    eligible = [trial for trial in trials if trial.runs and len(trial.runs) == most]
     best = _lowest(eligible, "fd")
-    own = _by_rate([run for run in runs if not run.plan.tuning])
+    own = _by_trial([run for run in runs if not run.plan.tuning])
     return ArmSummary(
-        plan=first,
-        rates=rates,
-        chosen=best.lr if best else None,
-        tuned=next((rate for rate in own if best and rate.lr == best.lr and rate.runs), None),
+        plan=runs[0].plan,
+        trials=trials,
+        chosen=best,
+        tuned=next((one for one in own if best and one.trial == best.trial and one.runs), None),
         tuned_by_loss=_lowest(eligible, "one_step_loss"),
     )
 
 
-def _by_rate(runs: Sequence[RunResult]) -> tuple[RateSummary, ...]:
-    """The finished runs at each learning rate, ascending."""
-    rates = []
-    for lr in sorted({run.plan.lr for run in runs}):
-        own = [run for run in runs if run.plan.lr == lr]
-        failed = sum(run.status == "failed" for run in own)
-        done = tuple(run for run in own if run.done)
-        rates.append(RateSummary(own[0].plan.arm, lr, done, failed))
-    return tuple(rates)
+def _by_trial(runs: Sequence[RunResult]) -> tuple[TrialSummary, ...]:
+    """The finished runs of each trial, by learning rate, ascending."""
+    trials: dict[str, list[RunResult]] = {}
+    for run in sorted(runs, key=lambda run: run.plan.lr):
+        trials.setdefault(run.plan.trial, []).append(run)
+    return tuple(
+        TrialSummary(
+            own[0].plan,
+            tuple(run for run in own if run.done),
+            sum(run.status == "failed" for run in own),
+        )
+        for own in trials.values()
+    )
 
 
-def _lowest(rates: Iterable[RateSummary], metric: Metric) -> RateSummary | None:
-    """The rate of the lowest mean; None if no rate has the metric."""
-    return next((rate for _, rate in _by_mean(rates, metric)), None)
+def _lowest(trials: Iterable[TrialSummary], metric: Metric) -> TrialSummary | None:
+    """The trial of the lowest mean; None if none has the metric."""
+    return next((trial for _, trial in _by_mean(trials, metric)), None)
 
 
-def ranked(arms: Sequence[ArmSummary]) -> list[tuple[Spread, RateSummary]]:
-    """The FD and the tuned rate of each arm that has one, the lowest mean first."""
+def ranked(arms: Sequence[ArmSummary]) -> list[tuple[Spread, TrialSummary]]:
+    """The FD and the tuned trial of each arm that has one, the lowest mean first."""
     return _by_mean((arm.tuned for arm in arms if arm.tuned), "fd")
 
 
-def _by_mean(rates: Iterable[RateSummary], metric: Metric) -> list[tuple[Spread, RateSummary]]:
-    pairs = [(values, rate) for rate in rates if (values := rate.spread(metric)) is not None]
+def _by_mean(trials: Iterable[TrialSummary], metric: Metric) -> list[tuple[Spread, TrialSummary]]:
+    pairs = [(values, one) for one in trials if (values := one.spread(metric)) is not None]
     return sorted(pairs, key=lambda pair: pair[0].mean)
 
 
@@ -160,7 +174,7 @@ def rank_correlations(arms: Sequence[ArmSummary]) -> dict[str, float]:
 
 
 def _ends(arm: ArmSummary) -> list[tuple[float, float]]:
-    runs = [run for rate in arm.every_rate for run in rate.runs]
+    runs = [run for trial in arm.every_trial for run in trial.runs]
     pairs = [(run.value("one_step_loss"), run.value("fd")) for run in runs]
     return [(loss, fd) for loss, fd in pairs if loss is not None and fd is not None]
 
@@ -197,7 +211,7 @@ def pair_claims(metric: str, arms: Sequence[ArmSummary]) -> list[list[Claim]]:
 
 
 def _claims_of(
-    metric: str, first: RateSummary, second: RateSummary
+    metric: str, first: TrialSummary, second: TrialSummary
 ) -> tuple[list[Claim], list[Claim]]:
     """The claims in `fd`, and that in the one-step loss if there is one."""
     logs = {
@@ -214,14 +228,14 @@ def _claims_of(
     )
 
 
-def paired_logs(first: RateSummary, second: RateSummary, metric: Metric) -> LogRatios:
+def paired_logs(first: TrialSummary, second: TrialSummary, metric: Metric) -> LogRatios:
     """log of `metric` of `first` over that of `second`, by seed and evaluation seed."""
     return log_ratios(first.by_seed(metric), second.by_seed(metric))
 
 
 def _by_seed(
-    first: RateSummary,
-    second: RateSummary,
+    first: TrialSummary,
+    second: TrialSummary,
     matched: Callable[[RunResult, RunResult], float | None],
 ) -> LogRatios:
     others = {run.plan.seed: run for run in second.runs}

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
-from flowdopr.compare.formats import NONE, learning_rate, mean_sd, memory, number, percent, seconds
+from flowdopr.compare.formats import NONE, mean_sd, memory, number, percent, seconds, tried
 from flowdopr.compare.results import Metric, RunResult
 from flowdopr.compare.statistics import (
     ArmSummary,
-    RateSummary,
     Spread,
+    TrialSummary,
     rank_correlations,
     spread,
 )
@@ -91,8 +91,9 @@ def _row(metric: str, arm: ArmSummary) -> Row:
         "optimizer": arm.plan.optimizer,
         "dopr": arm.plan.dopr,
         "lr": rate.lr if first else None,
-        "lr_grid_size": len(arm.rates),
-        "lr_by_one_step_loss": arm.tuned_by_loss.lr if arm.tuned_by_loss else None,
+        "trial": rate.trial if first else None,
+        "trials": len(arm.trials),
+        "trial_by_one_step_loss": arm.tuned_by_loss.trial if arm.tuned_by_loss else None,
         "metric": metric,
         **{key: value for one in COLUMNS for key, value in _mean_and_sd(rate, one.metric).items()},
         "seeds": len(rate.runs),
@@ -109,7 +110,7 @@ def _row(metric: str, arm: ArmSummary) -> Row:
     }
 
 
-def _mean_and_sd(rate: RateSummary, metric: Metric) -> Row:
+def _mean_and_sd(rate: TrialSummary, metric: Metric) -> Row:
     values = rate.spread(metric)
     mean, sd = (values.mean, values.sd) if values else (None, None)
     return {f"{metric}_mean": mean, f"{metric}_sd": sd}
@@ -137,7 +138,7 @@ def shown_rows(study: Study, table: Sequence[Row]) -> list[dict[str, Cell]]:
     for arm, row in zip(study.arms, table, strict=True):
         failed = f", {row['seeds_failed']} failed" * (row["seeds_failed"] > 0)
         cells = {"optimizer": Cell(arm.name)}
-        cells["learning rate"] = Cell(f"{learning_rate(row['lr'])} (of {len(arm.rates)})")
+        cells["learning rate"] = Cell(f"{tried(arm.reported)} (of {len(arm.trials)})")
         for one in columns:
             cells[one.titled(study)] = Cell(one.text(one.of(arm)), best[one.metric] == arm.name)
         cells["seeds"] = Cell(f"{row['seeds']}{failed}")
@@ -190,6 +191,8 @@ def _plain_run(run: RunResult) -> Row:
     return {
         "arm": plan.arm,
         "lr": plan.lr,
+        "searched": dict(plan.searched),
+        "tuning": plan.tuning,
         "seed": plan.seed,
         "name": plan.name,
         "path": str(plan.path),

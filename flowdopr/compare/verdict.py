@@ -8,12 +8,12 @@ from itertools import combinations
 from statistics import mean
 
 from flowdopr.compare.claims import FEWEST_SEEDS, Claim, claim, holm
-from flowdopr.compare.formats import count, learning_rate, listing, mean_sd, number
+from flowdopr.compare.formats import count, listing, mean_sd, number, tried
 from flowdopr.compare.results import RunResult
 from flowdopr.compare.statistics import (
     ONE_STEP_LOSS,
     ArmSummary,
-    RateSummary,
+    TrialSummary,
     paired_logs,
     rank_correlations,
     ranked,
@@ -74,7 +74,7 @@ def _headline(metric: str, arms: Sequence[ArmSummary]) -> str:
     return headline
 
 
-def _worse_than(winner: RateSummary, rates: Sequence[RateSummary]) -> set[str]:
+def _worse_than(winner: TrialSummary, rates: Sequence[TrialSummary]) -> set[str]:
     """The arms whose rollouts are shown to be worse than the winner's.
 
     Holm's correction is over all pairs of arms, because the winner is chosen by the same numbers.
@@ -87,7 +87,7 @@ def _worse_than(winner: RateSummary, rates: Sequence[RateSummary]) -> set[str]:
     return {one.second for one in corrected if one.first == winner.arm and one.shown}
 
 
-def _loss_clause(winner: RateSummary, rates: Sequence[RateSummary]) -> str:
+def _loss_clause(winner: TrialSummary, rates: Sequence[TrialSummary]) -> str:
     losses = [(loss.mean, rate.arm) for rate in rates if (loss := rate.spread("one_step_loss"))]
     if not losses:
         return ""
@@ -134,11 +134,12 @@ def _strength(claims: Sequence[Claim], number_of_claims: int) -> str:
 
 
 def _notes(metric: str, runs: Sequence[RunResult], arms: Sequence[ArmSummary]) -> list[str]:
-    notes = [_budget(runs, arms), *_learning_rate_notes(metric, arms)]
+    notes = [_budget(runs, arms), *_choice_notes(metric, arms)]
     notes += _correlation_note(metric, arms) + _nfe_notes(metric, arms)
-    if any(len(arm.rates) > 1 for arm in arms) and not any(run.plan.tuning for run in runs):
+    if any(len(arm.trials) > 1 for arm in arms) and not any(run.plan.tuning for run in runs):
         notes.append(
-            "Learning rates were chosen on the seeds that are reported, which flatters every arm."
+            f"{_searched(arms).capitalize()} were chosen on the seeds that are reported, which "
+            "flatters every arm."
         )
     states = {"failed": "failed, which no mean includes", "unfinished": "not finished"}
     for status, words in states.items():
@@ -183,35 +184,54 @@ def _nfe_notes(metric: str, arms: Sequence[ArmSummary]) -> list[str]:
     return notes
 
 
+def _searched(arms: Sequence[ArmSummary]) -> str:
+    """What the trials differ in."""
+    return "trials" if any(arm.plan.searched for arm in arms) else "learning rates"
+
+
 def _budget(runs: Sequence[RunResult], arms: Sequence[ArmSummary]) -> str:
     tuning = {run.plan.seed for run in runs if run.plan.tuning}
     seeds = count(len(tuning), "tuning seed")
     if not tuning:
         seeds = count(len({run.plan.seed for run in runs}), "seed")
-    sizes = {arm.name: len(arm.rates) for arm in arms}
+    sizes, thing = {arm.name: len(arm.trials) for arm in arms}, _searched(arms).removesuffix("s")
     if len(set(sizes.values())) <= 1:
-        grid = count(next(iter(sizes.values()), 0), "learning rate")
+        grid = count(next(iter(sizes.values()), 0), thing)
         return f"Every arm had the same tuning budget: {grid} × {seeds}."
-    each = listing([f"{arm} {count(size, 'learning rate')}" for arm, size in sizes.items()])
+    each = listing([f"{arm} {count(size, thing)}" for arm, size in sizes.items()])
     return (
         f"The tuning budgets are not equal: {each}, × {seeds}. The comparison favours the larger."
     )
 
 
-def _learning_rate_notes(metric: str, arms: Sequence[ArmSummary]) -> list[str]:
+def _choice_notes(metric: str, arms: Sequence[ArmSummary]) -> list[str]:
     notes = []
     for arm in arms:
-        if len(arm.rates) < 2 or arm.chosen is None:
+        chosen, other = arm.chosen, arm.tuned_by_loss
+        if chosen is None:
             continue
-        chosen = learning_rate(arm.chosen)
-        if arm.tuned_by_loss and arm.tuned_by_loss.lr != arm.chosen:
-            other = learning_rate(arm.tuned_by_loss.lr)
+        if other and other.trial != chosen.trial:
             notes.append(
-                f"{arm.name}: {metric} chose learning rate {chosen}; the one-step loss would have "
-                f"chosen {other}."
+                f"{arm.name}: {metric} chose learning rate {tried(chosen)}; the one-step loss "
+                f"would have chosen {tried(other)}."
             )
-        if arm.chosen in (arm.rates[0].lr, arm.rates[-1].lr):
-            notes.append(
-                f"{arm.name}: the chosen learning rate {chosen} is at the edge of its grid."
-            )
+        notes += [
+            f"{arm.name}: the chosen {what} {value:g} is at the edge of its grid."
+            for what, value in _at_the_edge(arm.trials, chosen)
+        ]
     return notes
+
+
+def _at_the_edge(trials: Sequence[TrialSummary], chosen: TrialSummary) -> list[tuple[str, float]]:
+    """The settings of `chosen` that no trial goes beyond on one side, of those with an order."""
+    grids = {"learning rate": [one.lr for one in trials]}
+    grids |= {key: [one.plan.searched[key] for one in trials] for key in chosen.plan.searched}
+    values = {"learning rate": chosen.lr, **chosen.plan.searched}
+    ordered = {
+        key: grid for key, grid in grids.items() if all(isinstance(v, int | float) for v in grid)
+    }
+    return [
+        (key, values[key])
+        for key, grid in ordered.items()
+        if len(set(grid)) > 1 and values[key] in (min(grid), max(grid))
+    ]

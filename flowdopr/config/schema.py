@@ -6,6 +6,7 @@ There is one class for each section of the YAML file. Where the settings of a se
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -239,9 +240,17 @@ class ArmConfig(Section):
     name: Word
     """Name in the table and in the run folders."""
     lrs: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    """Learning rates tried. Give every arm equally many, for equal tuning budgets."""
+    """Learning rates tried. Give every arm equally many trials, for equal tuning budgets."""
+    grid: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
+    """Further settings tried, each a list, such as `optimizer.dopr.damping: [0.1, 1]`. Every
+    combination with a learning rate is a trial."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Dotted overrides of this arm, such as `optimizer.name: dopr-adamw`."""
+
+    @property
+    def trials(self) -> int:
+        """The number of trials: combinations of learning rate and `grid`."""
+        return len(self.lrs) * math.prod(len(values) for values in self.grid.values())
 
 
 class CompareConfig(Section):
@@ -250,8 +259,8 @@ class CompareConfig(Section):
     seeds: Annotated[tuple[CountOrZero, ...], Field(min_length=1)] = (0, 1, 2)
     """Seeds of the runs that are reported."""
     tuning_seeds: tuple[CountOrZero, ...] = ()
-    """Seeds of the runs that choose each arm's learning rate, which alone is then run with `seeds`.
-    None: `seeds` choose it, which flatters every arm."""
+    """Seeds of the runs that choose each arm's trial, which alone is then run with `seeds`. None:
+    `seeds` choose it, which flatters every arm."""
     evaluation_seeds: tuple[CountOrZero, ...] = ()
     """Further values of `evaluate.seed` with which the last checkpoint is evaluated, so that the
     noise of the evaluation is known apart from that of training."""
@@ -269,12 +278,12 @@ class CompareConfig(Section):
         if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
             raise ValueError(
                 f"compare.seeds, compare.tuning_seeds: the seed {twice[0]} is given twice; the "
-                "seeds that choose the learning rate must not be those that are reported"
+                "seeds that choose the trial must not be those that are reported"
             )
-        if self.tuning_seeds and all(len(arm.lrs) == 1 for arm in self.arms):
+        if self.tuning_seeds and all(arm.trials == 1 for arm in self.arms):
             raise ValueError(
-                "compare.tuning_seeds: every arm has one learning rate, so there is nothing to "
-                "choose; set compare.tuning_seeds=[]"
+                "compare.tuning_seeds: every arm has one trial, so there is nothing to choose; "
+                "set compare.tuning_seeds=[]"
             )
         return self
 

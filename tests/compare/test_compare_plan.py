@@ -17,6 +17,18 @@ def test_every_arm_rate_and_seed_once(study):
     assert names == first + [name.replace("-s0", "-s1") for name in first]
 
 
+def test_a_grid_is_crossed_with_the_rates(study):
+    grid = "{optimizer.dopr.damping: [0.1, 10], optimizer.dopr.form: [inverse, sandwich]}"
+    text = f"[{{name: a, lrs: [1e-3], set: {{optimizer.name: dopr-adamw}}, grid: {grid}}}]"
+    plans = expand(apply_overrides(arms(study, text), ["compare.seeds=[0]"]))
+    assert [plan.name for plan in plans] == [
+        f"a-lr0.001-damping{damping}-form{form}-s0"
+        for damping in (0.1, 10)
+        for form in ("inverse", "sandwich")
+    ]
+    assert plans[-1].config.optimizer.dopr == DoPrConfig(damping=10, form="sandwich")
+
+
 def test_tuning_seeds_have_every_rate_and_reported_seeds_the_chosen_one(study):
     config = apply_overrides(
         arms(study, "[{name: a, lrs: [1e-3, 0.1]}, {name: b, lrs: [1e-5, 1e7]}]"),
@@ -25,7 +37,7 @@ def test_tuning_seeds_have_every_rate_and_reported_seeds_the_chosen_one(study):
     plans = expand(config)
     tuning = [plan.name for plan in plans if plan.tuning]
     assert tuning == ["a-lr0.001-s5", "a-lr0.1-s5", "b-lr1e-05-s5", "b-lr1e07-s5"]
-    chosen = [plan.name for plan in reported(plans, {"a": 0.1})]
+    chosen = [plan.name for plan in reported(plans, {"a": "lr0.1"})]
     assert chosen == ["a-lr0.1-s0", "a-lr0.1-s1"]
 
 
@@ -67,7 +79,7 @@ def test_an_override_takes_mappings_and_lists(study):
         ("train.steps: -1", ["'a'", "train.steps"]),
         ("optimizer.lr: 1e-3", ["'a'", "optimizer.lr", "lrs"]),
         ("seed: 3", ["'a'", "seed", "compare.seeds"]),
-        ("data.image_size: 4", ["'a'", "must keep the study's data"]),
+        ("data.image_size: 4", ["'a'", "data.image_size", "must keep the study's"]),
         ("evaluate.fid_num_images: 50", ["'a'", "evaluate"]),
         ("compare.workers: 2", ["'a'", "compare.workers"]),
     ],

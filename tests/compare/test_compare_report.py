@@ -93,7 +93,7 @@ def test_numbers_of_the_table(finished, capsys):
     assert float(dopr["one_step_loss_mean"]) == pytest.approx(0.5325)
     expected = {
         "lr": 0.001,
-        "lr_grid_size": 1,
+        "trials": 1,
         "seeds": 2,
         "fd_images": 40,
         "nfe": 2,

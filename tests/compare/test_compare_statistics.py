@@ -9,7 +9,6 @@ from scipy import stats
 from flowdopr.compare.plan import RunPlan
 from flowdopr.compare.results import Evaluation, RunResult
 from flowdopr.compare.statistics import (
-    RateSummary,
     matched_pairs,
     rank_correlations,
     spread,
@@ -34,10 +33,6 @@ def result(arm, lr, seed, fd=None, loss=1.0, optimizer="adamw"):
     if fd is None:
         return RunResult(plan, "failed")
     return RunResult(plan, final=Evaluation(step=10, fd=fd, one_step_loss=loss))
-
-
-def rate(arm, distances):
-    return RateSummary(arm, 0.1, tuple(result(arm, 0.1, seed, d) for seed, d in distances.items()))
 
 
 def verdict(runs):
@@ -149,15 +144,32 @@ def test_tuning_seeds_choose_the_rate_and_other_seeds_report_it():
 
     tuning = [of_rate(lr, seed, fd, True) for lr, fd in ((0.1, 2.0), (0.2, 1.0)) for seed in (8, 9)]
     (arm,) = summarise(tuning)
-    assert (arm.chosen, arm.tuned) == (0.2, None)
+    assert (arm.chosen.lr, arm.tuned) == (0.2, None)
     reports = [of_rate(0.2, seed, 5.0 + seed, False) for seed in (0, 1)]
     (arm,) = summarise([*tuning, *reports])
     assert [run.plan.seed for run in arm.reported.runs] == [0, 1]
     assert arm.reported.spread("fd").mean == 5.5
-    assert len(arm.every_rate) == 3
+    assert len(arm.every_trial) == 3
     notes = verdict([*tuning, *reports]).notes
     assert notes[0] == "Every arm had the same tuning budget: 2 learning rates × 2 tuning seeds."
     assert not any("flatters" in note for note in notes)
+
+
+def test_a_grid_of_settings_makes_trials_of_an_arm():
+    def of_trial(lr, damping, fd):
+        run = result("a", lr, 0, fd)
+        return replace(run, plan=replace(run.plan, searched={"optimizer.dopr.damping": damping}))
+
+    runs = [
+        of_trial(lr, damping, lr + abs(damping - 1)) for lr in (1, 2, 4) for damping in (0.1, 1, 2)
+    ]
+    (arm,) = summarise(runs)
+    assert arm.chosen.trial == "lr1-damping1"
+    notes = " ".join(verdict(runs).notes)
+    assert "the same tuning budget: 9 trials × 1 seed" in notes
+    assert "Trials were chosen on the seeds" in notes
+    assert "the chosen learning rate 1 is at the edge" in notes
+    assert "damping 1 is at the edge" not in notes
 
 
 def test_rank_correlations_over_all_runs_and_within_arms():
