@@ -249,9 +249,12 @@ def compare(
     report_only: Annotated[
         bool, Option("--report-only", help="Only rebuild the report from finished runs.")
     ] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Print the runs that are left and their time, run nothing.")
+    ] = False,
     print_config: PrintConfig = False,
 ) -> None:
-    """Train every arm x learning rate x seed, evaluate each, and write report.html.
+    """Train every arm x trial x seed, evaluate each, and write report.html.
 
     Finished runs are skipped and interrupted ones go on, so the same command can be repeated.
     """
@@ -259,8 +262,12 @@ def compare(
     with importing():
         from flowdopr.compare import check_overrides
         from flowdopr.compare import compare as run_compare
+        from flowdopr.compare.forecast import forecast
 
     check_overrides(overrides or ())
+    if dry_run:
+        print(forecast(resolved, workers=workers))
+        return
     run_compare(resolved, workers=workers, report_only=report_only)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from flowdopr.compare import compare
 from flowdopr.compare.cards import read_run, wanted_cards
+from flowdopr.compare.forecast import forecast
 from flowdopr.compare.plan import expand, study_path
 from flowdopr.compare.results import read_result
 from flowdopr.compare.study import build_study
@@ -280,3 +281,24 @@ def test_styles_tell_arms_apart_and_show_preconditioning(finished):
     styles = build_study(finished, results).styles
     assert styles["AdamW"].colour != styles["DoPr-AdamW"].colour
     assert (styles["AdamW"].line, styles["DoPr-AdamW"].line) == ("--", "-")
+
+
+def test_a_dry_run_says_what_is_left_and_how_long_it_takes(finished):
+    nothing = "1 trial, 2 runs of 8 steps; left: 0 runs, 0 steps"
+    assert forecast(finished).splitlines() == [
+        f"AdamW: {nothing}",
+        f"DoPr-AdamW: {nothing}",
+        "Training time left: 0:00:00, 2 runs at a time.",
+    ]
+    more = apply_overrides(finished, ["compare.seeds=[0, 1, 2, 3]"])
+    # A step takes 0.025 s, the median of all windows, and 2 runs of 8 steps of each arm are left.
+    left = forecast(more, workers=1).splitlines()
+    assert left[0] == "AdamW: 1 trial, 4 runs of 8 steps; left: 2 runs, 16 steps"
+    assert left[-1] == "Training time left: 0:00:01, 1 run at a time."
+
+
+def test_a_dry_run_before_any_step_knows_no_time(study):
+    lines = forecast(study).splitlines()
+    assert lines[0] == "AdamW: 1 trial, 2 runs of 8 steps; left: 2 runs, 16 steps"
+    assert lines[-1] == "Training time: not known before runs of the study have logged steps."
+    assert not study_path(study).exists()
