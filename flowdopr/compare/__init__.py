@@ -46,8 +46,8 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
         report_only: run nothing, only make the report from the existing run folders.
 
     Returns:
-        The study folder `<output>/<name>`: report.html, table.csv, results.json, plots/, logs/ and
-        one run folder for each run.
+        The study folder `<output>/<name>`: report.html, table.csv, table.tex, results.json, plots/,
+        logs/ and one run folder for each run.
 
     Raises:
         ConfigError, ValueError: no `compare` section, wrong overrides, a training run in the study
@@ -80,7 +80,7 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
     study = build_study(config, runs)
     write_report(study)
     print("\n".join([study.verdict.headline, *study.verdict.pairs]))
-    for name in ("report.html", "table.csv", "results.json", "plots"):
+    for name in ("report.html", "table.csv", "table.tex", "results.json", "plots"):
         print(study.folder / name)
     if failed:
         raise StudyFailed(

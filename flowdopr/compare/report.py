@@ -18,7 +18,7 @@ from flowdopr.compare.plots import draw_all
 from flowdopr.compare.results import RunResult
 from flowdopr.compare.statistics import spread
 from flowdopr.compare.study import Study
-from flowdopr.compare.table import Row, rows, shared_values, shown_rows, to_csv, to_results
+from flowdopr.compare.table import Row, rows, shared_values, shown_rows, to_csv, to_results, to_tex
 from flowdopr.config import to_yaml
 from flowdopr.disk import write_bytes, write_text
 from flowdopr.evaluate.card import write_json
@@ -49,6 +49,7 @@ def write_report(study: Study) -> None:
         write_bytes(study.folder / "plots" / f"{name}.png", png)
     write_json(study.folder / "results.json", to_results(study, table))
     write_text(study.folder / "table.csv", to_csv(table))
+    write_text(study.folder / "table.tex", to_tex(shown_rows(study, table)))
     write_text(study.folder / "report.html", render(study, table, pictures))
 
 

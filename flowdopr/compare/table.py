@@ -63,6 +63,11 @@ class Column:
         return (max if self.rises else min)(means, key=means.__getitem__)
 
 
+TEX = {letter: f"\\{letter}" for letter in "%_&#$"}
+TEX |= {"↓": "$\\downarrow$", "↑": "$\\uparrow$", "±": "$\\pm$", "−": "$-$", "–": "--"}
+"""Letters of the table in LaTeX, where that writes them otherwise."""
+SCHEMA = 2
+"""Version of results.json; docs/compare.md lists its fields."""
 SHARES = ("precision", "recall", "label_accuracy")
 COLUMNS = (
     Column("fd", ""),
@@ -155,6 +160,24 @@ def shown_rows(study: Study, table: Sequence[Row]) -> list[dict[str, Cell]]:
     return shown
 
 
+def to_tex(shown: Sequence[dict[str, Cell]]) -> str:
+    """The report's table for LaTeX with the package booktabs; the best of each column is bold."""
+    titles = " & ".join(map(_tex, shown[0]))
+    lines = [f"\\begin{{tabular}}{{l{'r' * (len(shown[0]) - 1)}}}", "\\toprule"]
+    lines += [f"{titles} \\\\", "\\midrule"]
+    for row in shown:
+        cells = (
+            f"\\textbf{{{_tex(cell.text)}}}" if cell.best else _tex(cell.text)
+            for cell in row.values()
+        )
+        lines.append(f"{' & '.join(cells)} \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+
+
+def _tex(text: str) -> str:
+    return "".join(TEX.get(letter, letter) for letter in text)
+
+
 def shared_values(study: Study, table: Sequence[Row]) -> dict[str, str]:
     """Values that are usually the same for every arm; different ones side by side."""
 
@@ -175,6 +198,7 @@ def to_results(study: Study, table: Sequence[Row]) -> Row:
     """Everything the report says, as plain values for results.json."""
     claims = [asdict(one) | {"shown": one.shown} for pair in study.pairs for one in pair]
     return {
+        "schema": SCHEMA,
         "study": study.name,
         "metric": study.metric,
         "verdict": asdict(study.verdict),

@@ -283,6 +283,16 @@ def test_styles_tell_arms_apart_and_show_preconditioning(finished):
     assert (styles["AdamW"].line, styles["DoPr-AdamW"].line) == ("--", "-")
 
 
+def test_the_table_for_latex_has_the_rows_of_the_report(finished):
+    lines = (compare(finished, report_only=True) / "table.tex").read_text().splitlines()
+    assert lines[:2] == [r"\begin{tabular}{lrrrrrrr}", r"\toprule"]
+    assert lines[2].startswith(r"optimizer & learning rate & FD $\downarrow$ & one-step loss")
+    dopr = next(line for line in lines if line.startswith("DoPr-AdamW"))
+    assert r"\textbf{3.25 $\pm$ 0.35}" in dopr
+    assert r"90.0 $\pm$ 0.0 \%" in dopr
+    assert all(line.count("&") == 7 for line in lines if "&" in line)
+
+
 def test_a_dry_run_says_what_is_left_and_how_long_it_takes(finished):
     nothing = "1 trial, 2 runs of 8 steps; left: 0 runs, 0 steps"
     assert forecast(finished).splitlines() == [
