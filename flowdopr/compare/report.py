@@ -1,6 +1,6 @@
 """report.html, table.csv, results.json and plots/ from the run folders of a study.
 
-The report is one file: its pictures are inside it, it loads nothing and runs no script.
+The report is one file: its pictures are inside it and it loads nothing. A script sorts its tables.
 """
 
 from __future__ import annotations

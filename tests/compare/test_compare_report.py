@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -114,7 +116,7 @@ def test_numbers_of_the_table(finished, capsys):
 
 def test_the_report_is_one_file(finished):
     page = (compare(finished, report_only=True) / "report.html").read_text()
-    assert not re.search(r"https?:|<script|<link|@import|url\(", page)
+    assert not re.search(r"https?:|<script [^>]|<link|@import|url\(", page)
     images = re.findall(r'<img[^>]* src="([^"]*)"', page)
     assert len(images) == 3 + 2  # scatter, NFE, training; a grid an arm
     assert all(source.startswith("data:image/png;base64,") for source in images)
@@ -281,6 +283,20 @@ def test_styles_tell_arms_apart_and_show_preconditioning(finished):
     styles = build_study(finished, results).styles
     assert styles["AdamW"].colour != styles["DoPr-AdamW"].colour
     assert (styles["AdamW"].line, styles["DoPr-AdamW"].line) == ("--", "-")
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_a_click_on_a_title_sorts_the_table(finished, tmp_path):
+    page = (compare(finished, report_only=True) / "report.html").read_text()
+    click = "<script>document.querySelectorAll('th')[2].click()</script></body>"
+    (tmp_path / "clicked.html").write_text(page.replace("</body>", click))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    shown = subprocess.run(
+        [*command, str(tmp_path / "clicked.html")], capture_output=True, text=True, timeout=60
+    ).stdout
+    names = re.findall(r"</span>((?:DoPr-)?AdamW)</td>", shown)
+    assert names[:2] == ["DoPr-AdamW", "AdamW"]  # by FD
+    assert page.index(">AdamW</td>") < page.index(">DoPr-AdamW</td>")
 
 
 def test_the_table_for_latex_has_the_rows_of_the_report(finished):
