@@ -40,7 +40,7 @@ class WantedCards:
     curve: tuple[CardRequest, ...]
     """The checkpoints before the last one, by step."""
     by_nfe: tuple[CardRequest, ...]
-    """The last checkpoint at each number of solver steps; `final` at the run's own number."""
+    """The last checkpoint at each number of steps of each solver; `final` at the run's own."""
     by_noise: tuple[CardRequest, ...]
     """The last checkpoint with each further evaluation seed."""
 
@@ -62,6 +62,13 @@ def wanted_cards(plan: RunPlan) -> WantedCards:
             final
             if steps == own_steps
             else CardRequest(train.steps, (*FD_ONLY, f"sample.solver.steps={steps}"))
+            for steps in sorted(plan.nfe_steps)
+        )
+        + tuple(
+            CardRequest(
+                train.steps, (*FD_ONLY, f"sample.solver={{name: {solver}, steps: {steps}}}")
+            )
+            for solver in plan.nfe_solvers
             for steps in sorted(plan.nfe_steps)
         ),
         by_noise=tuple(

@@ -33,6 +33,8 @@ class RunPlan:
     """The values of the arm's `grid` in this run."""
     nfe_steps: tuple[int, ...] = ()
     """Solver steps at which the last checkpoint is evaluated again."""
+    nfe_solvers: tuple[str, ...] = ()
+    """Solvers, beside the run's own, for which the same is done."""
     evaluation_seeds: tuple[int, ...] = ()
     """Evaluation seeds with which the last checkpoint is evaluated again."""
     tuning: bool = False
@@ -125,6 +127,7 @@ def expand(config: Config) -> list[RunPlan]:
                 bases[arm.name],
                 dict(zip(arm.grid, values, strict=True)),
                 study.nfe_steps,
+                study.nfe_solvers,
                 further,
                 seed in study.tuning_seeds,
             ),
@@ -188,6 +191,12 @@ def _arm_config(config: Config, arm: ArmConfig) -> Config:
             "would be the same sampling; set compare.nfe_steps=[] or a fixed-step solver with a "
             "named grid"
         )
+    for name in study_settings(config).nfe_solvers:
+        _apply(config, arm, [f"sample.solver={{name: {name}, steps: 1}}"])  # refuses what is none
+        if name == solver.name:
+            raise ConfigError(
+                f"compare.nfe_solvers: {name} is the solver of arm '{arm.name}' already; remove it"
+            )
     return base
 
 

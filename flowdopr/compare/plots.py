@@ -67,16 +67,26 @@ def training(study: Study) -> Figure | None:
 
 
 def by_nfe(study: Study) -> Figure | None:
-    """FD of the last checkpoint against model calls per image."""
-    figure, (axes,) = _figure(1)
-    most = _draw_arms(axes, study, lambda run: _series(run.by_nfe, "nfe", "fd"))
-    axes.set_xscale("log")
-    reported = [run for arm in study.arms for run in arm.reported.runs]
-    calls = sorted({one.nfe for run in reported for one in run.by_nfe if one.nfe is not None})
-    _ticks_at(axes, calls, [f"{nfe:g}" for nfe in calls])
-    _label(axes, "NFE: model calls per image", f"{study.metric} of the rollouts")
-    _legend(axes, study)
-    return figure if most > 1 else None
+    """FD of the last checkpoint against model calls per image, a panel for each solver."""
+    every = [one for arm in study.arms for run in arm.reported.runs for one in run.by_nfe]
+    solvers = list(dict.fromkeys(one.solver for one in every))
+    calls = sorted({one.nfe for one in every if one.nfe is not None})
+    if len(calls) < 2:
+        return None
+    figure, panels = _figure(len(solvers))
+    for axes, solver in zip(panels, solvers, strict=True):
+        _draw_arms(axes, study, lambda run, solver=solver: _of_solver(run, solver))
+        axes.set_xscale("log")
+        _ticks_at(axes, calls, [f"{nfe:g}" for nfe in calls])
+        _label(axes, "NFE: model calls per image", f"{study.metric} of the rollouts")
+        if len(solvers) > 1:
+            axes.set_title(solver, fontsize="medium")
+    _legend(panels[0], study)
+    return figure
+
+
+def _of_solver(run: RunResult, solver: str) -> Series:
+    return _series([one for one in run.by_nfe if one.solver == solver], "nfe", "fd")
 
 
 def spectrum(study: Study) -> Figure | None:
@@ -148,7 +158,7 @@ def by_learning_rate(study: Study) -> Figure | None:
 
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:
-    width = WIDTH if columns == 1 else 1.85 * WIDTH
+    width = WIDTH if columns == 1 else 0.925 * columns * WIDTH
     figure = Figure(figsize=(width, HEIGHT), dpi=DPI, layout="constrained")
     all_axes = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
     for axes in all_axes:

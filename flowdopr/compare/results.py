@@ -36,6 +36,7 @@ class Evaluation:
     spectrum: tuple[float | None, ...] = ()
     one_step_loss_by_time: tuple[float | None, ...] = ()
     one_step_loss_by_time_se: tuple[float | None, ...] = ()
+    solver: str = ""
     nfe: float | None = None
     num_images: int | None = None
 
@@ -54,7 +55,7 @@ class RunResult:
     curve: tuple[Evaluation, ...] = ()
     """Evaluations of all checkpoints, the last one included, by step."""
     by_nfe: tuple[Evaluation, ...] = ()
-    """Evaluations of the last checkpoint, by NFE."""
+    """Evaluations of the last checkpoint, by solver and NFE."""
     by_noise: tuple[Evaluation, ...] = ()
     """Evaluations of the last checkpoint with other evaluation seeds than the study's own."""
     floor: Evaluation | None = None
@@ -126,8 +127,9 @@ def _evaluations(run: RunSnapshot, requests: Sequence[CardRequest]) -> tuple[Eva
 
 def _evaluation(card: Card) -> Evaluation:
     found = _numbers(card["step"], card["metrics"])
-    num_images = card["settings"]["sampling"]["num_images"]
-    return replace(found, nfe=card["sampling"]["nfe"], num_images=num_images)
+    sampling = card["settings"]["sampling"]
+    solver, num_images = sampling["solver"]["name"], sampling["num_images"]
+    return replace(found, solver=solver, nfe=card["sampling"]["nfe"], num_images=num_images)
 
 
 def _numbers(step: int, metrics: Card) -> Evaluation:

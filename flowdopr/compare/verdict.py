@@ -165,20 +165,20 @@ def _correlation_note(metric: str, arms: Sequence[ArmSummary]) -> list[str]:
 
 
 def _nfe_notes(metric: str, arms: Sequence[ArmSummary]) -> list[str]:
-    """Where another number of model calls than that of the table draws better."""
+    """Where another number of model calls, or another solver, draws better than in the table."""
     notes = []
     for arm in arms:
-        values: dict[float, list[float]] = {}
+        values: dict[tuple[str, float], list[float]] = {}
         for run in arm.reported.runs:
             for one in run.by_nfe:
                 if one.nfe is not None and one.fd is not None:
-                    values.setdefault(one.nfe, []).append(one.fd)
-        means = {nfe: mean(found) for nfe, found in values.items()}
+                    values.setdefault((one.solver, one.nfe), []).append(one.fd)
+        means = {key: mean(found) for key, found in values.items()}
         own = arm.reported.spread("fd")
         best = min(means, key=means.__getitem__, default=None)
         if best is not None and own is not None and means[best] < NOTABLY * own.mean:
             notes.append(
-                f"{arm.name}: {metric} is lower with {best:g} model calls, "
+                f"{arm.name}: {metric} is lower with {best[1]:g} model calls of {best[0]}, "
                 f"{number(means[best], 3)}, than in the table."
             )
     return notes

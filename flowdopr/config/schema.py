@@ -266,6 +266,8 @@ class CompareConfig(Section):
     noise of the evaluation is known apart from that of training."""
     nfe_steps: tuple[Count, ...] = ()
     """Solver steps at which the last checkpoint is evaluated again, for the FD-against-NFE plot."""
+    nfe_solvers: tuple[Word, ...] = ()
+    """Solvers of fixed steps for that plot, beside the run's own, such as `[euler, heun2]`."""
     workers: Count = 1
     """Runs at a time, each with an equal share of the CPU cores."""
 

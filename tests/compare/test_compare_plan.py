@@ -110,6 +110,15 @@ def test_numbers_of_steps_need_a_solver_that_heeds_them(study, times):
     assert expand(apply_overrides(changed, ["compare.nfe_steps=[]"]))
 
 
+@pytest.mark.parametrize(
+    ("solver", "words"),
+    [("eulr", "did you mean 'euler'"), ("dopri5", "steps"), ("euler", "of arm 'AdamW' already")],
+)
+def test_further_solvers_are_other_solvers_of_fixed_steps(study, solver, words):
+    with pytest.raises(ConfigError, match=words):
+        expand(apply_overrides(study, [f"compare.nfe_solvers=[{solver}]"]))
+
+
 def test_a_config_without_a_study_is_refused(study):
     with pytest.raises(ConfigError, match=r"compare\.arms"):
         expand(apply_overrides(study, ["compare=null"]))

@@ -222,6 +222,11 @@ def test_other_evaluation_settings_need_other_cards(finished):
     assert [request.overrides[-1] for request in read_run(expand(more)[0]).missing] == [
         "sample.solver.steps=4"
     ]
+    solvers = apply_overrides(finished, ["compare.nfe_solvers=[heun2]"])
+    assert [request.overrides[-1] for request in read_run(expand(solvers)[0]).missing] == [
+        "sample.solver={name: heun2, steps: 1}",
+        "sample.solver={name: heun2, steps: 2}",
+    ]
 
 
 EVERY_METRIC = ["evaluate.metrics=[fd, kid, isc, prc]", "evaluate.bpd={}", "evaluate.excess={}"]
