@@ -244,19 +244,20 @@ class Trainer:
     def _look(self, done: Collection[str] = ()) -> None:
         """Validate and draw samples where this step is due, except for what is `done`.
 
-        The first process does it. A failure is logged, and training goes on.
+        The first process does it, and decides alone what is done: the others may see its new files.
+        A failure is logged, and training goes on.
         """
         settings = self.config.train
         looks = {
             HELD_OUT: (settings.validate_every, self._validate),
             GRID: (settings.sample_every, self._draw_samples),
         }
-        due = [what for what, (every, _) in looks.items() if self._due(every) and what not in done]
+        due = [what for what, (every, _) in looks.items() if self._due(every)]
         if not due:
             return
         self.meter.pause()
         if self.accelerator.is_main_process:
-            for what in due:
+            for what in (what for what in due if what not in done):
                 try:
                     with self._averaged_model() as model:
                         looks[what][1](model)
