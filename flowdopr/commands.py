@@ -233,10 +233,8 @@ def evaluate(
 
     path = run_evaluate(run, overrides or (), step=step, force=force)
     card = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in card["metrics"].items():
-        if isinstance(value, int | float):
-            print(f"{name:24} {value:.6g}")
-    _tell(path)
+    numbers = {k: v for k, v in card["metrics"].items() if isinstance(v, int | float)}
+    _tell(*(f"{name:24} {value:.6g}" for name, value in numbers.items()), path)
 
 
 @app.command()
@@ -337,10 +335,10 @@ def _sample_overrides(context: typer.Context, overrides: list[str] | None) -> li
     return [*options, *(overrides or ())]
 
 
-def _tell(path: Path) -> None:
-    """Print the path of a result, once for all processes of a launch."""
+def _tell(*lines: object) -> None:
+    """Print results, such as the path of a file, once for all processes of a launch."""
     if os.environ.get("RANK", "0") == "0":
-        print(path)
+        print(*lines, sep="\n")
 
 
 def _numbers(text: str | None) -> list[int] | None:

@@ -53,6 +53,11 @@ def check_exact(config: Config, datasets: Datasets) -> None:
             "evaluate.bpd is the likelihood of 8-bit pixels, a model of latents has none; set "
             "evaluate.bpd=null"
         )
+    if chosen.drift is not None and len(datasets.held_out) < 2:
+        raise ConfigError(
+            "evaluate.drift needs two held-out images or more, there is one; raise "
+            "data.held_out_fraction in a new run, or set evaluate.drift=null"
+        )
     if chosen.excess is None:
         return
     if latents and getattr(datasets.train, "random", False):

@@ -2,11 +2,12 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from flowdopr.config import apply_overrides
+from flowdopr.config import ConfigError, apply_overrides
 from flowdopr.data import Datasets, ImageTensor, from_uint8
 from flowdopr.evaluate import evaluate, exact
 from flowdopr.evaluate.exact import check_exact, excess, likelihood
@@ -171,8 +172,15 @@ def test_what_cannot_be_measured_is_refused(make_run, digits, monkeypatch, overr
     assert "\n" not in str(caught.value)
 
 
+def test_drift_needs_two_held_out_images(make_run, digits):
+    one = ImageTensor(digits.held_out.images[:1], digits.held_out.labels[:1])
+    config = apply_overrides(make_run().config, ["evaluate.drift={}"])
+    with pytest.raises(ConfigError, match=r"evaluate\.drift needs two held-out images"):
+        check_exact(config, replace(digits, held_out=one))
+
+
 def test_latents_have_no_bits_and_no_finite_training_set(make_run, digits):
-    info = type(digits.info).from_dict(digits.info.to_dict() | {"autoencoder": {"name": "x"}})
+    info = replace(digits.info, autoencoder={"name": "x"})
     train = ImageTensor(digits.train.images, digits.train.labels)
     train.random = True
     latents = Datasets(train, digits.held_out, info)
