@@ -37,11 +37,6 @@ class DatasetInfo:
         lists = {"image_shape": list(self.image_shape), "class_names": list(self.class_names)}
         return asdict(self) | lists
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "DatasetInfo":
-        tuples: dict[str, Any] = {k: tuple(values[k]) for k in ("image_shape", "class_names")}
-        return cls(**(values | tuples))
-
 
 @dataclass(frozen=True)
 class Datasets:

@@ -202,7 +202,6 @@ def generate(
     device: torch.device | str | None = None,
     guide_model: Model | None = None,
     image_shape: tuple[int, int, int] | None = None,
-    progress: Callable[[int], None] | None = None,
     sampling: Sampling | None = None,
     **settings: Any,
 ) -> Samples:
@@ -222,7 +221,6 @@ def generate(
         device: where to sample; by default the device of the model's parameters.
         guide_model: second model for autoguidance.
         image_shape: by default `model.image_shape`.
-        progress: called after each batch with its number of images.
         sampling, settings: a `Sampling`, and any of its fields by name, which take precedence.
 
     Raises:
@@ -247,8 +245,6 @@ def generate(
             x_1, nfe = sampling.rollout(velocity, noise.normal(), noise.normal)
         images[part] = x_1.cpu()
         calls += nfe * count
-        if progress is not None:
-            progress(count)
     mean = calls / total
     return Samples(images, int(mean) if mean.is_integer() else mean)
 

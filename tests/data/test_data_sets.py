@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import json
 import pickle
 import struct
 import zipfile
@@ -17,6 +16,7 @@ from torchvision import datasets as torchvision_sets
 from flowdopr.data import DatasetInfo, from_uint8, to_uint8
 from flowdopr.data.datasets import split
 from flowdopr.data.transforms import fit
+from flowdopr.disk import parse_json, to_json
 from flowdopr.latents import build_datasets
 
 
@@ -77,7 +77,7 @@ def test_the_split_is_stratified_and_leaves_no_class_empty():
 
 def test_info_survives_json(make_config):
     info = build_datasets(make_config(name="digits")).info
-    assert DatasetInfo.from_dict(json.loads(json.dumps(info.to_dict()))) == info
+    assert parse_json(DatasetInfo, to_json(info.to_dict())) == info
 
 
 def test_mnist_is_read_by_torchvision_with_its_own_test_split(make_config, tmp_path, mnist):

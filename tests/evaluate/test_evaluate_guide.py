@@ -1,6 +1,7 @@
 """Autoguidance by a second run: equation (7) with its model, named in the card, or refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,7 +108,7 @@ def test_a_guide_of_another_flow_is_refused(make_run, other_run, tmp_path, chang
     ],
 )
 def test_a_guide_of_other_images_is_refused(make_run, other_run, digits, change, message):
-    info = type(digits.info).from_dict(digits.info.to_dict() | change)
+    info = replace(digits.info, **change)
     run, guide = make_run(), other_run(info=info)
     with pytest.raises(ValueError, match=message):
         evaluate(run.path, guided_by(guide))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from flowdopr.cli import run_command
 from flowdopr.data import build_loader, plain_batches
 from flowdopr.data.loader import epoch_picks
+from flowdopr.disk import parse_json, to_json
 from flowdopr.latents import build_datasets, build_pixel_datasets
 from flowdopr.latents.shards import Encoding, write_notes, write_shards
 
@@ -72,7 +73,7 @@ def test_the_data_set_is_known_by_its_source(encode, latents, source):
     assert data.info.autoencoder == RECORD
     assert torch.equal(data.train.labels, pixels.train.labels)
     assert torch.equal(data.held_out.labels, pixels.held_out.labels)
-    assert type(data.info).from_dict(data.info.to_dict()) == data.info
+    assert parse_json(type(data.info), to_json(data.info.to_dict())) == data.info
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -1,11 +1,12 @@
 """The run folder: what it refuses, what it deletes, what it keeps, and what a crash may leave."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from stored import INFO, save
 
 from flowdopr.config import ConfigError
-from flowdopr.data import DatasetInfo
 from flowdopr.runs import RunFolder
 from flowdopr.runs.provenance import with_earlier
 
@@ -81,7 +82,7 @@ def test_a_run_of_other_settings_is_not_resumed(create, change, message):
 
 def test_a_run_of_other_images_is_not_resumed(create):
     save(create(), 4)
-    other = DatasetInfo.from_dict(INFO.to_dict() | {"fingerprint": "1" * 64})
+    other = replace(INFO, fingerprint="1" * 64)
     with pytest.raises(
         ConfigError, match=r"the images in .* are not those this run was trained on"
     ):
