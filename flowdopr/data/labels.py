@@ -49,11 +49,7 @@ def find_classes(source: Source) -> Classes:
         ValueError: no image at all, a dataset.json that does not list these images, some images in
             class folders and some beside them, or folders such as `train` and `val`.
     """
-    if not source.names:
-        raise ValueError(
-            f"{source.setting}: '{shown(source.root)}' holds no image that Pillow reads"
-            + "".join(f"; {remark}" for remark in source.remarks())
-        )
+    refuse_empty(source)
     folders = [posixpath.dirname(name) for name in source.names]
     top = _parts(posixpath.commonpath(folders))
     for depth in range(len(top), -1, -1):
@@ -77,6 +73,15 @@ def find_classes(source: Source) -> Classes:
     remarks = (f"without an image: {', '.join(empty[:MOST_NAMES])}",) if empty else ()
     labels = [number[folder[0]] for folder in inner]
     return Classes(labels, tuple(map(shown, names)), remarks=remarks)
+
+
+def refuse_empty(source: Source) -> None:
+    """ValueError if `source` has no image."""
+    if not source.names:
+        raise ValueError(
+            f"{source.setting}: '{shown(source.root)}' holds no image that Pillow reads"
+            + "".join(f"; {remark}" for remark in source.remarks())
+        )
 
 
 def _parts(folder: str) -> list[str]:

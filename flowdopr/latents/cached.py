@@ -167,7 +167,7 @@ class LatentShards(ImageDataset):
         if number not in opened:
             path = self.paths[number]
             try:
-                file = opened[number] = safe_open(path, framework="pt")
+                file = safe_open(path, framework="pt")
                 names = file.keys()
                 parts = {name: file.get_slice(name) for name in names}
             except (SafetensorError, OSError) as error:
@@ -175,6 +175,7 @@ class LatentShards(ImageDataset):
             found = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
             if found != self.tensors[number]:
                 raise _damaged(path, f"its tensors are not those that {NOTES} tells")
+            opened[number] = file
         return opened[number]
 
 

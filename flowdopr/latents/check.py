@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flowdopr.config import ConfigError, load_data_config
 from flowdopr.data import check_all, open_sources
+from flowdopr.data.labels import refuse_empty
 from flowdopr.data.sources import Archive, Folder, Source, shown
 from flowdopr.disk import file_sha256
 from flowdopr.latents.notes import SPLITS, read_notes
@@ -38,6 +39,7 @@ def check(place: str | Path, overrides: Sequence[str] = ()) -> list[str]:
 def _broken_images(sources: Iterable[Source]) -> list[str]:
     lines = []
     for source in sources:
+        refuse_empty(source)
         found = check_all(source)
         counts = f"{len(found):,} of {len(source.names):,} images are broken"
         print_line("; ".join([f"{shown(source.root)}: {counts}", *source.remarks()]))
