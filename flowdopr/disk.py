@@ -9,17 +9,18 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from flowdopr.exits import is_out_of_memory
 
 LOCK, OWNER = ".lock", ".lock.owner"
 """The lock file of a folder, and the file that names the process that locked it last: on Windows no
@@ -72,7 +73,7 @@ def replacing(path: Path, suffix: str = PART) -> Iterator[Path]:
 
     Args:
         suffix: of the temporary file; processes that may write `path` at the same time need
-            different ones.
+            different ones, see `replacing_shared`.
 
     Raises:
         WriteError: a full disk, for example.
@@ -85,6 +86,16 @@ def replacing(path: Path, suffix: str = PART) -> Iterator[Path]:
             os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_shared(path: Path) -> Iterator[Path]:
+    """Like `replacing`, for a file that several processes may write at the same time, such as a
+    cache; its folder is made if needed."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, f".{os.getpid()}{PART}") as part:
+        yield part
 
 
 @contextmanager
@@ -122,6 +133,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically, as UTF-8."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `to_json` atomically, into a folder that is made if needed."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, to_json(value))
 
 
 def to_json(value: Any, *, indent: int | None = 2) -> str:
@@ -166,9 +184,9 @@ def reading(path: Path | str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{path}: {_damage(error)}; {remedy}") from None
 
 
@@ -192,6 +210,13 @@ def read_json(path: Path, remedy: str, shape: Any = dict[str, Any]) -> Any:
     """
     with reading(path, remedy):
         return parse_json(shape, path.read_bytes())
+
+
+def known_json(path: Path, shape: Any = dict[str, Any]) -> Any:
+    """As `read_json`, but None if the file is missing or damaged, for what can be made again."""
+    with suppress(ValueError):
+        return read_json(path, "", shape)
+    return None
 
 
 _checker = lru_cache(TypeAdapter)  # slow to make

@@ -13,6 +13,7 @@ TOOLS = {"cpu", "disk", "exits", "linalg", "patterns", "processes", "terminal"}
 MAY_IMPORT = {
     "config": {"patterns"},
     **{tool: set() for tool in TOOLS},
+    "disk": {"exits"},
     "optim": {"cpu", "linalg", "patterns"},
     "flow": {"config", "linalg"},
     "models": {"config", "cpu"},

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from flowdopr.disk import OWNER, locked, replacing, to_json, write_bytes, write_text
+from flowdopr.disk import OWNER, locked, reading, replacing, to_json, write_bytes, write_text
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -27,6 +27,14 @@ def test_json_is_strict():
         "loss": None,
         "curve": [0.5, [None, None]],
     }
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("of 8 bytes"), RuntimeError("alloc: can't allocate memory")]
+)
+def test_a_file_is_not_called_damaged_for_want_of_memory(tmp_path, error):
+    with pytest.raises(type(error), match=str(error)), reading(tmp_path / "a.pt", "delete it"):
+        raise error
 
 
 def interrupted(path):

@@ -20,8 +20,7 @@ from flowdopr.compare.statistics import spread
 from flowdopr.compare.study import Study
 from flowdopr.compare.table import Row, rows, shared_values, shown_rows, to_csv, to_results, to_tex
 from flowdopr.config import to_yaml
-from flowdopr.disk import write_bytes, write_text
-from flowdopr.evaluate.card import write_json
+from flowdopr.disk import write_bytes, write_json, write_text
 
 CAPTIONS = {
     "scatter": "Rollout quality against one-step loss, one marker a run: down and left is better. "

@@ -4,9 +4,7 @@ With `data.on_bad_image: skip` all are decoded once, and the result is cached un
 and times of the files. So every process, and a run that is resumed, leaves out the same images.
 """
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +19,7 @@ import PIL
 from flowdopr.data.files import BadImage, ImageFiles, load
 from flowdopr.data.info import Datasets
 from flowdopr.data.sources import Source, shown
-from flowdopr.disk import cache_folder, replacing
+from flowdopr.disk import cache_folder, known_json, replacing_shared, to_json
 from flowdopr.terminal import counting
 
 START_SECONDS = 10.0  # that training spends on each split
@@ -66,10 +64,11 @@ def check_all(source: Source) -> dict[str, BadImage]:
     _, found = _faults(partial(load, source), source.names, math.inf, BadImage)
     if all(bad.decoding for bad in found.values()):
         reasons = {name: bad.reason for name, bad in found.items()}
-        with suppress(OSError):  # without a cache, the next one decodes all again
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(kept, f".{os.getpid()}.part") as part:
-                part.write_text(json.dumps(reasons), encoding="utf-8")
+        with (
+            suppress(OSError),
+            replacing_shared(kept) as part,
+        ):  # else the next one decodes all again
+            part.write_text(to_json(reasons), encoding="utf-8")
     return found
 
 
@@ -91,9 +90,7 @@ def broken_images(source: Source) -> dict[str, str]:
 
 def _known(source: Source) -> dict[str, str] | None:
     """What `check_all` found and kept for these very files; None if there is nothing."""
-    with suppress(OSError, ValueError):
-        return json.loads(_cache_file(source).read_bytes())
-    return None
+    return known_json(_cache_file(source), dict[str, str])
 
 
 def _cache_file(source: Source) -> Path:

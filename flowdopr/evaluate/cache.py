@@ -1,14 +1,13 @@
 """Tensors that are computed once for a data set, and kept in a file."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from flowdopr.disk import replacing
+from flowdopr.disk import replacing_shared, write_tensors
 
 
 def cached_tensors(
@@ -23,7 +22,6 @@ def cached_tensors(
         return tuple(found[name] for name in names)
     except (OSError, SafetensorError, KeyError):
         tensors = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, f".{os.getpid()}.part") as part:
-        save_file(dict(zip(names, tensors, strict=True)), part)
+    with replacing_shared(path) as part:
+        write_tensors(part, dict(zip(names, tensors, strict=True)))
     return tensors

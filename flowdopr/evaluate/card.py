@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from flowdopr.config import Config
 from flowdopr.data import DatasetInfo
-from flowdopr.disk import to_json, write_text
+from flowdopr.disk import known_json, to_json
 from flowdopr.evaluate.classifier import RECIPE
 from flowdopr.flow import BATCH_DEPENDENT_SOLVERS
 from flowdopr.runs.folder import flat
@@ -131,29 +131,14 @@ def card_path(folder: Path, step: int, settings: Mapping[str, Any]) -> Path:
     return folder / f"step-{step:08d}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The mapping in a JSON file; None if there is no such file, or it is damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
 def read_card(path: Path) -> dict[str, Any] | None:
     """The card of an evaluation; None if it is damaged, so that it is made again."""
-    card = read_json(path)
+    card = known_json(path)
     try:
         _Card.model_validate(card)
     except ValidationError:
         return None
     return card
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `to_json` whole or not at all, into a folder that is made if needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, to_json(value))
 
 
 def first_difference(old: Any, new: Any, ignored: str = "") -> str | None:

@@ -11,7 +11,6 @@ Shapes: images uint8 `(B, C, H, W)`, features `(B, 64)`, logits `(B, num_classes
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 
 from flowdopr.data import Datasets, ImageDataset, from_uint8
 from flowdopr.data.loader import picks_between
-from flowdopr.disk import cache_folder, file_sha256, replacing, write_tensors
+from flowdopr.disk import cache_folder, file_sha256, replacing_shared, write_tensors
 from flowdopr.terminal import counting
 
 RECIPE = 2  # part of the cache key: raise it with any change of the network or its training
@@ -189,6 +188,5 @@ def _save(path: Path, model: Classifier, held_out_accuracy: float) -> None:
         "num_classes": model.num_classes,
         "held_out_accuracy": held_out_accuracy,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, f".{os.getpid()}.part") as part:
+    with replacing_shared(path) as part:
         write_tensors(part, model.state_dict(), {"flowdopr": json.dumps(notes)})

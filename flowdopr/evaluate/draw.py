@@ -28,13 +28,11 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
 from flowdopr.config import Config, ConfigError, apply_overrides
-from flowdopr.disk import locked, replacing
+from flowdopr.disk import known_json, locked, reading, replacing, write_json, writing
 from flowdopr.evaluate.card import (
     autoencoder_record,
     first_difference,
-    read_json,
     sampling_settings,
-    write_json,
 )
 from flowdopr.evaluate.generate import ImageSampler, balanced_labels, mean_nfe, repeated_labels
 from flowdopr.latents import load_decoder
@@ -137,7 +135,7 @@ def _is_complete(out: Path, card: Mapping[str, Any]) -> bool:
     """
     if not out.exists() or (out.is_dir() and {item.name for item in out.iterdir()} <= {UNFINISHED}):
         return False
-    begun = read_json(out / CARD) or read_json(out / UNFINISHED / CARD)
+    begun = known_json(out / CARD) or known_json(out / UNFINISHED / CARD)
     if begun is None:
         raise ValueError(f"{out}: holds files already; give a new or an empty folder")
     difference = first_difference(begun, card, ignored="sampling.nfe")
@@ -167,7 +165,7 @@ def _draw(
             for batch in missing:
                 images, nfe = sampler.draw(batch, labels, seed=sampling["seed"], decode=decode)
                 for number, image in zip(batch, images, strict=True):
-                    to_pil_image(image).save(_png(out, number))
+                    _save(image, _png(out, number))
                 write_json(_note(out, batch), {"nfe": nfe})
                 progress(len(batch))
         sampler.state.wait_for_everyone()
@@ -179,7 +177,7 @@ def _finish(out: Path, card: Mapping[str, Any], batches: Sequence[range]) -> Non
     """Write the grid, and the card with the mean NFE of the batches."""
     num = batches[-1].stop
     first = torch.stack([_read(out, number) for number in range(min(num, MAX_IN_GRID))])
-    to_pil_image(grid(first)).save(out / "grid.png")
+    _save(grid(first), out / "grid.png")
     nfe = mean_nfe({batch: _nfe(out, batch) for batch in batches})
     write_json(out / CARD, {**card, "sampling": card["sampling"] | {"nfe": nfe}})
 
@@ -202,13 +200,23 @@ def _note(out: Path, batch: range) -> Path:
 
 def _nfe(out: Path, batch: range) -> int:
     """The NFE in the note of a batch; 0 if it is not written yet, or damaged."""
-    nfe = (read_json(_note(out, batch)) or {}).get("nfe")
+    nfe = (known_json(_note(out, batch)) or {}).get("nfe")
     return nfe if isinstance(nfe, int) else 0
 
 
+def _save(image: Tensor, path: Path) -> None:
+    with writing(path):
+        to_pil_image(image).save(path)
+
+
 def _read(out: Path, number: int) -> Tensor:
-    """Image `number` (C, H, W) from its file."""
-    with Image.open(_png(out, number)) as image:
+    """Image `number` (C, H, W) from its file.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    path = _png(out, number)
+    with reading(path, "draw the images anew into another --out"), Image.open(path) as image:
         return pil_to_tensor(image)
 
 

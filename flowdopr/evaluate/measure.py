@@ -9,12 +9,12 @@ from torch import Tensor
 from flowdopr.config import Config, ConfigError, apply_overrides
 from flowdopr.config.schema import USED_BY
 from flowdopr.data import Datasets
+from flowdopr.disk import write_json
 from flowdopr.evaluate.card import (
     autoencoder_record,
     card_path,
     card_settings,
     read_card,
-    write_json,
 )
 from flowdopr.evaluate.exact import check_exact, measure_model
 from flowdopr.evaluate.generate import ImageSampler, balanced_labels, labels_like_data

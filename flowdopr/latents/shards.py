@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowdopr.data.info import Datasets
 from flowdopr.data.loader import span_batches
-from flowdopr.disk import file_sha256, replacing, to_json, write_tensors, write_text
+from flowdopr.disk import file_sha256, replacing, write_json, write_tensors
 from flowdopr.latents.notes import NOTES, SPLITS
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -127,7 +127,7 @@ def write_notes(
         "shards": shards,
         "versions": versions,
     }
-    write_text(out / NOTES, to_json(notes))
+    write_json(out / NOTES, notes)
     return out / NOTES
 
 

@@ -40,6 +40,7 @@ from flowdopr.disk import (
     remove_parts,
     replacing_folder,
     to_json,
+    write_json,
     write_tensors,
     write_text,
     writing,
@@ -122,8 +123,8 @@ class RunFolder:
             shutil.rmtree(path / KEPT_AVERAGES, ignore_errors=True)
         if config.train.steps not in run.steps():  # else nothing is trained by these versions
             made_by = with_earlier(made_by, run.made_by(), newest)
-            write_text(path / "versions.json", to_json(made_by))
-        write_text(path / "dataset.json", to_json(dataset.to_dict()))
+            write_json(path / "versions.json", made_by)
+        write_json(path / "dataset.json", dataset.to_dict())
         write_text(path / "config.yaml", to_yaml(config))
         run._drop_metrics_after(newest)
         return run

@@ -13,6 +13,7 @@ from PIL import Image
 
 from flowdopr.cli import run_command
 from flowdopr.data import build_loader, check_start
+from flowdopr.disk import cache_folder
 from flowdopr.latents import build_datasets
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -61,10 +62,15 @@ def test_skipping_is_as_if_the_broken_images_were_not_there(make_config, roots):
 
 
 def test_the_decision_is_remembered_until_a_file_changes(make_config, folder, monkeypatch):
+    monkeypatch.setenv("FLOWDOPR_CACHE", str(folder.parent / "cache"))
     config = make_config(name="folder", root=str(folder), on_bad_image="skip")
     first = build_datasets(config)
     with monkeypatch.context() as patched:
         patched.setattr("flowdopr.data.check._faults", None)  # would fail if anything was decoded
+        assert build_datasets(config).info == first.info
+    (kept,) = cache_folder().glob("broken-*.json")
+    for damaged in ("[1]", "{", '{"cut.png": 1}'):
+        kept.write_text(damaged)
         assert build_datasets(config).info == first.info
     whole = WHOLE.getvalue()
     (folder / "dog" / "cut.png").write_bytes(whole)
@@ -131,6 +137,7 @@ def test_the_command_lists_what_is_broken(roots, folder, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere: no such config file"),
+        ([str(Path(__file__).parent)], "data' holds no image that Pillow reads"),
         ([f"{CONFIGS}/quickstart.yaml"], "data.name=digits has no files that are checked"),
         ([str(CONFIGS), "data.root=x"], "configs' is no config to change"),
     ],

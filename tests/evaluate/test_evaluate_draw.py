@@ -127,6 +127,10 @@ def test_a_finished_sampling_can_still_get_its_npz(make_run, tmp_path):
     sample(run.path, num=2, out=out)
     sample(run.path, num=2, out=out, npz=True)
     assert np.load(out / "samples.npz")["arr_0"].shape == (2, 8, 8, 1)
+    (out / "samples.npz").unlink()
+    (out / "000001.png").unlink()
+    with pytest.raises(ValueError, match=r"000001.png: is missing; draw the images anew"):
+        sample(run.path, num=2, out=out, npz=True)
 
 
 @pytest.mark.parametrize(
