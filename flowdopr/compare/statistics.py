@@ -206,8 +206,7 @@ def pair_claims(metric: str, arms: Sequence[ArmSummary]) -> list[list[Claim]]:
         if first.tuned is not None and second.tuned is not None:
             found.append(_claims_of(metric, first.tuned, second.tuned))
     corrected = iter(holm([one for claims, _ in found for one in claims]))
-    pairs = [[*(next(corrected) for _ in claims), *loss] for claims, loss in found]
-    return [pair for pair in pairs if pair]
+    return [[*(next(corrected) for _ in claims), *loss] for claims, loss in found if claims]
 
 
 def _claims_of(

@@ -23,7 +23,15 @@ from flowdopr.data.files import ImageFiles, load
 from flowdopr.data.info import DatasetInfo, Datasets
 from flowdopr.data.labels import Classes, find_classes
 from flowdopr.data.memory import ImageTensor
-from flowdopr.data.sources import Archive, Folder, Source, fingerprint_files, shown, why
+from flowdopr.data.sources import (
+    LABEL_FILE,
+    Archive,
+    Folder,
+    Source,
+    fingerprint_files,
+    shown,
+    why,
+)
 from flowdopr.data.transforms import fit
 
 TORCHVISION = {
@@ -207,10 +215,11 @@ def _from_two(data: DataConfig, source: Source, other: Source) -> Datasets:
         names = max(train.names, held_out.names, key=len)
         train, held_out = (part._replace(names=names) for part in (train, held_out))
     if train.names != held_out.names:
-        odd = sorted(set(train.names) ^ set(held_out.names))[0]
+        odd = sorted(set(train.names) ^ set(held_out.names))
+        why_not = f"only one of them has '{odd[0]}'" if odd else f"only one has a {LABEL_FILE}"
         raise ValueError(
             f"data.held_out_root: the classes in '{shown(other.root)}' are not those in "
-            f"'{shown(source.root)}': only one of them has '{odd}'"
+            f"'{shown(source.root)}': {why_not}"
         )
     parts = (
         (source, torch.arange(len(train.labels)), train),

@@ -92,7 +92,7 @@ def trained_classifier(datasets: Datasets) -> TrainedClassifier:
     if info.num_classes < 2:
         raise ValueError(
             f"evaluate.extractor: the data set '{info.name}' has no classes to train a classifier "
-            "on; use evaluate.extractor=inception"
+            "on; use evaluate.extractor=imagenet or evaluate.extractor=inception"
         )
     path = cache_folder() / f"classifier-{info.fingerprint[:24]}-r{RECIPE}.safetensors"
     try:

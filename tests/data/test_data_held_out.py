@@ -1,5 +1,6 @@
 """Two folders or archives as a pair: all of one to train on, all of the other held out."""
 
+import json
 import zipfile
 
 import pytest
@@ -59,6 +60,14 @@ def test_a_pair_that_does_not_fit_is_one_line(make_config, pair, write_images, t
         with pytest.raises(ValueError, match=message) as caught:
             build_datasets(config)
         assert "\n" not in str(caught.value)
+    folders = write_images(
+        tmp_path / "folders", {str(label): 1 for label in range(11)}
+    )  # "10" < "2"
+    listed = write_images(tmp_path / "listed", {"": 11})
+    labels = [[path.name, label] for label, path in enumerate(sorted(listed.glob("*.png")))]
+    (listed / "dataset.json").write_text(json.dumps({"labels": labels}))
+    with pytest.raises(ValueError, match=r"only one has a dataset\.json"):
+        build_datasets(make_config(name="folder", root=str(listed), held_out_root=str(folders)))
     with pytest.raises(ValueError, match=r"held_out_root=x is not used by data.name=digits"):
         make_config(name="digits", held_out_root="x")
     with pytest.raises(ValueError, match=r"held_out_fraction=0.2 is not used beside data.held_out"):

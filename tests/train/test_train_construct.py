@@ -9,7 +9,24 @@ from flowdopr.latents import build_datasets
 from flowdopr.runs.folder import RunFolder
 from flowdopr.train import Trainer, train
 from flowdopr.train.log import run_log
+from flowdopr.train.loop import GRID, HELD_OUT
 from flowdopr.train.start import build_components, make_accelerator
+
+
+def test_a_process_that_has_nothing_to_look_at_waits_for_the_first(tmp_path, monkeypatch):
+    """The first process may have written the losses and grid of a resumed step before another one
+    looks for them: all must meet at the same barrier, or they wait for each other for ever."""
+    config = tiny(tmp_path)
+    run = RunFolder.open(train(config))
+    datasets, accelerator = build_datasets(config), make_accelerator(config)
+    trainer = Trainer(config, accelerator, datasets, build_components(config, datasets.info), run)
+    met = []
+    monkeypatch.setattr(accelerator, "wait_for_everyone", lambda: met.append(trainer.step))
+    before = contents(run.path)
+    assert trainer._looked_at() == {HELD_OUT, GRID}
+    trainer._look(done=trainer._looked_at())
+    assert met == [8]
+    assert contents(run.path) == before
 
 
 def contents(folder):
