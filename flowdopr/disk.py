@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flowdopr.exits import is_out_of_memory
+from flowdopr.exits import reason
 
 LOCK, OWNER = ".lock", ".lock.owner"
 """The lock file of a folder, and the file that names the process that locked it last: on Windows no
@@ -58,9 +58,9 @@ def writing(path: Path) -> Iterator[None]:
             raise  # not torch.save's
         place = next(folder for folder in path.absolute().parents if folder.exists())
         full = shutil.disk_usage(place).free < FULL
-        reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
+        why = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
         raise WriteError(
-            f"{path}: cannot be written: {reason}; what was written before is kept: free some "
+            f"{path}: cannot be written: {why}; what was written before is kept: free some "
             "space, or choose another place, and repeat the command (train: with --resume)"
         ) from None
 
@@ -185,8 +185,6 @@ def reading(path: Path | str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_out_of_memory(error):
-            raise
         raise ValueError(f"{path}: {_damage(error)}; {remedy}") from None
 
 
@@ -195,8 +193,7 @@ def _damage(error: Exception) -> str:
         return "is missing"
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror or error}"
-    text = " ".join(str(error).split())
-    return f"is damaged: {text[:150] or type(error).__name__}"
+    return f"is damaged: {reason(error)[:150]}"
 
 
 def read_json(path: Path, remedy: str, shape: Any = dict[str, Any]) -> Any:

@@ -90,6 +90,17 @@ def one_line(error: Any) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
+def reason(error: Exception) -> str:
+    """What a library's error says, on one line, for a message about the file that it read.
+
+    Raises:
+        Exception: `error` itself, if there was too little memory: no file is to blame for that.
+    """
+    if is_out_of_memory(error):
+        raise error
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def end(message: str, code: int) -> int:
     """Print `message` and return `code`."""
     print(f"flowdopr: {message}", file=sys.stderr)

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "optim": {"cpu", "linalg", "patterns"},
     "flow": {"config", "linalg"},
     "models": {"config", "cpu"},
-    "data": {"config", "disk", "terminal"},
+    "data": {"config", "disk", "exits", "terminal"},
     "runs": {"config", "disk", "data", "models"},
     "latents": {"config", "data", "models", "runs", *TOOLS},
     "train": {"config", "optim", "flow", "models", "data", "runs", "latents", *TOOLS},

@@ -10,6 +10,7 @@ from torch import Tensor
 from flowdopr.data.memory import ImageDataset
 from flowdopr.data.pixels import decode
 from flowdopr.data.sources import Source, why
+from flowdopr.exits import is_out_of_memory
 
 BAD_IMAGE_REMEDY = (
     "repair or remove it, or set data.on_bad_image=skip (flowdopr check lists all such images); a "
@@ -29,9 +30,11 @@ class BadImage(ValueError):
 
     @classmethod
     def of(cls, source: Source, name: str, error: Exception) -> "BadImage":
-        failed = isinstance(error, OSError)  # of the disk, as all that `decode` raises is no such
-        reason = getattr(error, "strerror", None) or why(error)
+        short = is_out_of_memory(error)
+        failed = short or isinstance(error, OSError)  # `decode` raises a ValueError for wrong bytes
+        reason = "out of memory" if short else getattr(error, "strerror", None) or why(error)
         remedy = "put it back or make it readable" if failed else BAD_IMAGE_REMEDY
+        remedy = "free memory, or remove it" if short else remedy
         place = f"{source.setting}: cannot read the image '{source.where(name)}'"
         bad = cls(f"{place} ({reason}); {remedy}")
         bad.reason, bad.decoding = reason, not failed

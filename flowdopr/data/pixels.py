@@ -15,6 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from flowdopr.exits import reason
+
 # Pillow recognises these, but cannot decode them, or only by running another program.
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 COMMON = {"JPEG", "PNG", "WEBP"}
@@ -41,6 +43,7 @@ def decode(content: bytes) -> Tensor:
     Raises:
         ValueError: Pillow cannot decode it, or its pixels have no known range. Not the whole line
             that a user sees.
+        MemoryError: there is too little memory for it.
     """
     try:
         with Image.open(io.BytesIO(content), formats=formats()) as image:
@@ -51,7 +54,7 @@ def decode(content: bytes) -> Tensor:
     except UnidentifiedImageError:
         raise ValueError("no image format that Pillow decodes") from None
     except Exception as error:  # decoders fail in many ways
-        raise ValueError(str(error) or type(error).__name__) from None
+        raise ValueError(reason(error)) from None
 
 
 def _eight_bits(image: Image.Image, *, sixteen: bool) -> Image.Image:

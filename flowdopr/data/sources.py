@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from flowdopr.data.pixels import suffixes
+from flowdopr.exits import reason
 
 CHECKSUM_LIMIT = 2**30  # bytes; a larger folder is fingerprinted by names and sizes alone
 LABEL_FILE = "dataset.json"
@@ -198,8 +199,8 @@ def shown(path: object) -> str:
 
 
 def why(error: Exception) -> str:
-    """The message of an error on one line, or its type if it has none."""
-    return shown(" ".join(str(error).split())) or type(error).__name__
+    """`reason` in letters that can be printed."""
+    return shown(reason(error))
 
 
 def suffix(path: str) -> str:

@@ -21,6 +21,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 from flowdopr.data import Datasets
 from flowdopr.disk import file_sha256
 from flowdopr.evaluate.classifier import load_classifier, trained_classifier
+from flowdopr.exits import reason
 from flowdopr.linalg import full_float32
 
 CLASSIFIER, INCEPTION = "flowdopr-classifier", "inception-v3-compat"
@@ -115,9 +116,8 @@ def inception_extractor(weights: str | None, device: torch.device | str = "cpu")
         network = _inception(_inception_weights(weights))
     except (OSError, EOFError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
         failed = "cannot be read" if path.is_file() else "could not be downloaded"
-        reason = " ".join(str(error).split())[:120]
         raise ValueError(
-            f"evaluate.extractor.weights: '{path}' {failed} ({reason}); {alternatives}"
+            f"evaluate.extractor.weights: '{path}' {failed} ({reason(error)[:120]}); {alternatives}"
         ) from None
     return Extractor(
         name=INCEPTION,

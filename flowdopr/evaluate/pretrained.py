@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from flowdopr.disk import file_sha256
 from flowdopr.evaluate.extractors import Extractor
+from flowdopr.exits import reason
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ def load_network(network: Network, weights: str | Path) -> Any:
     try:  # weights_only: of tensors alone, so that a file cannot run code
         helpers.load_checkpoint(model, str(weights), use_ema=False, remap=remap, weights_only=True)
     except Exception as error:  # whatever a file of unknown content makes torch and timm raise
-        reason = " ".join(str(error).split())[:120]
         raise ValueError(
-            f"evaluate.extractor.weights: '{weights}' does not hold {network.model} ({reason})"
+            f"evaluate.extractor.weights: '{weights}' does not hold {network.model} "
+            f"({reason(error)[:120]})"
         ) from None
     return model.eval().requires_grad_(False)
 

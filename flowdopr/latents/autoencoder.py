@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowdopr.exits import reason
 from flowdopr.models.weights import weights_sha256
 
 # Decoding takes a hundred times the memory of an image, so it is done in small batches.
@@ -61,10 +62,9 @@ class Autoencoder(nn.Module):
         try:
             vae = AutoencoderKL.from_pretrained(name_or_path)
         except Exception as error:  # diffusers checks little of what it reads
-            reason = str(error).strip().split("\n")[0]
             raise ValueError(
-                f"no autoencoder could be loaded from {name_or_path}: {reason}; without a network, "
-                "give the path of a folder in diffusers' format"
+                f"no autoencoder could be loaded from {name_or_path}: {reason(error)[:300]}; "
+                "without a network, give the path of a folder in diffusers' format"
             ) from error
         return cls(vae, scale=scale, shift=shift)
 

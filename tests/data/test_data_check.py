@@ -80,6 +80,18 @@ def test_the_decision_is_remembered_until_a_file_changes(make_config, folder, mo
     assert repaired.info.fingerprint != first.info.fingerprint
 
 
+def test_an_image_that_memory_lacks_is_not_skipped(make_config, folder, monkeypatch):
+    def decode(image):
+        raise MemoryError
+
+    config = make_config(name="folder", root=str(folder), on_bad_image="skip")
+    with monkeypatch.context() as patched:
+        patched.setattr("flowdopr.data.pixels.pil_to_tensor", decode)
+        with pytest.raises(ValueError, match=r"png' \(out of memory\); free memory, or remove it"):
+            build_datasets(config)
+    assert "skipped as broken: 3" in build_datasets(config).remarks[0]
+
+
 def test_a_file_that_cannot_be_read_is_not_skipped(make_config, folder, monkeypatch):
     """A network disk may fail once; the data set must not depend on that."""
     config = make_config(name="folder", root=str(folder), on_bad_image="skip")
