@@ -2,7 +2,8 @@
 
 run, step, weights, checkpoint {step, sha256}, settings {...}, metrics {...}, proxy,
 sampling {solver {name, ...}, guidance, nfe, num_images, labels, seed, ...},
-extractor {name, space, weights_sha256, held_out_accuracy, chance, warning}, one_step {times, seed},
+extractor {name, space, weights_sha256, held_out_accuracy, chance, warning} or {} if no metric needs
+one, one_step {times, seed},
 reference {name, fingerprint, num_images}, uint8, versions, commit, seconds
 
 `settings` holds every setting that decides the numbers; a card with the same settings need not be
@@ -52,7 +53,7 @@ class _Sampling(_Checked):
 
 
 class _Extractor(_Checked):
-    space: str
+    space: str = "none"
     held_out_accuracy: float | None = None
     warning: str | None = None
 

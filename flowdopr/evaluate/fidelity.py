@@ -45,9 +45,11 @@ def check_numbers(metrics: Collection[str], generated: int, reference: int) -> N
     """
     needed = PRC_NEIGHBOURS + 2 if "prc" in metrics else 2
     if metrics and min(generated, reference) < needed:
+        few = generated < needed
+        remedy = "raise evaluate.fid_num_images" if few else "take them out of evaluate.metrics"
         raise ValueError(
             f"evaluate.metrics: {', '.join(metrics)} need at least {needed} generated and real "
-            f"images, there are {generated} and {reference}; raise evaluate.fid_num_images"
+            f"images, there are {generated} and {reference}; {remedy}"
         )
 
 

@@ -68,7 +68,8 @@ class ImageMetrics:
 
     chosen: EvaluateConfig
     pixels: Datasets
-    extractor: Extractor
+    extractor: Extractor | None
+    """None if no metric needs features."""
     directions: PrincipalDirections | None
     """None if the spectrum is not measured."""
 
@@ -81,7 +82,9 @@ class ImageMetrics:
         """
         chosen, directions = config.evaluate, None
         check_numbers(chosen.metrics, chosen.fid_num_images, pixels.info.num_train)
-        extractor = build_extractor(config, pixels, device)
+        needs_labels = chosen.extractor.name == "classifier" and pixels.info.num_classes > 1
+        needs_features = needs_labels or NEED_FEATURES & set(chosen.metrics)
+        extractor = build_extractor(config, pixels, device) if needs_features else None
         if "spectrum" in chosen.metrics:
             cache = cache_folder() / "spectra"
             directions = principal_directions(pixels.reference, cache, pixels.info.fingerprint)
@@ -97,7 +100,7 @@ class ImageMetrics:
         with counting("sampling", sum(map(len, batches)), shown=main) as progress:
             for batch in batches:
                 images, nfe = sampler.draw(batch, labels, seed=self.chosen.seed, decode=decode)
-                found.append((batch, self.extractor(images), self._moments(images), nfe))
+                found.append((batch, self._features(images), self._moments(images), nfe))
                 progress(len(batch))
         if sampler.state.num_processes > 1:
             found = sorted(gather_object(found), key=lambda item: item[0].start)
@@ -105,6 +108,11 @@ class ImageMetrics:
         joined = Features(*(torch.cat(column) for column in zip(*features, strict=True)))
         nfe = mean_nfe(dict(zip(batches, calls, strict=True)))
         return Drawn(joined, torch.stack(moments).sum(0), nfe)
+
+    def _features(self, images: Tensor) -> Features:
+        if self.extractor is None:
+            return Features(torch.zeros(len(images), 0), torch.zeros(len(images), 0))
+        return self.extractor(images)
 
     def _moments(self, images: Tensor) -> Tensor:
         return torch.zeros(2, 0) if self.directions is None else self.directions.moments(images)
@@ -116,6 +124,7 @@ class ImageMetrics:
         if (
             labels is not None
             and self.chosen.labels == "balanced"
+            and self.extractor is not None
             and self.extractor.name == CLASSIFIER
         ):
             right = drawn.features.logits.argmax(1) == labels
@@ -135,7 +144,7 @@ class ImageMetrics:
         parts = (held_out.batch(part)[0] for part in chosen.split(TOGETHER))
         moments = torch.stack([self._moments(part) for part in parts]).sum(0)
         found = {"num_images": num} | self._spectrum(moments, num)
-        if self._needed():
+        if self.extractor is not None and self._needed():
             name = f"held out beside {self.pixels.info.fingerprint}"
             own = reference_features(held_out, name, self.extractor)[chosen]
             distances, _ = self._distances(Features(own, own[:, :0]), without=("isc",))
@@ -146,7 +155,7 @@ class ImageMetrics:
         return sorted(NEED_FEATURES & set(self.chosen.metrics))
 
     def _distances(self, features: Features, without: tuple[str, ...] = ()) -> Measured:
-        if not self._needed():
+        if self.extractor is None or not self._needed():
             return {}, {}
         pixels, wanted = self.pixels, [one for one in self._needed() if one not in without]
         real = reference_features(pixels.reference, pixels.info.fingerprint, self.extractor)

@@ -72,15 +72,16 @@ def evaluate(
     labels = _labels(config, sampler.num_classes, datasets)
     drawn = metrics.draw(sampler, labels, load_decoder(record, sampler.device))
     if sampler.state.is_main_process:
-        if metrics.extractor.warning:
-            print_line(f"warning: {metrics.extractor.warning}")
+        extractor = metrics.extractor.to_dict() if metrics.extractor else {}
+        if extractor.get("warning"):
+            print_line(f"warning: {extractor['warning']}")
         numbers, how = measure_model(config, sampler.model, datasets, sampler.device)
         distances, more = metrics.measure(drawn, labels)
         card = origin | how | more | {"settings": settings, "metrics": numbers | distances}
         card |= {"sampling": settings["sampling"] | guide | {"nfe": drawn.nfe}}
         card |= {"proxy": config.evaluate.fid_num_images < FEWEST_FOR_FID}
         card |= {"autoencoder": record} if record else {}
-        card |= {"extractor": metrics.extractor.to_dict(), "reference": metrics.reference()}
+        card |= {"extractor": extractor, "reference": metrics.reference()}
         write_json(path, card | {"seconds": round(time.perf_counter() - started, 3)})
     sampler.state.wait_for_everyone()
     return path

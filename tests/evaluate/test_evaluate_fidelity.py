@@ -158,6 +158,8 @@ def test_a_damaged_cache_of_reference_features_is_made_again(digits, extractor, 
 def test_too_few_images_are_refused_in_one_line(digits, extractor, metrics, count):
     with pytest.raises(ValueError, match=r"raise evaluate.fid_num_images$"):
         score(part(digits.train, 0, count), digits.train, extractor, metrics)
+    with pytest.raises(ValueError, match=r"take them out of evaluate.metrics$"):
+        score(digits.held_out, part(digits.train, 0, count), extractor, metrics)
 
 
 def test_full_float32_only_while_scoring():

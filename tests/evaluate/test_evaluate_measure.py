@@ -4,15 +4,17 @@ import json
 
 import pytest
 import torch
-from untrained import save_random_checkpoint
+from untrained import make_config, save_random_checkpoint
 
 from flowdopr.config import apply_overrides
 from flowdopr.data import plain_batches
+from flowdopr.disk import write_json
 from flowdopr.evaluate import evaluate
-from flowdopr.evaluate.card import answers, card_settings, write_json
+from flowdopr.evaluate.card import answers, card_settings
 from flowdopr.evaluate.generate import balanced_labels, labels_like_data, repeated_labels
 from flowdopr.flow import ONE_STEP_BATCH, build_objective, one_step_loss
 from flowdopr.runs import RunFolder, averages_of
+from flowdopr.train import train
 
 
 def read(path):
@@ -154,6 +156,17 @@ def test_an_unconditional_model_is_measured_without_labels(make_run):
     card = read(evaluate(make_run(class_conditional=False).path))
     assert card["sampling"]["labels"] is None
     assert "label_accuracy" not in card["metrics"]
+
+
+def test_the_spectrum_needs_no_feature_space(tmp_path, write_images):
+    """Data without classes have none by default."""
+    data = ["data.name=folder", f"data.root={write_images(tmp_path / 'flat', {'': 12})}"]
+    run = train(apply_overrides(make_config(tmp_path / "runs"), data))
+    card = read(evaluate(run, ["evaluate.metrics=[spectrum]"]))
+    assert card["metrics"]["spectrum_error"] > 0
+    assert card["extractor"] == {}
+    with pytest.raises(ValueError, match="has no classes to train a classifier on; use"):
+        evaluate(run)
 
 
 @pytest.mark.parametrize("key", ["train.steps", "data.image_size", "model.depth", "seed"])
