@@ -1,4 +1,5 @@
-"""The exit code of a command, the one line that explains an error, and which process prints it."""
+"""How an error ends a command: its exit code, its one line, the process that prints it, and whether
+too little memory caused it."""
 
 from __future__ import annotations
 
