@@ -10,6 +10,7 @@ os.environ.setdefault("FLOWDOPR_CACHE", tempfile.mkdtemp(prefix="flowdopr-tests-
 
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,9 @@ from PIL import Image
 from flowdopr.config import Config, DataConfig, DiTConfig, TrainConfig
 
 torch.set_num_threads(1)
+# The same examples in every run, so that a change that breaks nothing fails nothing.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 FEW = settings(
     max_examples=60,
     deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # each example writes all anew
 )
 

@@ -32,6 +32,7 @@ from flowdopr.config.yaml12 import DEEPEST, LONGEST, dump_yaml, parse_yaml
 
 DATA_ALONE = {"data", "evaluate"}  # sections of a file that is only a base of configs
 MOST_BASES = 10  # files below one config
+LONGEST_PATH = 1000  # characters
 ROOT = (Config,)
 Values = dict[str, Any]
 
@@ -115,7 +116,9 @@ def _base(path: Path, base: Any, opened: tuple[Path, ...] | None) -> tuple[Path,
     """The file that `base: ...` in the file at `path` names, and the files that led there."""
     problem = ""
     if not isinstance(base, str):
-        problem = f"must be the path of one file, got {base!r}"
+        problem = f"must be the path of one file, got {cut(repr(base), 200)}"
+    elif len(base) > LONGEST_PATH:
+        problem = f"a path of {len(base):,} characters, more than {LONGEST_PATH:,}: {cut(base)}"
     elif opened is None:
         problem = f"this file must stand alone; write what {base} has into it"
     elif len(opened) == MOST_BASES:

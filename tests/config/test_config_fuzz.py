@@ -57,6 +57,12 @@ def loads_or_says_one_line(path, overrides=()):
     assert len(message) < 10_000
 
 
+def test_a_base_of_a_long_name_is_one_short_line(path):
+    path.write_text(f"base: {'x' * 50_000}")
+    loads_or_says_one_line(path)
+    assert "a path of 50,000 characters" in message_of(path, ())
+
+
 @quickly
 @given(st.binary(max_size=300) | st.text(max_size=300).map(lambda text: text.encode("utf-16")))
 @example(b"\xff\xfea\x00")

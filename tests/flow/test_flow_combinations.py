@@ -23,7 +23,7 @@ from flowdopr.flow.solver import CALLS_A_STEP, MULTISTEP_SOLVERS
 from flowdopr.flow.time import TIME_DISTRIBUTIONS, TIME_GRIDS
 
 SHAPE = (2, 2, 2)
-examples = settings(derandomize=True, deadline=None, max_examples=150)
+examples = settings(deadline=None, max_examples=150)
 
 
 class Tiny(torch.nn.Module):

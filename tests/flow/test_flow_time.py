@@ -69,7 +69,7 @@ def test_shift_is_esser_et_al_in_our_time():
     assert torch.allclose(shift_time(shift_time(t, 3.0), 1 / 3.0), t, atol=1e-6)
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60)
 @given(
     distribution=st.sampled_from(TIME_DISTRIBUTIONS),
     shift=st.floats(0.1, 10),
