@@ -84,7 +84,9 @@ def _worse_than(winner: TrialSummary, rates: Sequence[TrialSummary]) -> set[str]
         for first, second in combinations(rates, 2)
     ]
     corrected = holm([one for one in claims if one is not None])
-    return {one.second for one in corrected if one.first == winner.arm and one.shown}
+    return {
+        one.second for one in corrected if one.first == winner.arm and one.shown and one.ratio < 1
+    }
 
 
 def _loss_clause(winner: TrialSummary, rates: Sequence[TrialSummary]) -> str:
