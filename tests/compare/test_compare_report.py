@@ -124,6 +124,15 @@ def test_the_report_is_one_file(finished):
     assert "too few for a claim" in page
 
 
+def test_every_run_links_to_its_files(finished):
+    folder = compare(finished, report_only=True)
+    page = (folder / "report.html").read_text()
+    for plan in expand(finished):
+        for target in (f"{plan.name}/config.yaml", f"{plan.name}/evaluation/"):
+            assert f'href="{target}"' in page
+            assert (folder / target).exists()
+
+
 def test_results_json_holds_every_run_and_difference(finished):
     folder = compare(finished, report_only=True)
     results = json.loads((folder / "results.json").read_text())
