@@ -58,7 +58,7 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
     """
     # Imported here because every worker imports this package, and importing matplotlib is slow.
     from flowdopr.compare.report import write_report
-    from flowdopr.compare.statistics import summarise
+    from flowdopr.compare.statistics import chosen_trials
     from flowdopr.compare.study import build_study
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -75,8 +75,7 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
         )
     plans, failed = expand(config), []
     runs = _results(config, [plan for plan in plans if plan.tuning], report_only, failed)
-    chosen = {arm.name: arm.chosen.trial for arm in summarise(runs) if arm.chosen is not None}
-    runs += _results(config, reported(plans, chosen), report_only, failed)
+    runs += _results(config, reported(plans, chosen_trials(runs)), report_only, failed)
     study = build_study(config, runs)
     write_report(study)
     print("\n".join([study.verdict.headline, *study.verdict.pairs]))

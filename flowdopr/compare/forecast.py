@@ -8,7 +8,9 @@ from statistics import median
 
 from flowdopr.compare.cards import RunSnapshot, read_run
 from flowdopr.compare.formats import count
-from flowdopr.compare.plan import RunPlan, expand, study_settings
+from flowdopr.compare.plan import RunPlan, expand, reported, study_settings
+from flowdopr.compare.results import read_result
+from flowdopr.compare.statistics import chosen_trials
 from flowdopr.config import Config
 
 
@@ -27,11 +29,12 @@ def forecast(config: Config, *, workers: int | None = None) -> str:
     study, plans = study_settings(config), expand(config)
     workers = workers or study.workers
     lines, seconds, unknown = [], 0.0, 0
+    tuned = chosen_trials([read_result(read_run(plan)) for plan in plans if plan.tuning])
     measured = {arm.name: _seconds_per_step(plans, arm.name) for arm in study.arms}
     known = [value for value in measured.values() if value is not None]
     for arm in study.arms:
         own = [plan for plan in plans if plan.arm == arm.name]
-        planned = _planned([plan for plan in own if plan.tuning], own)
+        planned = _planned(own, tuned.get(arm.name))
         left = [run for run in map(read_run, planned) if not run.finished]
         steps = sum(map(_steps_left, left))
         per_step = measured[arm.name] or (median(known) if known else None)
@@ -51,12 +54,11 @@ def forecast(config: Config, *, workers: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def _planned(tuning: Sequence[RunPlan], own: Sequence[RunPlan]) -> list[RunPlan]:
-    """The runs of one arm; where tuning chooses the trial, the first one stands for it."""
-    reported = [plan for plan in own if not plan.tuning]
-    if not tuning:
-        return reported
-    return [*tuning, *(plan for plan in reported if plan.trial == reported[0].trial)]
+def _planned(own: Sequence[RunPlan], tuned: str | None) -> list[RunPlan]:
+    """The runs of one arm; until tuning has chosen a trial, the first stands for it."""
+    tuning = [plan for plan in own if plan.tuning]
+    stand_in = next(plan.trial for plan in own)
+    return [*tuning, *reported(own, {own[0].arm: tuned or stand_in})]
 
 
 def _seconds_per_step(plans: Sequence[RunPlan], arm: str) -> float | None:

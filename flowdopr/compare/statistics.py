@@ -113,6 +113,11 @@ def summarise(runs: Sequence[RunResult]) -> list[ArmSummary]:
     return [_summarise_arm([run for run in runs if run.plan.arm == arm]) for arm in arms]
 
 
+def chosen_trials(runs: Sequence[RunResult]) -> dict[str, str]:
+    """The trial that each arm's runs choose, by the arm's name, for arms with finished runs."""
+    return {arm.name: arm.chosen.trial for arm in summarise(runs) if arm.chosen is not None}
+
+
 def _summarise_arm(runs: list[RunResult]) -> ArmSummary:
     trials = _by_trial([run for run in runs if run.plan.tuning] or runs)
     # A trial of which seeds failed must not win by the seeds that survived.

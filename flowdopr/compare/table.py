@@ -1,4 +1,4 @@
-"""The results table, one row for each arm at its tuned learning rate, and the study as plain JSON.
+"""The results table, one row for each arm at its tuned trial, and the study as plain JSON.
 
 `rows` holds numbers, for table.csv and results.json; `shown_rows` and `shared_values` hold the text
 of the report.
@@ -86,37 +86,37 @@ def rows(study: Study) -> list[Row]:
 
 
 def _row(metric: str, arm: ArmSummary) -> Row:
-    rate = arm.reported
-    first = rate.runs[0] if rate.runs else None
+    trial = arm.reported
+    first = trial.runs[0] if trial.runs else None
     final = first.final if first else None
-    speeds = [run.seconds_per_step for run in rate.runs if run.seconds_per_step is not None]
-    memories = [run.peak_memory_bytes for run in rate.runs if run.peak_memory_bytes is not None]
+    speeds = [run.seconds_per_step for run in trial.runs if run.seconds_per_step is not None]
+    memories = [run.peak_memory_bytes for run in trial.runs if run.peak_memory_bytes is not None]
     return {
         "arm": arm.name,
         "optimizer": arm.plan.optimizer,
         "dopr": arm.plan.dopr,
-        "lr": rate.lr if first else None,
-        "trial": rate.trial if first else None,
+        "lr": trial.lr if first else None,
+        "trial": trial.trial if first else None,
         "trials": len(arm.trials),
         "trial_by_one_step_loss": arm.tuned_by_loss.trial if arm.tuned_by_loss else None,
         "metric": metric,
-        **{key: value for one in COLUMNS for key, value in _mean_and_sd(rate, one.metric).items()},
-        "seeds": len(rate.runs),
-        "seeds_failed": rate.failed,
+        **{key: value for one in COLUMNS for key, value in _mean_and_sd(trial, one.metric).items()},
+        "seeds": len(trial.runs),
+        "seeds_failed": trial.failed,
         "fd_images": final.num_images if final else None,
         "nfe": final.nfe if final else None,
         "images_seen": first.images_seen if first else None,
         "seconds_per_step": median(speeds) if speeds else None,
         "peak_memory_bytes": max(memories, default=None),
         "global_batch_size": first.global_batch_size if first else None,
-        "hardware": _join_distinct(run.hardware for run in rate.runs),
-        "commit": _join_distinct(run.commit for run in rate.runs),
+        "hardware": _join_distinct(run.hardware for run in trial.runs),
+        "commit": _join_distinct(run.commit for run in trial.runs),
         "config": str(first.plan.path / "config.yaml") if first else None,
     }
 
 
-def _mean_and_sd(rate: TrialSummary, metric: Metric) -> Row:
-    values = rate.spread(metric)
+def _mean_and_sd(trial: TrialSummary, metric: Metric) -> Row:
+    values = trial.spread(metric)
     mean, sd = (values.mean, values.sd) if values else (None, None)
     return {f"{metric}_mean": mean, f"{metric}_sd": sd}
 

@@ -52,9 +52,9 @@ def _headline(metric: str, arms: Sequence[ArmSummary]) -> str:
     if not others:
         seeds = count(best.n, "seed")
         return f"{winner.arm} alone has finished runs: {metric} {mean_sd(best, 3)} ({seeds})."
-    rates = [rate for _, rate in ranking]
-    beaten = _worse_than(winner, rates)
-    shown = {rate.arm: f"{rate.arm} ({mean_sd(fd, 3)})" for fd, rate in others}
+    trials = [trial for _, trial in ranking]
+    beaten = _worse_than(winner, trials)
+    shown = {trial.arm: f"{trial.arm} ({mean_sd(fd, 3)})" for fd, trial in others}
     apart = [words for arm, words in shown.items() if arm in beaten]
     level = [words for arm, words in shown.items() if arm not in beaten]
     lowest = f"{winner.arm} had the lowest mean {metric}, {mean_sd(best, 3)}"
@@ -67,21 +67,21 @@ def _headline(metric: str, arms: Sequence[ArmSummary]) -> str:
         )
     else:
         headline = f"{lowest}, but is not told apart from {listing(level)}."
-    headline += f" {_loss_clause(winner, rates)}"
+    headline += f" {_loss_clause(winner, trials)}"
     fewest = min(fd.n for fd, _ in ranking)
     if fewest < FEWEST_SEEDS:
         headline += f" With {count(fewest, 'seed')} an arm this is an observation, not a claim."
     return headline
 
 
-def _worse_than(winner: TrialSummary, rates: Sequence[TrialSummary]) -> set[str]:
+def _worse_than(winner: TrialSummary, trials: Sequence[TrialSummary]) -> set[str]:
     """The arms whose rollouts are shown to be worse than the winner's.
 
     Holm's correction is over all pairs of arms, because the winner is chosen by the same numbers.
     """
     claims = [
         claim("fd", first.arm, second.arm, paired_logs(first, second, "fd"))
-        for first, second in combinations(rates, 2)
+        for first, second in combinations(trials, 2)
     ]
     corrected = holm([one for one in claims if one is not None])
     return {
@@ -89,8 +89,8 @@ def _worse_than(winner: TrialSummary, rates: Sequence[TrialSummary]) -> set[str]
     }
 
 
-def _loss_clause(winner: TrialSummary, rates: Sequence[TrialSummary]) -> str:
-    losses = [(loss.mean, rate.arm) for rate in rates if (loss := rate.spread("one_step_loss"))]
+def _loss_clause(winner: TrialSummary, trials: Sequence[TrialSummary]) -> str:
+    losses = [(loss.mean, trial.arm) for trial in trials if (loss := trial.spread("one_step_loss"))]
     if not losses:
         return ""
     loss, arm = min(losses)

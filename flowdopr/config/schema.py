@@ -235,6 +235,15 @@ class EvaluateConfig(Section):
     seed: CountOrZero = 0
     """Seed of the rollouts' noise and of the one-step loss's noise and times."""
 
+    @model_validator(mode="after")
+    def _inception_score_has_classes(self) -> EvaluateConfig:
+        if "isc" in self.metrics and self.extractor.name == "dinov2":
+            raise ValueError(
+                "evaluate.metrics: isc needs a network that classifies, and dinov2 does not; "
+                "remove it, or choose evaluate.extractor=imagenet"
+            )
+        return self
+
 
 class ArmConfig(Section):
     name: Word

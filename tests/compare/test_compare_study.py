@@ -14,6 +14,7 @@ import pytest
 
 from flowdopr.compare import StudyFailed, compare, execute
 from flowdopr.compare.cards import read_run
+from flowdopr.compare.forecast import forecast
 from flowdopr.compare.plan import expand, study_path
 from flowdopr.compare.progress import last_step
 from flowdopr.compare.results import read_result
@@ -155,7 +156,9 @@ def test_tuning_runs_come_first_and_only_the_chosen_rate_is_reported(quick):
             "compare.evaluation_seeds=[1]",
         ],
     )
+    assert "a: 2 trials, 3 runs of 8 steps; left: 3 runs" in forecast(config)
     folder = compare(config)
+    assert "a: 2 trials, 3 runs of 8 steps; left: 0 runs" in forecast(config)
     results = json.loads((folder / "results.json").read_text())
     finals = {run["lr"]: run["final"]["fd"] for run in results["runs"] if run["seed"] == 7}
     (reported,) = [run for run in results["runs"] if run["seed"] == 0]

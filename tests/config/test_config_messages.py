@@ -85,6 +85,11 @@ IN_A_FILE = [  # what replaces what in SMALL, and the line
 ]
 
 OVERRIDES = [
+    (
+        "evaluate={metrics: [isc], extractor: {name: dinov2, weights: dinov2.pth}}",
+        "evaluate.metrics: isc needs a network that classifies, and dinov2 does not; remove it, or "
+        "choose evaluate.extractor=imagenet",
+    ),
     ("train.steps",
      "write section.key=value, without spaces"),
     ("train.steps =3",
