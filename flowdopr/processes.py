@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from accelerate.utils import parse_flag_from_env
 
 SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
 """Ways to share a model over processes that accelerate's environment may ask for."""
+
+MALLOC_TRIM, MALLOC_MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+LARGEST_MMAP_THRESHOLD = 32 * 2**20  # bytes; glibc takes no larger one
 
 
 def this_process() -> PartialState:
@@ -26,6 +31,7 @@ def this_process() -> PartialState:
         ValueError: see `check_launch`.
     """
     check_launch()
+    keep_freed_memory()
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu)
 
@@ -43,6 +49,17 @@ def check_launch() -> None:
                 f"{variable}={os.environ[variable]}: flowdopr shares only batches over processes "
                 "(DDP); unset it, or choose multi-GPU in accelerate's config"
             )
+
+
+def keep_freed_memory() -> None:
+    """Let the C library of Linux keep the memory that tensors free.
+
+    It would give large blocks back to the system, which zeroes them, page by page, when they are
+    asked for again a moment later: a tenth of a small model's training step.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(MALLOC_MMAP, LARGEST_MMAP_THRESHOLD)
+        library.mallopt(MALLOC_TRIM, 2**31 - 1)
 
 
 def device_of(state: PartialState) -> torch.device:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from flowdopr.compare.plan import (
 )
 from flowdopr.compare.progress import Display
 from flowdopr.compare.results import RunResult, read_result
+from flowdopr.compare.worker import train_and_evaluate
 from flowdopr.config import Config, ConfigError, apply_overrides, to_yaml
 from flowdopr.disk import locked, write_text
 from flowdopr.evaluate import trained_classifier
@@ -105,12 +105,10 @@ def _execute(config: Config, plans: Sequence[RunPlan], done: int) -> list[str]:
     """Train and evaluate `plans`; returns the names of the runs that failed."""
     folder = study_path(config)
     study_file = folder / "study.yaml"
-    worker = [sys.executable, "-m", "flowdopr.compare.worker", str(study_file)]
     with locked(folder, "wait for it; --report-only shows what is there"):
         write_text(study_file, to_yaml(config))
         _train_classifiers(plans)
-        workers = study_settings(config).workers
-        executor = Executor(lambda plan: [*worker, plan.name], workers=workers)
+        executor = Executor(train_and_evaluate, workers=study_settings(config).workers)
         with Display(done + len(plans), done) as display, telling(display):
             executor.execute(plans, display)
     if executor.signum:

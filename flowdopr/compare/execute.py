@@ -6,37 +6,59 @@ and exit, so that the same command can continue the study.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from flowdopr.compare.plan import RunPlan
 from flowdopr.compare.progress import Display
+from flowdopr.compare.worker import Work, run_in_process
 from flowdopr.terminal import print_line
 from flowdopr.train import StopSignal
 
 POLL_SECONDS = 0.3
 MAX_REASON_LINES = 15
+FORKSERVER = "forkserver"
+
+
+def _processes() -> Any:
+    """Where a process can be forked, all are copies of one that has imported torch once: this takes
+    four seconds, a tenth of a small run."""
+    if FORKSERVER not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(FORKSERVER)
+    context.set_forkserver_preload([run_in_process.__module__])
+    return context
+
+
+class Worker(NamedTuple):
+    plan: RunPlan
+    process: Any
+    alive: Connection
+    """Closes when this process dies, which stops the worker."""
 
 
 class Executor:
     """Starts one process for each run of a study and watches them.
 
     Args:
-        command: the command line of the process for a run.
+        work: what the process of a run does, a function that can be imported.
         workers: the number of processes that run at the same time.
     """
 
-    def __init__(self, command: Callable[[RunPlan], list[str]], *, workers: int) -> None:
-        self.command = command
+    def __init__(self, work: Work, *, workers: int) -> None:
+        self.work = work
         self.max_workers = workers
-        self.workers: dict[int, tuple[RunPlan, subprocess.Popen]] = {}
+        self.processes = _processes()
+        self.workers: dict[int, Worker] = {}
         """The running processes by slot, a number below `max_workers` that decides the GPU."""
         self.failed: list[str] = []
         """Names of the runs that failed."""
@@ -57,40 +79,40 @@ class Executor:
                             self._start(waiting.popleft(), slot, display)
                     time.sleep(POLL_SECONDS)
                     self._remove_ended(display)
-                    display.update([plan for plan, _ in self.workers.values()])
+                    display.update([worker.plan for worker in self.workers.values()])
         finally:  # some are still running after a second Ctrl-C or an error in this process
-            for _, process in self.workers.values():
-                process.kill()
-                process.communicate()
+            for worker in self.workers.values():
+                worker.process.kill()
+                worker.process.join()
 
     def _start(self, plan: RunPlan, slot: int, display: Display) -> None:
         plan.failure.unlink(missing_ok=True)
         plan.log.parent.mkdir(parents=True, exist_ok=True)
-        with open(plan.log, "wb") as output:
-            process = subprocess.Popen(
-                self.command(plan),
-                stdin=subprocess.PIPE,  # closes when this process dies, which stops the worker
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=worker_environment(slot, self.max_workers),
-                start_new_session=True,  # Ctrl-C reaches it only through `_pass_on`, not twice
-            )
-        self.workers[slot] = plan, process
+        watched, alive = self.processes.Pipe(duplex=False)
+        threads, gpu = max(1, usable_cores() // self.max_workers), gpu_of(slot)
+        process = self.processes.Process(
+            target=run_in_process, args=(self.work, plan, threads, gpu, watched), name=plan.name
+        )
+        process.start()
+        watched.close()
+        self.workers[slot] = Worker(plan, process, alive)
         display.started(plan.name)
 
     def _pass_on(self, signum: int) -> None:
         self.signum = signum
         print_line(f"{signal.Signals(signum).name}: waiting for the runs to save and exit")
-        for _, process in self.workers.values():
-            process.send_signal(signum)
+        for worker in self.workers.values():
+            if worker.process.is_alive():
+                os.kill(worker.process.pid, signum)
 
     def _remove_ended(self, display: Display) -> None:
-        for slot, (plan, process) in list(self.workers.items()):
-            code = process.poll()
+        for slot, (plan, process, alive) in list(self.workers.items()):
+            code = process.exitcode
             if code is None:
                 continue
             del self.workers[slot]
-            process.communicate()  # closes its standard input
+            process.join()
+            alive.close()
             if code == 0:
                 display.ended(plan.name, "done")
             elif self.signum:
@@ -109,14 +131,11 @@ def failure_reason(log: Path) -> str:
     return "\n".join(explained[-MAX_REASON_LINES:])
 
 
-def worker_environment(slot: int, workers: int) -> dict[str, str]:
-    """This process's environment with an equal share of the cores, and one GPU chosen by `slot`."""
-    environment = dict(os.environ, OMP_NUM_THREADS=str(max(1, usable_cores() // workers)))
+def gpu_of(slot: int) -> dict[str, str]:
+    """The variable that gives a process one GPU, chosen by `slot`; none without a choice."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
-    if len(gpus) > 1:
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-    return environment
+    return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if len(gpus) > 1 else {}
 
 
 def usable_cores() -> int:

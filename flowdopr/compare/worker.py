@@ -1,9 +1,7 @@
 """One run of a study in its own process: train it, then make its missing evaluation cards.
 
-    python -m flowdopr.compare.worker STUDY.yaml RUN_NAME
-
-One process does both, because importing torch twice would cost more than a small run. Its standard
-input is a pipe from the study's process. When the study's process dies, even by kill -9, the pipe
+One process does both, because importing torch twice would cost more than a small run. It holds one
+end of a pipe from the study's process. When the study's process dies, even by kill -9, the pipe
 closes and the worker saves and exits. Otherwise it would go on writing into a run folder that the
 next `flowdopr compare` uses.
 """
@@ -14,11 +12,14 @@ import os
 import signal
 import sys
 import threading
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+
+import torch
+from threadpoolctl import threadpool_limits
 
 from flowdopr.compare.cards import read_run
-from flowdopr.compare.plan import expand
-from flowdopr.config import load_config
+from flowdopr.compare.plan import RunPlan
 from flowdopr.evaluate import evaluate
 from flowdopr.exits import LESS_MEMORY, exit_code, is_out_of_memory, one_line
 from flowdopr.train import Interrupted, train
@@ -26,35 +27,57 @@ from flowdopr.train import Interrupted, train
 PATIENCE_SECONDS = 60.0
 """How long to wait for an earlier worker of the same run, which may still be saving."""
 
+Work = Callable[[RunPlan], None]
 
-def work(study_file: str | Path, name: str) -> None:
-    """Train and evaluate the run `name` of the study, from where it was stopped."""
-    plan = {plan.name: plan for plan in expand(load_config(study_file))}[name]
+
+def train_and_evaluate(plan: RunPlan) -> None:
+    """Train and evaluate a run of a study, from where it was stopped."""
     train(plan.config, resume=True, patience=PATIENCE_SECONDS)
     for request in read_run(plan).missing:
         evaluate(plan.path, request.overrides, step=request.step)
 
 
-def stop_when_closed(stream: int) -> None:
-    """Send this process SIGTERM once the other end of the pipe `stream` is closed."""
-    os.read(stream, 1)
-    os.kill(os.getpid(), signal.SIGTERM)
+def run_in_process(
+    work: Work, plan: RunPlan, threads: int, environment: Mapping[str, str], study: Connection
+) -> None:
+    """The life of a worker: do `work`, print into the run's log, and end with an exit code.
+
+    Args:
+        threads: of this process, for all libraries.
+        environment: variables to set before the first use of a GPU.
+        study: a pipe whose other end the study's process holds.
+    """
+    if hasattr(os, "setsid"):
+        os.setsid()  # Ctrl-C reaches this process only through the study's, not twice
+    os.environ |= environment
+    with open(plan.log, "wb") as output:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(output.fileno(), stream.fileno())
+    threading.Thread(target=stop_when_closed, args=(study,), daemon=True).start()
+    torch.set_num_threads(threads)
+    with threadpool_limits(threads):
+        sys.exit(_explained(work, plan))
 
 
-def main() -> None:
-    threading.Thread(target=stop_when_closed, args=(0,), daemon=True).start()
+def stop_when_closed(study: Connection) -> None:
+    """Send this process SIGTERM once the other end of the pipe is closed."""
     try:
-        work(*sys.argv[1:])
+        study.recv_bytes()
+    except EOFError:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _explained(work: Work, plan: RunPlan) -> int | str:
+    """What `sys.exit` takes: 0, the exit code of a signal, or why the run failed."""
+    try:
+        work(plan)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
-        sys.exit(stop.exit_code)
+        return stop.exit_code
     except Exception as error:
         if is_out_of_memory(error):
-            sys.exit(f"error: out of memory; {LESS_MEMORY['compare']}")
+            return f"error: out of memory; {LESS_MEMORY['compare']}"
         if exit_code(error) is None:
             raise
-        sys.exit(f"error: {one_line(error)}")
-
-
-if __name__ == "__main__":
-    main()
+        return f"error: {one_line(error)}"
+    return 0

@@ -19,7 +19,7 @@ from flowdopr.flow import build_objective, build_sampling
 from flowdopr.latents import build_datasets, load_decoder
 from flowdopr.models import build_model
 from flowdopr.optim import build_optimizer
-from flowdopr.processes import check_launch
+from flowdopr.processes import check_launch, keep_freed_memory
 from flowdopr.runs import RunFolder, averages_of, load_guide, load_initial, provenance
 from flowdopr.train.log import log_roles, run_log
 from flowdopr.train.loop import Components, Trainer
@@ -141,6 +141,7 @@ def make_accelerator(config: Config) -> Accelerator:
     """
     settings = config.train
     check_launch()
+    keep_freed_memory()
     AcceleratorState._reset_state()  # an earlier run in this process may have set it
     try:
         # With cpu=True, accelerate connects several processes without a GPU through gloo.

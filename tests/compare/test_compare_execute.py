@@ -8,36 +8,78 @@ import textwrap
 import threading
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+import torch
+from threadpoolctl import threadpool_info
 
-from flowdopr.compare.execute import Executor, usable_cores, worker_environment
+from flowdopr.compare.execute import Executor, gpu_of, usable_cores
 from flowdopr.compare.plan import expand
 from flowdopr.compare.progress import Display, last_step
 
-FAIL = "import sys; print('first words'); sys.exit('the last words')"
-WAIT = """
-import pathlib, signal, sys, time
-def leave(number, frame):
-    pathlib.Path(sys.argv[1]).write_text("saved")
-    sys.exit(128 + number)
-signal.signal(signal.SIGTERM, leave)
-pathlib.Path(sys.argv[1]).write_text("started")
-time.sleep(60)
-"""
+BAD = "AdamW-lr0.001-s0"
+
+
+def mark(plan, text=""):
+    """Leave a file that shows that the run was here."""
+    (plan.path.parent / f"{plan.name}.mark").write_text(text)
+
+
+def marked(plan):
+    path = plan.path.parent / f"{plan.name}.mark"
+    return path.read_text() if path.exists() else None
+
+
+def fail_once(plan):
+    if plan.name == BAD:
+        print("first words")
+        sys.exit("the last words")
+    mark(plan)
+
+
+def fail(plan):
+    print("a long log")
+    raise ValueError("lower the learning rate")
+
+
+def crash(plan):
+    raise KeyError("no such thing")
+
+
+def nothing(plan):
+    pass
+
+
+def tell_the_time(plan):
+    began = time.time()
+    time.sleep(0.5)
+    print(began, time.time())
+
+
+def tell_the_threads(plan):
+    print(torch.get_num_threads(), max(pool["num_threads"] for pool in threadpool_info()))
+    print(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def wait_for_a_signal(plan):
+    def leave(number, frame):
+        mark(plan, "saved")
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    mark(plan, "started")
+    time.sleep(60)
 
 
 @pytest.fixture
-def run(study, tmp_path, capsys):
-    """`run(code_of)` executes the tiny study with `python -c` in place of its worker; returns the
-    executor and what it printed."""
+def run(study, capsys):
+    """`run(work)` executes the tiny study with `work` in place of training; returns the executor
+    and what it printed."""
     plans = expand(study)
 
-    def execute(code_of, workers=2):
-        def command(plan):
-            return [sys.executable, "-c", code_of(plan), str(tmp_path / plan.name)]
-
-        executor = Executor(command, workers=workers)
+    def execute(work, workers=2):
+        executor = Executor(work, workers=workers)
         with Display(len(plans), 0) as display:
             executor.execute(plans, display)
         return executor, capsys.readouterr().err
@@ -45,81 +87,94 @@ def run(study, tmp_path, capsys):
     return execute
 
 
-def test_a_failing_run_does_not_stop_the_others(run, study, tmp_path):
-    bad = "AdamW-lr0.001-s0"
-    touch = "import pathlib, sys; pathlib.Path(sys.argv[1]).touch()"
-    executor, printed = run(lambda plan: FAIL if plan.name == bad else touch)
-    assert (executor.failed, executor.signum) == ([bad], 0)
+def test_a_failing_run_does_not_stop_the_others(run, study):
+    executor, printed = run(fail_once)
+    assert (executor.failed, executor.signum) == ([BAD], 0)
     assert "the last words" in printed
     assert "[4/4]" in printed
-    done = {plan.name for plan in expand(study) if (tmp_path / plan.name).exists()}
-    assert done == {plan.name for plan in expand(study)} - {bad}
+    done = {plan.name for plan in expand(study) if marked(plan) is not None}
+    assert done == {plan.name for plan in expand(study)} - {BAD}
     assert expand(study)[0].failure.read_text() == "first words\nthe last words\n"
 
 
 def test_an_explained_failure_needs_no_log(run):
-    code = "import sys; print('a long log'); sys.exit('error: lower the learning rate')"
-    _, printed = run(lambda plan: code)
+    _, printed = run(fail)
     assert "error: lower the learning rate" in printed
     assert "a long log" not in printed
 
 
-def test_a_worker_stops_when_its_study_dies():
-    code = """
-        import os, threading, time
-        from flowdopr.compare.worker import stop_when_closed
-        threading.Thread(target=stop_when_closed, args=(0,), daemon=True).start()
-        print("ready", flush=True)
-        time.sleep(60)
+def test_an_unexplained_failure_shows_where_it_happened(run):
+    _, printed = run(crash)
+    assert "KeyError: 'no such thing'" in printed
+    assert "in crash" in printed
+
+
+def test_a_worker_stops_when_its_study_dies(study, tmp_path):
+    code = f"""
+        import os, sys, threading, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from flowdopr.compare.execute import Executor
+        from flowdopr.compare.plan import expand
+        from flowdopr.compare.progress import Display
+        from flowdopr.config import load_config
+        from test_compare_execute import marked, wait_for_a_signal
+        plans = expand(load_config({str(tmp_path / "study.yaml")!r}))[:1]
+        def die():
+            while marked(plans[0]) != "started":
+                time.sleep(0.05)
+            os.kill(os.getpid(), 9)
+        threading.Thread(target=die).start()
+        with Display(1, 0) as display:
+            Executor(wait_for_a_signal, workers=1).execute(plans, display)
     """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as worker:
-        assert worker.stdout.readline() == "ready\n"
-        assert worker.poll() is None
-        worker.communicate()  # closes its standard input, as the death of the study does
-    assert worker.returncode == -signal.SIGTERM
+    died = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    assert died.returncode == -signal.SIGKILL
+    plan, deadline = expand(study)[0], time.monotonic() + 20
+    while marked(plan) != "saved" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert marked(plan) == "saved"
 
 
 def test_a_run_that_is_tried_again_is_no_longer_failed(run, study):
-    run(lambda plan: FAIL)
-    executor, _ = run(lambda plan: "")
+    run(fail)
+    executor, _ = run(nothing)
     assert executor.failed == []
     assert not any(plan.failure.exists() for plan in expand(study))
 
 
 def test_never_more_than_workers_at_a_time(run, study):
-    code = "import sys, time; t = time.time(); time.sleep(0.5); print(t, time.time())"
-    run(lambda plan: code, workers=1)
+    run(tell_the_time, workers=1)
     logs = [plan.log.read_text() for plan in expand(study)]
     spans = sorted(tuple(map(float, log.split())) for log in logs)
     assert all(before[1] <= after[0] for before, after in pairwise(spans))
 
 
-def test_a_signal_reaches_the_runs_and_starts_no_more(run, study, tmp_path):
-    first, second, *others = [tmp_path / plan.name for plan in expand(study)]
+def test_a_signal_reaches_the_runs_and_starts_no_more(run, study):
+    first, second, *others = expand(study)
 
     def interrupt():
-        while not (first.exists() and second.exists()):
+        while not (marked(first) and marked(second)):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=interrupt).start()
-    executor, printed = run(lambda plan: WAIT)
+    executor, printed = run(wait_for_a_signal)
     assert executor.signum == signal.SIGTERM
     assert executor.failed == []
-    assert first.read_text() == second.read_text() == "saved"
-    assert not any(path.exists() for path in others)
+    assert marked(first) == marked(second) == "saved"
+    assert not any(map(marked, others))
     assert printed.count("stopped") == 2
     assert "[0/4]" in printed
 
 
-def test_workers_share_the_cores(monkeypatch):
+def test_workers_share_the_cores_and_the_gpus(run, study, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    environments = [worker_environment(slot, 2) for slot in range(3)]
-    assert [env["CUDA_VISIBLE_DEVICES"] for env in environments] == ["3", "5", "3"]
-    assert int(environments[0]["OMP_NUM_THREADS"]) == max(1, usable_cores() // 2)
-    assert worker_environment(0, 10_000)["OMP_NUM_THREADS"] == "1"
+    assert [gpu_of(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["3", "5", "3"]
+    run(tell_the_threads, workers=2)
+    share = max(1, usable_cores() // 2)
+    logs = [plan.log.read_text().split() for plan in expand(study)]
+    assert {tuple(log[:2]) for log in logs} == {(str(share), str(share))}
+    assert {log[2] for log in logs} == {"3", "5"}
 
 
 @pytest.mark.parametrize(
