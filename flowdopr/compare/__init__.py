@@ -58,8 +58,9 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
     """
     # Imported here because every worker imports this package, and importing matplotlib is slow.
     from flowdopr.compare.report import write_report
-    from flowdopr.compare.statistics import chosen_trials
+    from flowdopr.compare.statistics import chosen_trials, summarise
     from flowdopr.compare.study import build_study
+    from flowdopr.compare.widen import widened
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -73,9 +74,14 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
             f"{study_path(config)}: a training run is here; choose another folder for the study by "
             "name=NEW"
         )
-    plans, failed = expand(config), []
-    runs = _results(config, [plan for plan in plans if plan.tuning], report_only, failed)
-    runs += _results(config, reported(plans, chosen_trials(runs)), report_only, failed)
+    failed: list[str] = []
+    runs = _results(config, expand(config), report_only, failed)
+    for _ in range(study_settings(config).widen):
+        runs += _results(config, widened(config, summarise(runs)), report_only, failed)
+    found = {run.plan.name for run in runs}
+    plans = reported(config, chosen_trials(runs))
+    further = [plan for plan in plans if plan.name not in found]
+    runs += _results(config, further, report_only, failed)
     study = build_study(config, runs)
     write_report(study)
     print("\n".join([study.verdict.headline, *study.verdict.pairs]))

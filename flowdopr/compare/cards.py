@@ -1,7 +1,8 @@
 """The evaluation cards of a run: those that the study wants, and those that its folder holds.
 
 The last checkpoint is evaluated with every metric of the config, and with FD alone at each number
-of solver steps; the checkpoints before it with FD alone, for the curves over training.
+of solver steps; the checkpoints before it with FD alone, for the curves over training; and all of
+them with FD alone for each further weight average. Of a shorter run, only the end counts.
 """
 
 from __future__ import annotations
@@ -43,39 +44,57 @@ class WantedCards:
     """The last checkpoint at each number of steps of each solver; `final` at the run's own."""
     by_noise: tuple[CardRequest, ...]
     """The last checkpoint with each further evaluation seed."""
+    by_weights: dict[str, tuple[CardRequest, ...]]
+    """All checkpoints, by step, with each further weight average."""
 
     def all(self) -> list[CardRequest]:
-        return list(dict.fromkeys([self.final, *self.curve, *self.by_nfe, *self.by_noise]))
+        averages = [one for requests in self.by_weights.values() for one in requests]
+        wanted = [self.final, *self.curve, *self.by_nfe, *self.by_noise, *averages]
+        return list(dict.fromkeys(wanted))
 
 
 def wanted_cards(plan: RunPlan) -> WantedCards:
-    train, own_steps = plan.config.train, getattr(plan.config.sample.solver, "steps", None)
-    final = CardRequest(train.steps)
-    earlier = range(train.checkpoint_every or train.steps, train.steps, train.checkpoint_every or 1)
-    kept = train.keep_checkpoints
-    if kept is not None:
-        earlier = earlier[max(0, len(earlier) - kept + 1) :]
+    last = plan.config.train.steps
+    steps = (last,) if plan.shorter else _checkpoints(plan)
+    by_weights = {
+        weights: tuple(
+            CardRequest(step, (*FD_ONLY, f"evaluate.weights={weights}")) for step in steps
+        )
+        for weights in plan.weights
+        if weights != plan.config.evaluate.weights
+    }
+    if plan.shorter:
+        return WantedCards(CardRequest(last, FD_ONLY), (), (), (), by_weights)
+    final, own_steps = CardRequest(last), getattr(plan.config.sample.solver, "steps", None)
+    of_steps = [
+        final if steps == own_steps else _with_last(plan, f"sample.solver.steps={steps}")
+        for steps in sorted(plan.nfe_steps)
+    ]
+    of_solvers = [
+        _with_last(plan, f"sample.solver={{name: {solver}, steps: {steps}}}")
+        for solver in plan.nfe_solvers
+        for steps in sorted(plan.nfe_steps)
+    ]
     return WantedCards(
         final=final,
-        curve=tuple(CardRequest(step, FD_ONLY) for step in earlier),
-        by_nfe=tuple(
-            final
-            if steps == own_steps
-            else CardRequest(train.steps, (*FD_ONLY, f"sample.solver.steps={steps}"))
-            for steps in sorted(plan.nfe_steps)
-        )
-        + tuple(
-            CardRequest(
-                train.steps, (*FD_ONLY, f"sample.solver={{name: {solver}, steps: {steps}}}")
-            )
-            for solver in plan.nfe_solvers
-            for steps in sorted(plan.nfe_steps)
-        ),
-        by_noise=tuple(
-            CardRequest(train.steps, (*FD_ONLY, f"evaluate.seed={seed}"))
-            for seed in plan.evaluation_seeds
-        ),
+        curve=tuple(CardRequest(step, FD_ONLY) for step in steps[:-1]),
+        by_nfe=(*of_steps, *of_solvers),
+        by_noise=tuple(_with_last(plan, f"evaluate.seed={seed}") for seed in plan.evaluation_seeds),
+        by_weights=by_weights,
     )
+
+
+def _with_last(plan: RunPlan, override: str) -> CardRequest:
+    """FD of the last checkpoint with one more override."""
+    return CardRequest(plan.config.train.steps, (*FD_ONLY, override))
+
+
+def _checkpoints(plan: RunPlan) -> tuple[int, ...]:
+    """Steps of the checkpoints that a finished run has, ascending."""
+    train = plan.config.train
+    every, kept = train.checkpoint_every or train.steps, train.keep_checkpoints
+    steps = (*range(every, train.steps, every), train.steps)
+    return steps if kept is None else steps[-kept:]
 
 
 @dataclass(frozen=True)

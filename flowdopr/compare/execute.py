@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import signal
 import time
-from collections import deque
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -67,7 +66,7 @@ class Executor:
 
     def execute(self, plans: Sequence[RunPlan], display: Display) -> None:
         """Run `plans`; returns when all have ended or a signal has stopped them."""
-        waiting = deque(plans)
+        waiting = list(plans)
         try:
             with StopSignal() as stop:
                 while waiting or self.workers:
@@ -75,8 +74,9 @@ class Executor:
                         self._pass_on(stop.received)
                         waiting.clear()
                     for slot in range(self.max_workers):
-                        if waiting and slot not in self.workers:
-                            self._start(waiting.popleft(), slot, display)
+                        if slot not in self.workers and (plan := self._next(waiting)):
+                            waiting.remove(plan)
+                            self._start(plan, slot, display)
                     time.sleep(POLL_SECONDS)
                     self._remove_ended(display)
                     display.update([worker.plan for worker in self.workers.values()])
@@ -84,6 +84,11 @@ class Executor:
             for worker in self.workers.values():
                 worker.process.kill()
                 worker.process.join()
+
+    def _next(self, waiting: Sequence[RunPlan]) -> RunPlan | None:
+        """The first of the runs that waits for no longer one of which it takes over steps."""
+        before = {plan.name for plan in waiting} | {one.plan.name for one in self.workers.values()}
+        return next((plan for plan in waiting if plan.starts_from not in before), None)
 
     def _start(self, plan: RunPlan, slot: int, display: Display) -> None:
         plan.failure.unlink(missing_ok=True)

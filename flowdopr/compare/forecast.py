@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from statistics import median
 
@@ -26,15 +26,14 @@ def forecast(config: Config, *, workers: int | None = None) -> str:
     Raises:
         ConfigError: as `expand` and `read_run`.
     """
-    study, plans = study_settings(config), expand(config)
+    study, searched = study_settings(config), expand(config)
     workers = workers or study.workers
     lines, seconds, unknown = [], 0.0, 0
-    tuned = chosen_trials([read_result(read_run(plan)) for plan in plans if plan.tuning])
+    plans = {plan.name: plan for plan in (*searched, *_reported(config, searched))}.values()
     measured = {arm.name: _seconds_per_step(plans, arm.name) for arm in study.arms}
     known = [value for value in measured.values() if value is not None]
     for arm in study.arms:
-        own = [plan for plan in plans if plan.arm == arm.name]
-        planned = _planned(own, tuned.get(arm.name))
+        planned = [plan for plan in plans if plan.arm == arm.name]
         left = [run for run in map(read_run, planned) if not run.finished]
         steps = sum(map(_steps_left, left))
         per_step = measured[arm.name] or (median(known) if known else None)
@@ -42,9 +41,8 @@ def forecast(config: Config, *, workers: int | None = None) -> str:
         unknown += steps * (per_step is None)
         trials = count(arm.trials, "trial")
         lines.append(
-            f"{arm.name}: {trials}, {count(len(planned), 'run')} of "
-            f"{planned[0].config.train.steps:,} steps; left: {count(len(left), 'run')}, "
-            f"{steps:,} steps"
+            f"{arm.name}: {trials}, {count(len(planned), 'run')} of {_lengths(planned)} steps; "
+            f"left: {count(len(left), 'run')}, {steps:,} steps"
         )
     if unknown:
         lines.append("Training time: not known before runs of the study have logged steps.")
@@ -54,14 +52,22 @@ def forecast(config: Config, *, workers: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def _planned(own: Sequence[RunPlan], tuned: str | None) -> list[RunPlan]:
-    """The runs of one arm; until tuning has chosen a trial, the first stands for it."""
-    tuning = [plan for plan in own if plan.tuning]
-    stand_in = next(plan.trial for plan in own)
-    return [*tuning, *reported(own, {own[0].arm: tuned or stand_in})]
+def _reported(config: Config, searched: Sequence[RunPlan]) -> list[RunPlan]:
+    """The runs that are reported; until an arm's trial is chosen, its first one stands for it."""
+    first = {plan.arm: plan for plan in reversed(searched)}
+    chosen = {
+        plan.arm: plan for plan in chosen_trials([read_result(read_run(one)) for one in searched])
+    }
+    return reported(config, (first | chosen).values())
 
 
-def _seconds_per_step(plans: Sequence[RunPlan], arm: str) -> float | None:
+def _lengths(plans: Sequence[RunPlan]) -> str:
+    lengths = [plan.config.train.steps for plan in plans]
+    few, many = min(lengths), max(lengths)
+    return f"{many:,}" if few == many else f"{few:,} to {many:,}"
+
+
+def _seconds_per_step(plans: Iterable[RunPlan], arm: str) -> float | None:
     """The median over the logged windows of an arm's runs."""
     runs = [read_run(plan) for plan in plans if plan.arm == arm]
     lines = [line for run in runs if run.folder for line in run.folder.metrics()]
@@ -70,4 +76,6 @@ def _seconds_per_step(plans: Sequence[RunPlan], arm: str) -> float | None:
 
 
 def _steps_left(run: RunSnapshot) -> int:
-    return run.plan.config.train.steps - max(run.steps, default=0)
+    train = run.plan.config.train
+    shared = train.steps - (train.cooldown_steps or 0) if run.plan.starts_from else 0
+    return train.steps - max(run.steps, default=shared)

@@ -1,8 +1,9 @@
 """The rollout metric of two runs at equal one-step loss, and after equal time.
 
-A run gives points (loss, FD) and (seconds, FD), one for each evaluated checkpoint. FD as a function
-of the loss is the increasing function nearest to log FD (isotonic regression), linear between the
-points; as a function of time, log FD is linear between the points.
+A run gives points (loss, FD) and (seconds, FD): one for each evaluated checkpoint or, where the
+study repeats it with fewer steps, one for the end of each of these runs, whose learning rates have
+decayed alike. FD as a function of the loss is the increasing function nearest to log FD (isotonic
+regression), linear between the points; as a function of time, log FD is linear between the points.
 
 An optimizer that reaches a lower loss also draws better images in the ordinary way. At equal loss
 that advantage is taken out, and what is left is what the loss does not see.
@@ -15,64 +16,93 @@ from collections.abc import Callable
 import numpy as np
 from sklearn.isotonic import IsotonicRegression
 
-from flowdopr.compare.results import RunResult
+from flowdopr.compare.results import Evaluation, RunResult
 
 Curve = tuple[np.ndarray, np.ndarray]
 """Ascending values of the loss or of the time, and log FD there."""
 POINTS = 101  # of the common range, over which the ratio is averaged
 
 
-def loss_curve(run: RunResult) -> Curve | None:
+Points = list[tuple[Evaluation, float | None]]
+"""Evaluations, and the seconds of training before each."""
+
+
+def points_of(run: RunResult, weights: str | None = None) -> Points:
+    """The points of a run by step, with one of the study's further `weights` or with its own."""
+
+    def evaluated(one: RunResult) -> tuple[Evaluation, ...]:
+        return one.curve if weights is None else one.by_weights.get(weights, ())
+
+    runs = sorted((*run.shorter, run), key=lambda one: one.plan.config.train.steps)
+    chosen = (
+        [(one, evaluated(one)[-1:]) for one in runs] if run.shorter else [(run, evaluated(run))]
+    )
+    return [
+        (evaluation, one.seconds_per_step and evaluation.step * one.seconds_per_step)
+        for one, evaluations in chosen
+        for evaluation in evaluations
+    ]
+
+
+def loss_curve(points: Points) -> Curve | None:
     """log FD as an increasing function of the loss; None with fewer than two losses."""
-    points = sorted(
+    known = sorted(
         (one.one_step_loss, np.log(one.fd))
-        for one in run.curve
+        for one, _ in points
         if one.one_step_loss is not None and one.fd is not None and one.fd > 0
     )
-    if len({loss for loss, _ in points}) < 2:
+    if len({loss for loss, _ in known}) < 2:
         return None
-    loss, log_fd = np.array(points).T
+    loss, log_fd = np.array(known).T
     return loss, IsotonicRegression().fit_transform(loss, log_fd)
 
 
-def time_curve(run: RunResult) -> Curve | None:
+def time_curve(points: Points) -> Curve | None:
     """log FD over the seconds of training, without evaluation; None without a measured speed."""
-    points = [
-        (one.step * run.seconds_per_step, np.log(one.fd))
-        for one in run.curve
-        if run.seconds_per_step and one.fd is not None and one.fd > 0
+    known = [
+        (seconds, np.log(one.fd))
+        for one, seconds in points
+        if seconds and one.fd is not None and one.fd > 0
     ]
-    if not points:
+    if not known:
         return None
-    seconds, log_fd = np.array(points).T
+    seconds, log_fd = np.array(known).T
     return seconds, log_fd
 
 
 def at_equal_loss(first: RunResult, second: RunResult) -> float | None:
-    """Mean of log(FD of first / FD of second) over the losses that both reached.
+    """Mean of log(FD of first / FD of second) over the losses that both reached, and over the
+    weight averages with which the study evaluates them.
 
     None if they have no loss in common.
     """
-    return _common(loss_curve, first, second, lambda low, high: np.linspace(low, high, POINTS))
+    averages = [None, *(name for name in first.by_weights if name in second.by_weights)]
+    curves = [
+        (loss_curve(points_of(first, weights)), loss_curve(points_of(second, weights)))
+        for weights in averages
+    ]
+    found = [
+        _common(one, other, lambda low, high: np.linspace(low, high, POINTS))
+        for one, other in curves
+    ]
+    known = [value for value in found if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def at_equal_time(first: RunResult, second: RunResult) -> float | None:
     """log(FD of first / FD of second) when the run that took less time had ended.
 
-    None if the other had no checkpoint by then. The slower run is in the middle of its learning
-    rate's decay there, if it has one.
+    None if the other had no checkpoint by then. Unless the study repeats its runs with fewer steps,
+    the slower run is in the middle of its learning rate's decay there, if it has one.
     """
-    return _common(time_curve, first, second, lambda low, high: np.array([high]))
+    one, other = time_curve(points_of(first)), time_curve(points_of(second))
+    return _common(one, other, lambda low, high: np.array([high]))
 
 
 def _common(
-    curve: Callable[[RunResult], Curve | None],
-    first: RunResult,
-    second: RunResult,
-    chosen: Callable[[float, float], np.ndarray],
+    one: Curve | None, other: Curve | None, chosen: Callable[[float, float], np.ndarray]
 ) -> float | None:
     """Mean difference of two curves at the points `chosen` of their common range."""
-    one, other = curve(first), curve(second)
     if one is None or other is None:
         return None
     (x, y), (other_x, other_y) = one, other

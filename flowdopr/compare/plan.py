@@ -1,10 +1,10 @@
-"""From one study config to the list of its runs: every arm x learning rate x seed."""
+"""From one study config to the list of its runs: every arm x trial x seed."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -37,8 +37,12 @@ class RunPlan:
     """Solvers, beside the run's own, for which the same is done."""
     evaluation_seeds: tuple[int, ...] = ()
     """Evaluation seeds with which the last checkpoint is evaluated again."""
+    weights: tuple[str, ...] = ()
+    """Weight averages with which every checkpoint is evaluated, beside the study's own."""
     tuning: bool = False
     """Whether the run chooses its arm's trial, and is not reported."""
+    shorter: bool = False
+    """Whether this is the run of the same name without `-steps...` with fewer steps."""
 
     @property
     def trial(self) -> str:
@@ -54,6 +58,12 @@ class RunPlan:
     def name(self) -> str:
         """For example `adamw-lr0.001-s0`; also the name of the run folder."""
         return self.path.name
+
+    @property
+    def starts_from(self) -> str | None:
+        """The name of the longer run with which it shares its steps before the cooldown."""
+        shares = self.shorter and self.config.train.lr_decay == "cooldown"
+        return _run_name(replace(self, shorter=False)) if shares else None
 
     @property
     def path(self) -> Path:
@@ -101,15 +111,14 @@ def study_path(config: Config) -> Path:
 
 
 def expand(config: Config) -> list[RunPlan]:
-    """All runs of the study, seed by seed, so that each arm has a result early.
+    """The runs that choose each arm's trial, seed by seed, so that each arm has a result early.
 
-    Where tuning seeds choose the trials, the runs of the seeds that are reported are among them,
-    for every trial; `reported` selects it.
+    They are those of the tuning seeds. Without any, they are those of the seeds that are reported.
 
     Raises:
         ConfigError: no `compare` section, no FD among the metrics, an arm's overrides are wrong
-            (the message names the arm), `nfe_steps` for a solver that ignores them, or two runs
-            would share a folder.
+            (the message names the arm), `nfe_steps` for a solver that ignores them, lengths that
+            cannot share checkpoints, or two runs would share a folder.
     """
     study = study_settings(config)
     if "fd" not in config.evaluate.metrics:
@@ -117,9 +126,7 @@ def expand(config: Config) -> list[RunPlan]:
     bases = {arm.name: _arm_config(config, arm) for arm in study.arms}
     further = tuple(seed for seed in study.evaluation_seeds if seed != config.evaluate.seed)
     plans = [
-        _run(
-            bases[arm.name],
-            arm,
+        variant(
             RunPlan(
                 arm.name,
                 lr,
@@ -129,10 +136,12 @@ def expand(config: Config) -> list[RunPlan]:
                 study.nfe_steps,
                 study.nfe_solvers,
                 further,
-                seed in study.tuning_seeds,
+                study.weights,
+                bool(study.tuning_seeds),
             ),
+            study=config.name,
         )
-        for seed in (*study.tuning_seeds, *study.seeds)
+        for seed in study.tuning_seeds or study.seeds
         for arm in study.arms
         for lr in arm.lrs
         for values in product(*arm.grid.values())
@@ -143,17 +152,72 @@ def expand(config: Config) -> list[RunPlan]:
             f"compare.arms: two runs would share the folder '{twice[0]}'; remove one of the two "
             "trials, whose values agree in six digits or but for signs"
         )
+    for plan in plans:
+        _check_lengths(plan, study)
     return plans
 
 
-def reported(plans: Sequence[RunPlan], chosen: Mapping[str, str]) -> list[RunPlan]:
-    """The runs that are reported: where tuning runs choose, those of each arm's `chosen` trial."""
-    apart = any(plan.tuning for plan in plans)
+def reported(config: Config, chosen: Iterable[RunPlan]) -> list[RunPlan]:
+    """The runs that are reported, for a run of each arm's chosen trial."""
+    study, chosen = study_settings(config), list(chosen)
+    long = [
+        variant(plan, seed=seed, tuning=False, study=config.name)
+        for seed in study.seeds
+        for plan in chosen
+    ]
     return [
         plan
-        for plan in plans
-        if not plan.tuning and (not apart or plan.trial == chosen.get(plan.arm))
+        for one in long
+        for plan in (
+            one,
+            *(variant(one, steps=steps, study=config.name) for steps in study.train_steps),
+        )
     ]
+
+
+def variant(plan: RunPlan, *, study: str, steps: int | None = None, **changes: Any) -> RunPlan:
+    """`plan` with other values of its fields, and the complete config of that run.
+
+    Args:
+        study: the study's name.
+        steps: of training, if they are fewer than the arm's.
+    """
+    plan = replace(plan, shorter=plan.shorter or steps is not None, **changes)
+    overrides = [f"seed={plan.seed}", f"optimizer.lr={plan.lr!r}", "compare=null"]
+    overrides += [f"{key}={json.dumps(value)}" for key, value in plan.searched.items()]
+    overrides += [] if steps is None else [f"train.steps={steps}"]
+    name = f"{study}/{_run_name(plan)}" + ("" if steps is None else f"-steps{steps}")
+    config = _apply(plan.config, plan.arm, [f"name={json.dumps(name)}", *overrides])
+    return replace(plan, config=config)
+
+
+def _run_name(plan: RunPlan) -> str:
+    return f"{plan.arm}-{plan.trial}-s{plan.seed}"
+
+
+def _check_lengths(plan: RunPlan, study: CompareConfig) -> None:
+    """Check that the shorter runs of `compare.train_steps` can be made of this run.
+
+    Raises:
+        ConfigError: they are not shorter, or there is no checkpoint where they begin to cool down.
+    """
+    train = plan.config.train
+    for steps in study.train_steps:
+        where = f"compare.train_steps: in arm '{plan.arm}' {steps}"
+        if steps >= train.steps:
+            raise ConfigError(
+                f"{where} is not less than train.steps {train.steps}, which the longest run has; "
+                "remove it, or raise train.steps"
+            )
+        if train.cooldown_steps is None:
+            continue
+        every, start = train.checkpoint_every, steps - train.cooldown_steps
+        if train.keep_checkpoints is not None or every is None or start <= 0 or start % every:
+            raise ConfigError(
+                f"{where} begins to cool down at step {start}, where the longest run must keep a "
+                f"checkpoint: set train.keep_checkpoints=null and train.checkpoint_every to a "
+                "divisor of that"
+            )
 
 
 def check_overrides(overrides: Iterable[str]) -> None:
@@ -181,7 +245,9 @@ def _arm_config(config: Config, arm: ArmConfig) -> Config:
                     f"{where}: an arm must keep the study's compare, data and evaluate sections, "
                     "or its numbers could not be compared; remove it"
                 )
-    base = _apply(config, arm, [f"{key}={json.dumps(value)}" for key, value in arm.set.items()])
+    base = _apply(
+        config, arm.name, [f"{key}={json.dumps(value)}" for key, value in arm.set.items()]
+    )
     solver = base.sample.solver
     listed = getattr(getattr(solver, "grid", None), "name", None) == "list"
     if study_settings(config).nfe_steps and (listed or not hasattr(solver, "steps")):
@@ -192,7 +258,9 @@ def _arm_config(config: Config, arm: ArmConfig) -> Config:
             "named grid"
         )
     for name in study_settings(config).nfe_solvers:
-        _apply(config, arm, [f"sample.solver={{name: {name}, steps: 1}}"])  # refuses what is none
+        _apply(
+            config, arm.name, [f"sample.solver={{name: {name}, steps: 1}}"]
+        )  # refuses what is none
         if name == solver.name:
             raise ConfigError(
                 f"compare.nfe_solvers: {name} is the solver of arm '{arm.name}' already; remove it"
@@ -200,16 +268,8 @@ def _arm_config(config: Config, arm: ArmConfig) -> Config:
     return base
 
 
-def _run(base: Config, arm: ArmConfig, plan: RunPlan) -> RunPlan:
-    """`plan` with the complete config of its run."""
-    name = f"{base.name}/{arm.name}-{plan.trial}-s{plan.seed}"
-    overrides = [f"name={json.dumps(name)}", f"seed={plan.seed}", f"optimizer.lr={plan.lr!r}"]
-    overrides += [f"{key}={json.dumps(value)}" for key, value in plan.searched.items()]
-    return replace(plan, config=_apply(base, arm, [*overrides, "compare=null"]))
-
-
-def _apply(config: Config, arm: ArmConfig, overrides: list[str]) -> Config:
+def _apply(config: Config, arm: str, overrides: list[str]) -> Config:
     try:
         return apply_overrides(config, overrides, "set")
     except ConfigError as error:
-        raise ConfigError(f"compare.arms '{arm.name}': {error}") from None
+        raise ConfigError(f"compare.arms '{arm}': {error}") from None

@@ -58,6 +58,10 @@ class RunResult:
     """Evaluations of the last checkpoint, by solver and NFE."""
     by_noise: tuple[Evaluation, ...] = ()
     """Evaluations of the last checkpoint with other evaluation seeds than the study's own."""
+    by_weights: dict[str, tuple[Evaluation, ...]] = field(default_factory=dict)
+    """Evaluations of all checkpoints, by step, with each further weight average."""
+    shorter: tuple[RunResult, ...] = ()
+    """Finished runs of fewer steps, otherwise the same; filled by `with_shorter`."""
     floor: Evaluation | None = None
     """The same metrics of real held-out images."""
     global_batch_size: int = 0
@@ -90,6 +94,21 @@ def read_result(run: RunSnapshot) -> RunResult:
     return RunResult(plan, "unfinished" if plan.path.exists() else "not started")
 
 
+def with_shorter(runs: Sequence[RunResult]) -> list[RunResult]:
+    """The runs of full length, each with its finished shorter ones."""
+
+    def belongs(run: RunResult, other: RunResult) -> bool:
+        one, two = run.plan, other.plan
+        same = (one.arm, one.trial, one.seed) == (two.arm, two.trial, two.seed)
+        return same and two.shorter and other.done
+
+    return [
+        replace(run, shorter=tuple(other for other in runs if belongs(run, other)))
+        for run in runs
+        if not run.plan.shorter
+    ]
+
+
 def _finished(run: RunSnapshot, folder: RunFolder) -> RunResult:
     made_by, train = folder.made_by(), run.plan.config.train
     launches = [*made_by.get("earlier", []), made_by]
@@ -108,6 +127,10 @@ def _finished(run: RunSnapshot, folder: RunFolder) -> RunResult:
         curve=_evaluations(run, (*run.wanted.curve, run.wanted.final)),
         by_nfe=_evaluations(run, run.wanted.by_nfe),
         by_noise=_evaluations(run, run.wanted.by_noise),
+        by_weights={
+            weights: _evaluations(run, requests)
+            for weights, requests in run.wanted.by_weights.items()
+        },
         global_batch_size=train.global_batch_size,
         images_seen=train.global_batch_size * train.steps,
         seconds_per_step=median(speeds) if speeds else None,

@@ -16,7 +16,7 @@ from scipy import stats
 from flowdopr.compare.claims import Claim, LogRatios, claim, holm, log_ratios
 from flowdopr.compare.matched import at_equal_loss, at_equal_time
 from flowdopr.compare.plan import RunPlan
-from flowdopr.compare.results import Metric, RunResult
+from flowdopr.compare.results import Metric, RunResult, with_shorter
 
 AT_EQUAL_STEPS, AT_EQUAL_LOSS, AT_EQUAL_TIME = "at equal steps", "at equal loss", "at equal time"
 ONE_STEP_LOSS = "one-step loss"
@@ -109,13 +109,14 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 
 def summarise(runs: Sequence[RunResult]) -> list[ArmSummary]:
     """One summary for each arm, in the order in which the arms first occur in `runs`."""
+    runs = with_shorter(runs)
     arms = dict.fromkeys(run.plan.arm for run in runs)
     return [_summarise_arm([run for run in runs if run.plan.arm == arm]) for arm in arms]
 
 
-def chosen_trials(runs: Sequence[RunResult]) -> dict[str, str]:
-    """The trial that each arm's runs choose, by the arm's name, for arms with finished runs."""
-    return {arm.name: arm.chosen.trial for arm in summarise(runs) if arm.chosen is not None}
+def chosen_trials(runs: Sequence[RunResult]) -> list[RunPlan]:
+    """A run of the trial that each arm's runs choose, for arms with finished runs."""
+    return [arm.chosen.plan for arm in summarise(runs) if arm.chosen is not None]
 
 
 def _summarise_arm(runs: list[RunResult]) -> ArmSummary:

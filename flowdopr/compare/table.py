@@ -211,12 +211,13 @@ def to_results(study: Study, table: Sequence[Row]) -> Row:
 
 def _plain_run(run: RunResult) -> Row:
     plan, numbers = run.plan, asdict(run)
-    del numbers["plan"]
+    del numbers["plan"], numbers["shorter"]  # a shorter run is in the list itself
     return {
         "arm": plan.arm,
         "lr": plan.lr,
         "searched": dict(plan.searched),
         "tuning": plan.tuning,
+        "shorter": plan.shorter,
         "seed": plan.seed,
         "name": plan.name,
         "path": str(plan.path),

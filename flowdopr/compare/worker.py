@@ -22,6 +22,7 @@ from flowdopr.compare.cards import read_run
 from flowdopr.compare.plan import RunPlan
 from flowdopr.evaluate import evaluate
 from flowdopr.exits import LESS_MEMORY, exit_code, is_out_of_memory, one_line
+from flowdopr.runs import RunFolder, start_from
 from flowdopr.train import Interrupted, train
 
 PATIENCE_SECONDS = 60.0
@@ -31,7 +32,13 @@ Work = Callable[[RunPlan], None]
 
 
 def train_and_evaluate(plan: RunPlan) -> None:
-    """Train and evaluate a run of a study, from where it was stopped."""
+    """Train and evaluate a run of a study, from where it was stopped.
+
+    A run that shares its first steps with a longer one takes them over, if that is there.
+    """
+    longer = plan.path.parent / (plan.starts_from or "")
+    if plan.starts_from and not read_run(plan).steps and (longer / "config.yaml").exists():
+        start_from(RunFolder.open(longer), plan.config)
     train(plan.config, resume=True, patience=PATIENCE_SECONDS)
     for request in read_run(plan).missing:
         evaluate(plan.path, request.overrides, step=request.step)

@@ -110,8 +110,12 @@ class TrainConfig(Section):
     """Run the model through torch.compile."""
     warmup_steps: CountOrZero = 0
     """Steps over which the learning rate rises linearly to `optimizer.lr`."""
-    lr_decay: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after warm-up; linear and cosine end at 0."""
+    lr_decay: Literal["constant", "linear", "cosine", "cooldown"] = "constant"
+    """Course of the learning rate after warm-up; linear and cosine end at 0. cooldown: constant,
+    then linear to 0 over the last `cooldown_steps`, so that runs of several lengths share their
+    steps before it."""
+    cooldown_steps: Count | None = None
+    """Steps of the cooldown; null: without one."""
     init_from: PathText | None = None
     """Start from these weights: a safetensors file, or a run folder, which stands for the average
     of its newest checkpoint that samples are drawn with. null: a new model."""
@@ -147,6 +151,15 @@ class TrainConfig(Section):
             raise ValueError(
                 f"train.warmup_steps {self.warmup_steps} is more than train.steps {self.steps}: "
                 "set train.warmup_steps too"
+            )
+        if (self.lr_decay == "cooldown") != (self.cooldown_steps is not None):
+            raise ValueError(
+                "train.cooldown_steps: it belongs to train.lr_decay=cooldown, set both or neither"
+            )
+        if self.warmup_steps + (self.cooldown_steps or 0) > self.steps:
+            raise ValueError(
+                f"train.cooldown_steps {self.cooldown_steps} and train.warmup_steps "
+                f"{self.warmup_steps} together are more than train.steps {self.steps}"
             )
         if self.warmup_steps == self.steps:
             self.unused("train.lr_decay", "where every step is one of train.warmup_steps")
@@ -249,7 +262,7 @@ class ArmConfig(Section):
     name: Word
     """Name in the table and in the run folders."""
     lrs: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    """Learning rates tried. Give every arm equally many trials, for equal tuning budgets."""
+    """Learning rates tried. Every arm must have equally many trials."""
     grid: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
     """Further settings tried, each a list, such as `optimizer.dopr.damping: [0.1, 1]`. Every
     combination with a learning rate is a trial."""
@@ -270,6 +283,18 @@ class CompareConfig(Section):
     tuning_seeds: tuple[CountOrZero, ...] = ()
     """Seeds of the runs that choose each arm's trial, which alone is then run with `seeds`. None:
     `seeds` choose it, which flatters every arm."""
+    widen: CountOrZero = 0
+    """Rounds in which every arm tries one more learning rate, while the best one of any arm lies at
+    the edge of those tried: beyond that edge or, for an arm whose best lies inside, between it and
+    the better of its neighbours. So all arms keep the same number of trials."""
+    train_steps: tuple[Count, ...] = ()
+    """Smaller values of `train.steps`: each reported run is repeated with them, its learning rate
+    decaying as it does there, and arms are compared at equal loss and time by the ends of these
+    runs. With `train.lr_decay: cooldown` they cost their cooldowns alone, which begin at
+    checkpoints of the longest run."""
+    weights: tuple[Weights, ...] = ()
+    """Weight averages with which every checkpoint is evaluated beside `evaluate.weights`, such as
+    `[raw, ema-0.999]`; the comparison at equal loss is a mean over all of them."""
     evaluation_seeds: tuple[CountOrZero, ...] = ()
     """Further values of `evaluate.seed` with which the last checkpoint is evaluated, so that the
     noise of the evaluation is known apart from that of training."""
@@ -285,6 +310,18 @@ class CompareConfig(Section):
         names = [arm.name for arm in self.arms]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"compare.arms: the name '{twice[0]}' is given twice")
+        trials = {arm.name: arm.trials for arm in self.arms}
+        if len(set(trials.values())) > 1:
+            each = ", ".join(f"'{name}' {number}" for name, number in trials.items())
+            raise ValueError(
+                f"compare.arms: the numbers of trials differ ({each}), so one optimizer would be "
+                "tuned more than another; give each arm as many `lrs` x `grid` values"
+            )
+        if self.widen and any(len(arm.lrs) < 2 for arm in self.arms):
+            raise ValueError(
+                "compare.widen: needs two learning rates or more in the lrs of every arm; "
+                "add some, or set compare.widen=0"
+            )
         seeds = [*self.tuning_seeds, *self.seeds]
         if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Runs on disk: the run folder, weight averages, models from other runs, and provenance."""
 
 from flowdopr.runs.averages import Average, averages_of
+from flowdopr.runs.branch import start_from
 from flowdopr.runs.folder import RunFolder, check_same_run
 from flowdopr.runs.guide import Guide, load_guide
 from flowdopr.runs.initial import load_initial
@@ -16,5 +17,6 @@ __all__ = [
     "load_guide",
     "load_initial",
     "provenance",
+    "start_from",
     "versions",
 ]

@@ -188,6 +188,7 @@ class Trainer:
             steps=settings.steps,
             warmup_steps=settings.warmup_steps,
             decay=settings.lr_decay,
+            cooldown_steps=settings.cooldown_steps,
         )
         for group in self.raw_optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor

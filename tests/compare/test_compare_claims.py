@@ -8,10 +8,10 @@ import pytest
 from scipy import stats
 
 from flowdopr.compare.claims import bootstrap_interval, claim, holm, log_ratios
-from flowdopr.compare.matched import at_equal_loss, at_equal_time
+from flowdopr.compare.matched import at_equal_loss, at_equal_time, points_of
 from flowdopr.compare.plan import RunPlan
-from flowdopr.compare.results import Evaluation, RunResult
-from flowdopr.config import Config
+from flowdopr.compare.results import Evaluation, RunResult, with_shorter
+from flowdopr.config import Config, apply_overrides
 
 CONFIG = Config.model_validate(
     {
@@ -135,3 +135,31 @@ def test_equal_time_is_when_the_faster_run_has_ended():
     assert at_equal_time(fast, run([(1, 1.0)], 9.0)) is None
     unknown = RunResult(fast.plan, final=fast.final, curve=fast.curve)
     assert at_equal_time(fast, unknown) is None
+
+
+def test_shorter_runs_give_the_points_in_place_of_checkpoints():
+    def end(steps, loss, fd, seconds=1.0):
+        config = apply_overrides(CONFIG, [f"train.steps={steps}"])
+        one = run([(loss, fd)], seconds)
+        evaluation = replace(one.final, step=steps)
+        plan = replace(one.plan, config=config, shorter=steps < 100)
+        return replace(one, plan=plan, final=evaluation, curve=(evaluation,))
+
+    long = replace(end(100, 0.5, 1.0), curve=(Evaluation(50, 9.0, 9.0), end(100, 0.5, 1.0).final))
+    (whole,) = with_shorter([end(50, 1.0, 4.0, 2.0), long, end(25, 2.0, 16.0)])
+    found = [(one.step, one.fd, seconds) for one, seconds in points_of(whole)]
+    assert found == [(25, 16.0, 25.0), (50, 4.0, 100.0), (100, 1.0, 100.0)]
+    other = run([(2.0, 8.0), (1.0, 2.0), (0.5, 0.5)])
+    assert at_equal_loss(whole, other) == pytest.approx(math.log(2))
+
+
+def test_equal_loss_is_a_mean_over_weight_averages():
+    def with_average(run, factor):
+        scaled = tuple(replace(one, fd=one.fd * factor) for one in run.curve)
+        return replace(run, by_weights={"raw": scaled})
+
+    one, other = run([(1.0, 4.0), (0.5, 2.0)]), run([(1.0, 4.0), (0.5, 2.0)])
+    assert at_equal_loss(with_average(one, 3.0), with_average(other, 1.0)) == pytest.approx(
+        math.log(3) / 2
+    )
+    assert at_equal_loss(with_average(one, 3.0), other) == pytest.approx(0)

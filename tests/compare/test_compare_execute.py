@@ -15,8 +15,9 @@ import torch
 from threadpoolctl import threadpool_info
 
 from flowdopr.compare.execute import Executor, gpu_of, usable_cores
-from flowdopr.compare.plan import expand
+from flowdopr.compare.plan import expand, reported
 from flowdopr.compare.progress import Display, last_step
+from flowdopr.config import apply_overrides
 
 BAD = "AdamW-lr0.001-s0"
 
@@ -165,6 +166,18 @@ def test_a_signal_reaches_the_runs_and_starts_no_more(run, study):
     assert not any(map(marked, others))
     assert printed.count("stopped") == 2
     assert "[0/4]" in printed
+
+
+def test_a_shorter_run_waits_for_the_longer_one(study, capsys):
+    cooling = ["train.lr_decay=cooldown", "train.cooldown_steps=2", "compare.train_steps=[6]"]
+    config = apply_overrides(study, [*cooling, "compare.seeds=[0]"])
+    plans = reported(config, expand(config)[::2])
+    assert [plan.starts_from for plan in plans] == [None, "AdamW-lr0.001-s0"]
+    executor = Executor(tell_the_time, workers=2)
+    with Display(2, 0) as display:
+        executor.execute(plans, display)
+    (_, end), (start, _) = (map(float, plan.log.read_text().split()) for plan in plans)
+    assert end <= start
 
 
 def test_workers_share_the_cores_and_the_gpus(run, study, monkeypatch):

@@ -35,10 +35,70 @@ def test_tuning_seeds_have_every_rate_and_reported_seeds_the_chosen_one(study):
         ["compare.tuning_seeds=[5]"],
     )
     plans = expand(config)
-    tuning = [plan.name for plan in plans if plan.tuning]
-    assert tuning == ["a-lr0.001-s5", "a-lr0.1-s5", "b-lr1e-05-s5", "b-lr1e07-s5"]
-    chosen = [plan.name for plan in reported(plans, {"a": "lr0.1"})]
-    assert chosen == ["a-lr0.1-s0", "a-lr0.1-s1"]
+    assert all(plan.tuning for plan in plans)
+    names = [plan.name for plan in plans]
+    assert names == ["a-lr0.001-s5", "a-lr0.1-s5", "b-lr1e-05-s5", "b-lr1e07-s5"]
+    chosen = reported(config, [plans[1]])
+    assert [plan.name for plan in chosen] == ["a-lr0.1-s0", "a-lr0.1-s1"]
+    assert not any(plan.tuning for plan in chosen)
+    assert chosen[1].config == apply_overrides(plans[1].config, ["name=tiny/a-lr0.1-s1", "seed=1"])
+
+
+@pytest.mark.parametrize(
+    ("decay", "starts_from"),
+    [
+        (["train.lr_decay=linear"], None),
+        (["train.lr_decay=cooldown", "train.cooldown_steps=2"], "a-lr0.001-s0"),
+    ],
+)
+def test_reported_runs_are_repeated_with_fewer_steps(study, decay, starts_from):
+    config = apply_overrides(
+        arms(study, "[{name: a, lrs: [1e-3]}]"),
+        ["compare.seeds=[0]", "compare.train_steps=[6]", *decay],
+    )
+    long, short = reported(config, expand(config))
+    assert [long.name, short.name] == ["a-lr0.001-s0", "a-lr0.001-s0-steps6"]
+    assert (long.shorter, short.shorter) == (False, True)
+    assert (long.starts_from, short.starts_from) == (None, starts_from)
+    assert short.config == apply_overrides(
+        long.config, [f"name={short.config.name}", "train.steps=6"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["compare.train_steps=[8]"], ["'a'", "8 is not less than train.steps 8"]),
+        (
+            [
+                *(decay := ["train.lr_decay=cooldown", "train.cooldown_steps=2"]),
+                "compare.train_steps=[7]",
+            ],
+            ["'a'", "7 begins to cool down at step 5", "train.checkpoint_every"],
+        ),
+        (
+            [*decay, "compare.train_steps=[6]", "train.keep_checkpoints=1"],
+            ["'a'", "train.keep_checkpoints=null"],
+        ),
+        (["train.lr_decay=cooldown"], ["train.cooldown_steps", "set both or neither"]),
+        (["train.cooldown_steps=2"], ["train.cooldown_steps", "set both or neither"]),
+        (
+            ["train.lr_decay=cooldown", "train.cooldown_steps=9"],
+            ["train.cooldown_steps 9", "more than train.steps 8"],
+        ),
+        (
+            ["compare.arms=[{name: a, lrs: [1]}, {name: b, lrs: [1, 2]}]"],
+            ["'a' 1, 'b' 2", "each arm as many"],
+        ),
+        (["compare.widen=1"], ["compare.widen", "two learning rates"]),
+    ],
+)
+def test_lengths_and_budgets_that_cannot_be_compared_are_refused(study, overrides, words):
+    with pytest.raises(ConfigError) as caught:
+        expand(apply_overrides(arms(study, "[{name: a, lrs: [1e-3]}]"), overrides))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words)
 
 
 @pytest.mark.parametrize(

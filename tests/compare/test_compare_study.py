@@ -167,3 +167,35 @@ def test_tuning_runs_come_first_and_only_the_chosen_rate_is_reported(quick):
     (other,) = reported["by_noise"]
     assert other["fd"] != reported["final"]["fd"]
     assert len(list(folder.glob("a-lr*"))) == 3
+
+
+def test_a_wider_grid_shorter_runs_and_more_averages(quick):
+    """One study uses them all: its runs, its cards, and what the shorter runs took over."""
+    config = apply_overrides(
+        quick,
+        [
+            "compare.arms=[{name: a, lrs: [1e-5, 1e-4]}, {name: b, lrs: [1e-5, 1e-4]}]",
+            *("compare.tuning_seeds=[7]", "compare.widen=1", "compare.workers=2"),
+            *("train.lr_decay=cooldown", "train.cooldown_steps=2", "train.checkpoint_every=4"),
+            *("compare.train_steps=[6]", "compare.weights=[raw]"),
+        ],
+    )
+    folder = compare(config)
+    results = json.loads((folder / "results.json").read_text())
+    names = {run["name"] for run in results["runs"]}
+    wider = {name for name in names if re.fullmatch(r"[ab]-lr(0\.001|1e-06|3\.16e-05)-s7", name)}
+    assert len(wider) == 2
+    assert all(arm["trials"] == 3 for arm in results["arms"])
+    ends = {run["name"]: run for run in results["runs"] if not run["tuning"]}
+    assert len(ends) == 4
+    for name, run in ends.items():
+        assert [one["step"] for one in run["by_weights"]["raw"]] == (
+            [6] if run["shorter"] else [4, 8]
+        )
+        assert run["by_weights"]["raw"][-1]["one_step_loss"] != run["final"]["one_step_loss"]
+        if run["shorter"]:
+            assert "going on from step 4" in (folder / name / "log.txt").read_text()
+            assert name.removesuffix("-steps6") in ends
+    before = {path: stamps(folder / path) for path in names}
+    compare(config)
+    assert {path: stamps(folder / path) for path in names} == before

@@ -121,6 +121,15 @@ def test_learning_rate_over_a_run():
     assert lr_factor(0, steps=1, warmup_steps=0, decay="cosine") == 1
 
 
+def test_a_cooldown_is_constant_and_then_linear():
+    def factors(steps):
+        settings = {"warmup_steps": 2, "decay": "cooldown", "cooldown_steps": 4}
+        return [lr_factor(s, steps=steps, **settings) for s in range(steps)]
+
+    assert factors(9) == [0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert factors(7)[:4] == factors(9)[:4]
+
+
 def test_the_command_line_says_one_line(tmp_path, capsys):
     config = tmp_path / "tiny.yaml"
     tiny(tmp_path)

@@ -9,11 +9,12 @@ import sys
 import time
 
 import pytest
-from tiny import again, assert_same_checkpoint, tiny, tiny_file
+from safetensors.torch import load_file
+from tiny import again, assert_same_checkpoint, tiny, tiny_file, weights
 
 from flowdopr.cli import run_command
 from flowdopr.config import ConfigError
-from flowdopr.runs.folder import RunFolder
+from flowdopr.runs import RunFolder, start_from
 from flowdopr.train import train
 
 
@@ -31,6 +32,29 @@ def test_resumed_run_equals_the_straight_one(tmp_path, optimizer):
         for run in (straight, resumed)
     ]
     assert losses[0][-3:] == losses[1][-3:]
+
+
+def test_a_shorter_run_takes_over_the_steps_before_its_cooldown(tmp_path):
+    cooling = ["train.lr_decay=cooldown", "train.cooldown_steps=4", "train.warmup_steps=2"]
+    powers = ["train.ema_lengths=[0.1]", "train.checkpoint_every=2", "optimizer.name=dopr-muon"]
+    config = tiny(tmp_path, *cooling, *powers, "train.steps=12", "name=long")
+    longer = RunFolder.open(train(config))
+    straight = train(again(config, "name=straight", "train.steps=9"))
+    short = again(config, "name=short", "train.steps=9")
+    assert start_from(longer, short) == 4  # the newest checkpoint before step 5
+    before = (longer.checkpoint_path(4) / "state.pt").stat()
+    taken = train(short, resume=True)
+    assert_same_checkpoint(straight, taken, 9)
+    assert without_times(taken) == without_times(straight)
+    assert RunFolder.open(taken).made_by()["from_step"] == 4
+    kept = taken / "averages" / "step-00000002" / "power-0.1.safetensors"
+    assert load_file(kept).keys() == weights(longer.path, 2).keys()
+    assert (longer.checkpoint_path(4) / "state.pt").stat().st_mtime_ns == before.st_mtime_ns
+    brief = again(config, "name=brief", "train.steps=6")
+    with pytest.raises(ConfigError, match=r"optimizer\.lr was 0\.003, now 1"):
+        start_from(longer, again(brief, "optimizer.lr=1.0"))
+    shutil.rmtree(longer.checkpoint_path(2))
+    assert start_from(longer, brief) == 0
 
 
 def test_steps_cannot_change_under_a_decaying_rate(tmp_path):

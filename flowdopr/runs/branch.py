@@ -1,0 +1,52 @@
+"""A run that begins with steps of a longer one, where both are the same."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from flowdopr.config import Config, apply_overrides, effective
+from flowdopr.disk import replacing_folder
+from flowdopr.runs.folder import KEPT_AVERAGES, RunFolder, check_same_run
+
+
+def start_from(longer: RunFolder, config: Config) -> int:
+    """Give the run of `config`, which has no checkpoint, one of a longer run; returns its step.
+
+    With `train.lr_decay: cooldown`, two runs that differ in `train.steps` alone are the same bit
+    for bit before the shorter one's cooldown. The newest checkpoint of these steps is taken over,
+    with the lines of metrics.jsonl and the power-function averages before it. Files are linked
+    where the disk allows that. Returns 0, and does nothing, if there is no such checkpoint.
+
+    Raises:
+        ConfigError: the runs differ in more than `train.steps`.
+    """
+    as_long = apply_overrides(config, [f"train.steps={longer.config.train.steps}"])
+    check_same_run(longer, as_long, longer.dataset)
+    constant = config.train.steps - (config.train.cooldown_steps or config.train.steps)
+    shared = [step for step in longer.steps() if step <= constant]
+    if not shared:
+        return 0
+    *earlier, step = shared
+    run = RunFolder.create(effective(config), longer.dataset, longer.made_by(), resume=True)
+    for line in longer.metrics():
+        if line["step"] <= step:
+            run.append_metrics(line)
+    for kept in [*map(longer.checkpoint_path, earlier), *(longer.path / KEPT_AVERAGES).glob("*")]:
+        powers = list(kept.glob("power-*.safetensors"))
+        if powers and kept.name <= longer.checkpoint_path(step).name:
+            with replacing_folder(run.path / KEPT_AVERAGES / kept.name) as part:
+                _link(powers, part)
+    with replacing_folder(run.checkpoint_path(step)) as part:
+        _link(longer.checkpoint_path(step).iterdir(), part)
+    return step
+
+
+def _link(files: Iterable[Path], folder: Path) -> None:
+    for path in files:
+        try:
+            os.link(path, folder / path.name)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(path, folder / path.name)
