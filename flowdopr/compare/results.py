@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from flowdopr.compare.cards import Card, CardRequest, RunSnapshot
 from flowdopr.compare.plan import RunPlan
+from flowdopr.data import DatasetInfo
 from flowdopr.runs import RunFolder
 
 Status = Literal["done", "failed", "unfinished", "not started"]
@@ -60,6 +61,10 @@ class RunResult:
     """Evaluations of the last checkpoint with other evaluation seeds than the study's own."""
     floor: Evaluation | None = None
     """The same metrics of real held-out images."""
+    num_parameters: int = 0
+    dataset: DatasetInfo | None = None
+    launched: tuple[str, ...] = ()
+    """When each launch of the training began, in UTC, as far as the run folder tells."""
     global_batch_size: int = 0
     images_seen: int = 0
     seconds_per_step: float | None = None
@@ -108,6 +113,9 @@ def _finished(run: RunSnapshot, folder: RunFolder) -> RunResult:
         curve=_evaluations(run, (*run.wanted.curve, run.wanted.final)),
         by_nfe=_evaluations(run, run.wanted.by_nfe),
         by_noise=_evaluations(run, run.wanted.by_noise),
+        num_parameters=folder.num_parameters(),
+        dataset=folder.dataset,
+        launched=tuple(one["launched"] for one in launches if "launched" in one),
         global_batch_size=train.global_batch_size,
         images_seen=train.global_batch_size * train.steps,
         seconds_per_step=median(speeds) if speeds else None,
