@@ -10,11 +10,19 @@ from typing import Any, Literal, get_args
 
 from flowdopr.compare.cards import Card, CardRequest, RunSnapshot
 from flowdopr.compare.plan import RunPlan
+from flowdopr.data import DatasetInfo
 from flowdopr.runs import RunFolder
 
 Status = Literal["done", "failed", "unfinished", "not started"]
 Metric = Literal[
-    "fd", "kid_mean", "precision", "recall", "spectrum_error", "one_step_loss", "label_accuracy"
+    "fd",
+    "fd_infinity",
+    "kid_mean",
+    "precision",
+    "recall",
+    "spectrum_error",
+    "one_step_loss",
+    "label_accuracy",
 ]
 """The metrics that are compared, as fields of `Evaluation`."""
 LISTS = ("spectrum", "one_step_loss_by_time", "one_step_loss_by_time_se")
@@ -28,6 +36,9 @@ class Evaluation:
     one_step_loss: float | None = None
     fd: float | None = None
     """Frechet distance of the rollouts, FD or FID as `RunResult.metric` says; lower is better."""
+    fd_infinity: float | None = None
+    """That of infinitely many rollouts, extrapolated from `fd_by_images`."""
+    fd_by_images: tuple[tuple[int, float | None], ...] = ()
     kid_mean: float | None = None
     precision: float | None = None
     recall: float | None = None
@@ -64,6 +75,10 @@ class RunResult:
     """Finished runs of fewer steps, otherwise the same; filled by `with_shorter`."""
     floor: Evaluation | None = None
     """The same metrics of real held-out images."""
+    num_parameters: int = 0
+    dataset: DatasetInfo | None = None
+    launched: tuple[str, ...] = ()
+    """When each launch of the training began, in UTC, as far as the run folder tells."""
     global_batch_size: int = 0
     images_seen: int = 0
     seconds_per_step: float | None = None
@@ -72,6 +87,11 @@ class RunResult:
     commit: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     sample_grid: Path | None = None
+    gallery: Path | None = None
+    """The file beside the card of `final`, see `flowdopr/evaluate/gallery.py`."""
+    nearest_ratio: float | None = None
+    """Median distance of generated images to their nearest training images, over that of real
+    held-out images; well below 1 where the model copies."""
     extractor: str = ""
     sampling: str = ""
 
@@ -116,6 +136,7 @@ def _finished(run: RunSnapshot, folder: RunFolder) -> RunResult:
     speeds = [line["seconds_per_step"] for line in windows[1:] or windows]  # without the warm-up
     grids = sorted((folder.path / "samples").glob("step-*.png"))
     card = run.cards[run.wanted.final]
+    gallery = card.get("gallery") or {}
     final, metric = _evaluation(card), "FID" if "fid" in card["metrics"] else "FD"
     return RunResult(
         run.plan,
@@ -131,6 +152,9 @@ def _finished(run: RunSnapshot, folder: RunFolder) -> RunResult:
             weights: _evaluations(run, requests)
             for weights, requests in run.wanted.by_weights.items()
         },
+        num_parameters=folder.num_parameters(),
+        dataset=folder.dataset,
+        launched=tuple(one["launched"] for one in launches if "launched" in one),
         global_batch_size=train.global_batch_size,
         images_seen=train.global_batch_size * train.steps,
         seconds_per_step=median(speeds) if speeds else None,
@@ -139,6 +163,8 @@ def _finished(run: RunSnapshot, folder: RunFolder) -> RunResult:
         commit=" | ".join(dict.fromkeys(one.get("commit", "unknown") for one in launches)),
         versions=made_by.get("versions", {}),
         sample_grid=grids[-1] if grids else None,
+        gallery=folder.path / "evaluation" / Path(gallery["file"]).name if gallery else None,
+        nearest_ratio=gallery.get("nearest_ratio"),
         extractor=_extractor(card),
         sampling=_sampling(card),
     )
@@ -158,7 +184,9 @@ def _evaluation(card: Card) -> Evaluation:
 def _numbers(step: int, metrics: Card) -> Evaluation:
     """The metrics of a card, or of its floor, that a study shows."""
     values: dict[str, Any] = {name: metrics.get(name) for name in get_args(Metric)}
-    values["fd"] = metrics.get("fid", metrics.get("fd"))
+    for name in ("fd", "fd_infinity", "fd_by_images"):  # in Inception's features: fid, ...
+        values[name] = metrics.get(name.replace("fd", "fid"), metrics.get(name))
+    values["fd_by_images"] = tuple((number, fd) for number, fd in values["fd_by_images"] or ())
     values |= {name: tuple(metrics.get(name) or ()) for name in LISTS}
     return Evaluation(step, **values, num_images=metrics.get("num_images"))
 
@@ -166,7 +194,9 @@ def _numbers(step: int, metrics: Card) -> Evaluation:
 def _extractor(card: Card) -> str:
     held_out, warning = (card["extractor"].get(key) for key in ("held_out_accuracy", "warning"))
     accuracy = "" if held_out is None else f", {100 * held_out:.1f} % accurate on held-out images"
-    return f"{card['extractor']['space']}{accuracy}" + (f"; {warning}" if warning else "")
+    return f"{card['extractor'].get('space', 'none')}{accuracy}" + (
+        f"; {warning}" if warning else ""
+    )
 
 
 def _sampling(card: Card) -> str:

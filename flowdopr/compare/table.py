@@ -9,12 +9,22 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
-from flowdopr.compare.formats import NONE, mean_sd, memory, number, percent, seconds, tried
+from flowdopr.compare.differences import differing_settings
+from flowdopr.compare.formats import (
+    NONE,
+    distinct,
+    mean_sd,
+    memory,
+    number,
+    percent,
+    seconds,
+    tried,
+)
 from flowdopr.compare.results import Metric, RunResult
 from flowdopr.compare.statistics import (
     ArmSummary,
@@ -49,7 +59,7 @@ class Column:
         return arm.reported.spread(self.metric)
 
     def titled(self, study: Study) -> str:
-        title = study.metric if self.metric == "fd" else self.title
+        title = study.metric + self.title if self.metric.startswith("fd") else self.title
         return f"{title} {'↑' if self.rises else '↓'}"
 
     def text(self, values: Spread | None) -> str:
@@ -64,19 +74,27 @@ class Column:
 
 
 TEX = {letter: f"\\{letter}" for letter in "%_&#$"}
-TEX |= {"↓": "$\\downarrow$", "↑": "$\\uparrow$", "±": "$\\pm$", "−": "$-$", "–": "--"}
+TEX |= {
+    "↓": "$\\downarrow$",
+    "↑": "$\\uparrow$",
+    "±": "$\\pm$",
+    "−": "$-$",
+    "∞": "$\\infty$",
+    "–": "--",
+}
 """Letters of the table in LaTeX, where that writes them otherwise."""
 SCHEMA = 2
 """Version of results.json; docs/compare.md lists its fields."""
 SHARES = ("precision", "recall", "label_accuracy")
 COLUMNS = (
     Column("fd", ""),
+    Column("fd_infinity", "∞"),
+    Column("one_step_loss", "one-step loss", digits=4),
+    Column("label_accuracy", "label accuracy", rises=True),
     Column("kid_mean", "KID"),
     Column("precision", "precision", rises=True),
     Column("recall", "recall", rises=True),
     Column("spectrum_error", "spectrum error"),
-    Column("one_step_loss", "one-step loss", digits=4),
-    Column("label_accuracy", "label accuracy", rises=True),
 )
 
 
@@ -109,8 +127,8 @@ def _row(metric: str, arm: ArmSummary) -> Row:
         "seconds_per_step": median(speeds) if speeds else None,
         "peak_memory_bytes": max(memories, default=None),
         "global_batch_size": first.global_batch_size if first else None,
-        "hardware": _join_distinct(run.hardware for run in trial.runs),
-        "commit": _join_distinct(run.commit for run in trial.runs),
+        "hardware": distinct(run.hardware for run in trial.runs),
+        "commit": distinct(run.commit for run in trial.runs),
         "config": str(first.plan.path / "config.yaml") if first else None,
     }
 
@@ -119,11 +137,6 @@ def _mean_and_sd(trial: TrialSummary, metric: Metric) -> Row:
     values = trial.spread(metric)
     mean, sd = (values.mean, values.sd) if values else (None, None)
     return {f"{metric}_mean": mean, f"{metric}_sd": sd}
-
-
-def _join_distinct(values: Iterable[str]) -> str:
-    """The one value of all runs, or the different ones side by side."""
-    return " | ".join(dict.fromkeys(value for value in values if value))
 
 
 def to_csv(table: Sequence[Row]) -> str:
@@ -182,10 +195,10 @@ def shared_values(study: Study, table: Sequence[Row]) -> dict[str, str]:
     """Values that are usually the same for every arm; different ones side by side."""
 
     def shared(key: str, show: Callable[[Any], str] = str) -> str:
-        return _join_distinct(show(row[key]) for row in table if row[key] is not None) or NONE
+        return distinct(show(row[key]) for row in table if row[key] is not None) or NONE
 
     return {
-        f"{study.metric} images": shared("fd_images", "{:,}".format),
+        "generated images": shared("fd_images", "{:,}".format),
         "NFE": shared("nfe", lambda nfe: number(nfe) if nfe % 1 else f"{nfe:g}"),
         "images seen": shared("images_seen", "{:,}".format),
         "global batch": shared("global_batch_size"),
@@ -201,7 +214,9 @@ def to_results(study: Study, table: Sequence[Row]) -> Row:
         "schema": SCHEMA,
         "study": study.name,
         "metric": study.metric,
+        "dataset": study.dataset.to_dict() if study.dataset else None,
         "verdict": asdict(study.verdict),
+        "differing_settings": differing_settings(study.arms),
         "arms": table,
         "claims": claims,
         "rank_correlations": rank_correlations(study.arms),
@@ -211,7 +226,8 @@ def to_results(study: Study, table: Sequence[Row]) -> Row:
 
 def _plain_run(run: RunResult) -> Row:
     plan, numbers = run.plan, asdict(run)
-    del numbers["plan"], numbers["shorter"]  # a shorter run is in the list itself
+    del numbers["plan"], numbers["dataset"]
+    del numbers["shorter"]  # a shorter run is in the list itself
     return {
         "arm": plan.arm,
         "lr": plan.lr,
@@ -225,4 +241,5 @@ def _plain_run(run: RunResult) -> Row:
         "dopr": plan.dopr,
         **numbers,
         "sample_grid": str(run.sample_grid) if run.sample_grid else None,
+        "gallery": str(run.gallery) if run.gallery else None,
     }

@@ -1,11 +1,14 @@
 """The report, table and JSON say what the run folders hold, inside one file."""
 
+import base64
 import csv
+import html
 import io
 import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +19,14 @@ from flowdopr.compare import compare
 from flowdopr.compare.cards import read_run, wanted_cards
 from flowdopr.compare.forecast import forecast
 from flowdopr.compare.plan import expand, study_path
+from flowdopr.compare.plots import draw_all
 from flowdopr.compare.results import read_result
 from flowdopr.compare.study import build_study
 from flowdopr.config import ConfigError, apply_overrides
 from flowdopr.data import DatasetInfo
+from flowdopr.evaluate import Gallery
 from flowdopr.evaluate.card import card_settings
+from flowdopr.models import build_model
 from flowdopr.runs import RunFolder
 
 DIGITS = DatasetInfo("digits", (1, 8, 8), 10, tuple("0123456789"), 1600, 197, "f" * 64)
@@ -28,6 +34,7 @@ MADE_BY = {
     "versions": {"python": "3.11.7", "torch": "2.13.0"},
     "commit": "0123456789abcdef0123456789abcdef01234567",
     "hardware": "abacus, 1 thread",
+    "launched": "2026-03-14T15:09:26+00:00",
 }
 FD = {("AdamW", 0): 5.0, ("AdamW", 1): 6.0, ("DoPr-AdamW", 0): 3.0, ("DoPr-AdamW", 1): 3.5}
 
@@ -118,7 +125,8 @@ def test_the_report_is_one_file(finished):
     page = (compare(finished, report_only=True) / "report.html").read_text()
     assert not re.search(r"https?:|<script [^>]|<link|@import|url\(", page)
     images = re.findall(r'<img[^>]* src="([^"]*)"', page)
-    assert len(images) == 3 + 2  # scatter, NFE, training; a grid an arm
+    # Scatter, NFE, FD and loss over steps and seconds; a grid an arm.
+    assert len(images) == 1 + 1 + 4 + 2
     assert all(source.startswith("data:image/png;base64,") for source in images)
     assert "DoPr-AdamW over AdamW" in page
     assert "too few for a claim" in page
@@ -131,6 +139,51 @@ def test_every_run_links_to_its_files(finished):
         for target in (f"{plan.name}/config.yaml", f"{plan.name}/evaluation/"):
             assert f'href="{target}"' in page
             assert (folder / target).exists()
+
+
+def test_what_was_trained_on_what_and_when_is_on_the_page(finished):
+    folder = compare(finished, report_only=True)
+    page = (folder / "report.html").read_text()
+    model = build_model(finished, DIGITS.image_shape, DIGITS.num_classes)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    for name, value in {
+        "parameters": f"{parameters:,}",
+        "data": "digits: 8 × 8 images of 1 channel, 1,600 to train on, 197 held out, 10 classes",
+        "generated images": "40",
+        "runs launched": "2026-03-14 15:09 UTC",
+    }.items():
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
+    results = json.loads((folder / "results.json").read_text())
+    assert results["dataset"] == DIGITS.to_dict()
+    assert {run["num_parameters"] for run in results["runs"]} == {parameters}
+    assert all(run["launched"] == [MADE_BY["launched"]] for run in results["runs"])
+
+
+def test_the_settings_in_which_arms_differ_are_listed(study):
+    arms = "[{name: A, lrs: [1e-3]}, {name: B, lrs: [1e-3], set: {train.ema_decays: [0.8]}}, "
+    arms += "{name: C, lrs: [2e-3]}]"
+    config = apply_overrides(study, [f"compare.arms={arms}"])
+    folder = compare(config, report_only=True)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["differing_settings"] == {
+        "optimizer.lr": {"A": "0.001", "B": "0.001", "C": "0.002"},
+        "train.ema_decays": {"A": "[0.9]", "B": "[0.8]", "C": "[0.9]"},
+    }
+    note = "Not only the optimizer differs: train.ema_decays is not the same in B as in A and C."
+    assert note in results["verdict"]["notes"]
+    page = (folder / "report.html").read_text()
+    assert re.search(r"<code>train.ema_decays</code></td>\s*<td>\[0.9\]</td><td>\[0.8\]</td>", page)
+
+
+def test_time_is_that_of_training_and_bars_are_the_losses_that_both_reached(finished):
+    study = build_study(finished, [read_result(read_run(plan)) for plan in expand(finished)])
+    seeds_and_mean = draw_all(study)["fd-by-seconds"].axes[0].lines[:3]
+    for line in seeds_and_mean:  # 4 and 8 steps of 0.02 s
+        assert line.get_xdata() == pytest.approx([0.08, 0.16])
+    assert seeds_and_mean[2].get_ydata() == pytest.approx([11.0, 5.5])
+    bar = draw_all(study)["scatter"].axes[1].lines[0]
+    # Losses are 0.5 + FD / 100: of seeds 0 and 1 up to that of DoPr at step 4, from AdamW's at 8.
+    assert bar.get_xdata() == pytest.approx([0.5 + 5.5 / 100, 0.5 + 6.5 / 100])
 
 
 def test_results_json_holds_every_run_and_difference(finished):
@@ -158,7 +211,9 @@ def test_the_report_is_a_pure_function_of_the_run_folders(finished):
     before = [(folder / name).read_bytes() for name in names]
     compare(finished, report_only=True)
     after = [(folder / name).read_bytes() for name in names]
-    assert before == after
+    date = re.compile(rb"Report of [\d: -]+ UTC")
+    assert date.search(before[0])
+    assert [date.sub(b"", one) for one in before] == [date.sub(b"", one) for one in after]
     assert not list(study_path(finished).rglob("*.part"))
 
 
@@ -215,6 +270,31 @@ def test_samples_without_a_finite_distance_are_a_failure(study):
     result = read_result(read_run(first))
     assert (result.status, result.done) == ("failed", False)
     assert "not finite" in result.reason
+
+
+def test_samples_of_the_same_noise_and_their_neighbours_are_shown(finished):
+    for plan in expand(finished):
+        card = plan.path / "evaluation" / "card-0.json"
+        images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+        distances = torch.tensor([1.0, 4.0, 2.0])
+        gallery = Gallery(images, torch.arange(3), images.flip(3), distances, torch.tensor([4.0]))
+        gallery.write(Gallery.beside(card))
+        record = {"file": Gallery.beside(card).name, **gallery.to_dict()}
+        card.write_text(json.dumps(json.loads(card.read_text()) | {"gallery": record}))
+    folder = compare(finished, report_only=True)
+    page = (folder / "report.html").read_text()
+    for arm in ("AdamW", "DoPr-AdamW"):
+        first = next(plan for plan in expand(finished) if plan.arm == arm).path / "evaluation"
+        images = Gallery.read(first / "card-0.safetensors").images
+        (row,) = re.findall(rf'alt="Samples of {arm}" src="data:image/png;base64,([^"]*)"', page)
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(row))))
+        assert shown.shape == (48 + 4, 3 * 50 + 2, 3)  # each 48 pixels a side, 2 between them
+        assert np.array_equal(shown[2:50:6, 52:100:6, 0], images[1, 0].numpy())
+        pairs = re.findall(rf"A sample of {arm} and .*\n *<figcaption>([\d.]*)<", page)
+        assert pairs == ["0.25", "0.50", "1.0"]
+    runs = json.loads((folder / "results.json").read_text())["runs"]
+    assert {run["nearest_ratio"] for run in runs} == {0.5}
+    assert all(Path(run["gallery"]).is_file() for run in runs)
 
 
 def test_a_report_before_any_run(study):
@@ -299,18 +379,50 @@ def test_styles_tell_arms_apart_and_show_preconditioning(finished):
     assert (styles["AdamW"].line, styles["DoPr-AdamW"].line) == ("--", "-")
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
-def test_a_click_on_a_title_sorts_the_table(finished, tmp_path):
-    page = (compare(finished, report_only=True) / "report.html").read_text()
-    click = "<script>document.querySelectorAll('th')[2].click()</script></body>"
-    (tmp_path / "clicked.html").write_text(page.replace("</body>", click))
+CHECK = """
+<script>
+  addEventListener("load", () => {
+    const tables = [...document.querySelectorAll("table.sortable")].map((table) =>
+      [...table.querySelectorAll("th")].map((title, column) => {
+        const shown = () => [...table.tBodies[0].rows].map((row) => row.cells[column].textContent);
+        return [title.textContent, [1, 2].map(() => (title.click(), shown()))];
+      }));
+    const images = [...document.images].map((image) => image.naturalWidth);
+    const tooWide = document.documentElement.scrollWidth - innerWidth;
+    document.title = JSON.stringify({tables, images, tooWide});
+  });
+</script></body>"""
+
+
+def in_chromium(page, path, width):
+    """What the script CHECK found on the page, and the browser's console."""
+    path.write_text(page.replace("</body>", CHECK))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += ["--enable-logging=stderr", "--v=0", f"--window-size={width},900"]
     shown = subprocess.run(
-        [*command, str(tmp_path / "clicked.html")], capture_output=True, text=True, timeout=60
-    ).stdout
-    names = re.findall(r"</span>((?:DoPr-)?AdamW)</td>", shown)
-    assert names[:2] == ["DoPr-AdamW", "AdamW"]  # by FD
-    assert page.index(">AdamW</td>") < page.index(">DoPr-AdamW</td>")
+        [*command, path.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    (found,) = re.findall(r"<title>(.*)</title>", shown.stdout)
+    lines = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
+    return json.loads(html.unescape(found)), lines
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no program chromium")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_a_browser_shows_the_report_without_complaint_and_sorts_it(finished, tmp_path, width):
+    page = (compare(finished, report_only=True) / "report.html").read_text()
+    found, console = in_chromium(page, tmp_path / "page.html", width)
+    assert console == []
+    assert len(found["images"]) == page.count("<img")
+    assert min(found["images"]) > 0
+    assert found["tooWide"] <= 0
+    results, every_run = (dict(table) for table in found["tables"])
+    assert results["optimizer"] == [["AdamW", "DoPr-AdamW"], ["DoPr-AdamW", "AdamW"]]
+    assert results["FD ↓"] == [["3.25 ± 0.35", "5.50 ± 0.71"], ["5.50 ± 0.71", "3.25 ± 0.35"]]
+    distances = [f"{fd:.2f}" for fd in sorted(FD.values())]
+    assert every_run["FD ↓"] == [distances, distances[::-1]]
+    broken = page.replace("</body>", "<script>nothing()</script></body>")
+    assert len(in_chromium(broken, tmp_path / "broken.html", width)[1]) == 1
 
 
 def test_the_table_for_latex_has_the_rows_of_the_report(finished):

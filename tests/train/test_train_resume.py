@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timezone
 
 import pytest
 from safetensors.torch import load_file
@@ -51,8 +52,8 @@ def test_a_shorter_run_takes_over_the_steps_before_its_cooldown(tmp_path):
     assert load_file(kept).keys() == weights(longer.path, 2).keys()
     assert (longer.checkpoint_path(4) / "state.pt").stat().st_mtime_ns == before.st_mtime_ns
     brief = again(config, "name=brief", "train.steps=6")
-    with pytest.raises(ConfigError, match=r"optimizer\.lr was 0\.003, now 1"):
-        start_from(longer, again(brief, "optimizer.lr=1.0"))
+    with pytest.raises(ConfigError, match=r"train\.warmup_steps was 2, now 1"):
+        start_from(longer, again(brief, "train.warmup_steps=1"))
     shutil.rmtree(longer.checkpoint_path(2))
     assert start_from(longer, brief) == 0
 
@@ -170,6 +171,8 @@ def test_every_part_of_a_run_has_its_provenance(tmp_path):
     path = train(again(config, "train.steps=3"))
     first = json.loads((path / "versions.json").read_text())
     assert (first["from_step"], first["earlier"]) == (0, [])
+    launched = datetime.fromisoformat(first["launched"])
+    assert abs((datetime.now(timezone.utc) - launched).total_seconds()) < 600
     (path / "versions.json").write_text(json.dumps(first | {"commit": "of old"}))
     train(again(config, "train.steps=5"), resume=True)
     for step in ("00000005", "00000008"):  # the last part leaves nothing that lasts
