@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from flowdopr.compare.statistics import Spread, TrialSummary
 
@@ -62,6 +63,16 @@ def learning_rate(value: float | None) -> str:
 def count(number: int, thing: str) -> str:
     """`1 seed`, `2 seeds`."""
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
+def when(time: str) -> str:
+    """An ISO time in UTC to the minute: `2026-03-14 15:09 UTC`."""
+    return f"{time[:16].replace('T', ' ')} UTC"
+
+
+def distinct(values: Iterable[str]) -> str:
+    """The one value of all runs, or the different ones side by side."""
+    return " | ".join(dict.fromkeys(value for value in values if value))
 
 
 def listing(words: list[str]) -> str:

@@ -89,6 +89,15 @@ def at_equal_loss(first: RunResult, second: RunResult) -> float | None:
     return float(np.mean(known)) if known else None
 
 
+def shared_losses(first: RunResult, second: RunResult) -> tuple[float, float] | None:
+    """The lowest and the highest loss that both reached, between which `at_equal_loss` averages."""
+    one, other = loss_curve(first), loss_curve(second)
+    if one is None or other is None:
+        return None
+    low, high = _common_range(one[0], other[0])
+    return (low, high) if low < high else None
+
+
 def at_equal_time(first: RunResult, second: RunResult) -> float | None:
     """log(FD of first / FD of second) when the run that took less time had ended.
 
@@ -99,6 +108,11 @@ def at_equal_time(first: RunResult, second: RunResult) -> float | None:
     return _common(one, other, lambda low, high: np.array([high]))
 
 
+def _common_range(x: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """The least and the largest value that both hold between their own; crossed without any."""
+    return float(max(x[0], other[0])), float(min(x[-1], other[-1]))
+
+
 def _common(
     one: Curve | None, other: Curve | None, chosen: Callable[[float, float], np.ndarray]
 ) -> float | None:
@@ -106,7 +120,7 @@ def _common(
     if one is None or other is None:
         return None
     (x, y), (other_x, other_y) = one, other
-    low, high = max(x[0], other_x[0]), min(x[-1], other_x[-1])
+    low, high = _common_range(x, other_x)
     if low > high or (low == high and chosen(low, high).size > 1):
         return None
     at = chosen(low, high)

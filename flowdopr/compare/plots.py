@@ -9,10 +9,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogFormatter, NullLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from flowdopr.compare.formats import learning_rate
+from flowdopr.compare.matched import shared_losses
 from flowdopr.compare.results import Evaluation, RunResult
+from flowdopr.compare.statistics import ArmSummary, matched_pairs
 from flowdopr.compare.study import Study
 
 WIDTH, HEIGHT, DPI = 5.4, 3.8, 180
@@ -24,8 +26,8 @@ def draw_all(study: Study) -> dict[str, Figure]:
     """Every plot that the study has numbers for, by file name without its ending."""
     figures = {
         "scatter": scatter(study),
-        "nfe": by_nfe(study),
-        "training": training(study),
+        **by_nfe(study),
+        **training(study),
         "spectrum": spectrum(study),
         "loss-by-time": loss_by_time(study),
         "learning-rate": by_learning_rate(study),
@@ -35,8 +37,8 @@ def draw_all(study: Study) -> dict[str, Figure]:
 
 def scatter(study: Study) -> Figure | None:
     """FD against one-step loss: a marker for each run, hollow if it is not reported, and a line for
-    the training of each reported run."""
-    figure, (axes,) = _figure(1)
+    the training of each reported run. Below, for each pair, the losses that both reached."""
+    figure, axes = _figure()
     drawn = False
     for arm in study.arms:
         style = study.styles[arm.name]
@@ -48,41 +50,80 @@ def scatter(study: Study) -> Figure | None:
             drawn = drawn or bool(points)
         for run in arm.reported.runs:
             x, y = _columns(_series(run.curve, "one_step_loss", "fd"))
-            axes.plot(x, y, color=style.colour, linewidth=0.8, alpha=0.45)
+            axes.plot(x, y, style.line, color=style.colour, linewidth=0.8, alpha=0.6)
     rollouts = f"{study.metric} of the rollouts (lower is better)"
     _label(axes, "held-out one-step loss (lower is better)", rollouts)
     _legend(axes, study, lines=False)
+    _mark_shared_losses(figure, axes, study)
     return figure if drawn else None
 
 
-def training(study: Study) -> Figure | None:
-    """One-step loss and FD over training: each arm's mean at its tuned rate, seeds thin."""
-    figure, (left, right) = _figure(2)
-    losses = _draw_arms(left, study, lambda run: _series(run.curve, "step", "one_step_loss"))
-    distances = _draw_arms(right, study, lambda run: _series(run.curve, "step", "fd"))
-    _label(left, "optimizer steps", "held-out one-step loss")
-    _label(right, "optimizer steps", f"{study.metric} of the rollouts")
-    _legend(left, study)
-    return figure if max(losses, distances) > 1 else None
+def _mark_shared_losses(figure: Figure, axes: Axes, study: Study) -> None:
+    """A strip below `axes` with a bar for each pair of arms, from the lowest to the highest loss
+    over which their ratio at equal loss is averaged (the mean over seeds)."""
+    pairs = [(*pair, span) for pair in matched_pairs(study.arms) if (span := _shared(*pair))]
+    if not pairs:
+        return
+    height = 0.2 * (len(pairs) + 1)  # inches
+    figure.set_figheight(HEIGHT + height)
+    grid = figure.add_gridspec(2, 1, height_ratios=[HEIGHT - 0.3, height])
+    axes.set_subplotspec(grid[0])
+    strip = figure.add_subplot(grid[1], sharex=axes)
+    strip.axis("off")
+    strip.set_title("losses that both arms of a pair reached", fontsize="small", color="#3e4c59")
+    strip.set_ylim(len(pairs) - 0.4, -0.6)
+    for row, (first, second, span) in enumerate(pairs):
+        strip.plot(span, (row, row), color="#52606d", linewidth=1.5, zorder=1)
+        for arm, loss in zip((first, second), span, strict=True):
+            style = study.styles[arm.name]
+            strip.plot(loss, row, style.marker, color=style.colour, markersize=6)
+        label = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+        strip.annotate(f"{first.name}, {second.name}", (span[1], row), fontsize="x-small", **label)
 
 
-def by_nfe(study: Study) -> Figure | None:
-    """FD of the last checkpoint against model calls per image, a panel for each solver."""
+def _shared(first: ArmSummary, second: ArmSummary) -> tuple[float, float] | None:
+    """The mean over seeds of the losses between which the runs of two arms are compared."""
+    others = {run.plan.seed: run for run in second.reported.runs}
+    pairs = [(run, others.get(run.plan.seed)) for run in first.reported.runs]
+    spans = [span for one, other in pairs if other and (span := shared_losses(one, other))]
+    low, high = np.mean(spans, axis=0) if spans else (0.0, 0.0)
+    return (float(low), float(high)) if spans else None
+
+
+def training(study: Study) -> dict[str, Figure]:
+    """FD and one-step loss over steps and over seconds: each arm's mean at its tuned trial, seeds
+    thin."""
+    figures = {}
+    fields = {"fd": f"{study.metric} of the rollouts", "one_step_loss": "held-out one-step loss"}
+    for field, title in fields.items():
+        for unit, x in {"steps": "optimizer steps", "seconds": "seconds of training"}.items():
+            figure, axes = _figure()
+            timed = unit == "seconds"
+            longest = _draw_arms(
+                axes, study, lambda run, field=field: _series(run.curve, "step", field), timed=timed
+            )
+            _label(axes, x, title)
+            _legend(axes, study)
+            if longest > 1:
+                figures[f"{field}-by-{unit}".replace("_", "-")] = figure
+    return figures
+
+
+def by_nfe(study: Study) -> dict[str, Figure]:
+    """FD of the last checkpoint against model calls per image, a figure for each solver."""
     every = [one for arm in study.arms for run in arm.reported.runs for one in run.by_nfe]
     solvers = list(dict.fromkeys(one.solver for one in every))
     calls = sorted({one.nfe for one in every if one.nfe is not None})
-    if len(calls) < 2:
-        return None
-    figure, panels = _figure(len(solvers))
-    for axes, solver in zip(panels, solvers, strict=True):
+    figures = {}
+    for solver in solvers if len(calls) > 1 else ():
+        figure, axes = _figure()
         _draw_arms(axes, study, lambda run, solver=solver: _of_solver(run, solver))
         axes.set_xscale("log")
         _ticks_at(axes, calls, [f"{nfe:g}" for nfe in calls])
-        _label(axes, "NFE: model calls per image", f"{study.metric} of the rollouts")
-        if len(solvers) > 1:
-            axes.set_title(solver, fontsize="medium")
-    _legend(panels[0], study)
-    return figure
+        _label(axes, f"NFE: model calls per image, {solver}", f"{study.metric} of the rollouts")
+        _legend(axes, study)
+        figures["nfe" if solver == solvers[0] else f"nfe-{solver}"] = figure
+    return figures
 
 
 def _of_solver(run: RunResult, solver: str) -> Series:
@@ -91,15 +132,13 @@ def _of_solver(run: RunResult, solver: str) -> Series:
 
 def spectrum(study: Study) -> Figure | None:
     """Variance of the rollouts over the data's along groups of principal directions."""
-    figure, (axes,) = _figure(1)
+    figure, axes = _figure()
     most = _draw_arms(axes, study, lambda run: _numbered(run.final.spectrum if run.final else ()))
     floor = next((run.floor for run in study.runs if run.floor and run.floor.spectrum), None)
     if floor is not None:
         axes.plot(*_columns(_numbered(floor.spectrum)), ":", color="#52606d", label="real images")
     axes.axhline(1, color="#9aa5b1", linewidth=0.8)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.6)))
+    _log_scale(axes)
     axes.set_xlabel("groups of principal directions, by falling variance of the data")
     axes.set_ylabel("variance of rollouts / of data")
     _legend(axes, study)
@@ -117,7 +156,7 @@ def loss_by_time(study: Study) -> Figure | None:
             found[arm.name] = values.mean(0)  # (2, bins)
     if not found:
         return None
-    figure, (axes,) = _figure(1)
+    figure, axes = _figure()
     mean = np.mean([losses for losses, _ in found.values()], axis=0)
     middles = (np.arange(len(mean)) + 0.5) / len(mean)
     for number, (name, (losses, errors)) in enumerate(found.items()):
@@ -139,7 +178,7 @@ def by_learning_rate(study: Study) -> Figure | None:
     chosen trial."""
     if all(len(arm.trials) < 2 for arm in study.arms):
         return None
-    figure, (axes,) = _figure(1)
+    figure, axes = _figure()
     for arm in study.arms:
         style, best = study.styles[arm.name], {}
         for trial in arm.trials:
@@ -157,30 +196,37 @@ def by_learning_rate(study: Study) -> Figure | None:
     return figure
 
 
-def _figure(columns: int) -> tuple[Figure, list[Axes]]:
-    width = WIDTH if columns == 1 else 0.925 * columns * WIDTH
-    figure = Figure(figsize=(width, HEIGHT), dpi=DPI, layout="constrained")
-    all_axes = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
-    for axes in all_axes:
-        axes.grid(color="#e4e7eb", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["bottom", "left"]].set_color("#9aa5b1")
-        axes.tick_params(color="#9aa5b1", labelcolor="#3e4c59")
-    return figure, all_axes
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(color="#e4e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["bottom", "left"]].set_color("#9aa5b1")
+    axes.tick_params(color="#9aa5b1", labelcolor="#3e4c59")
+    return figure, axes
 
 
-def _draw_arms(axes: Axes, study: Study, series_of: Callable[[RunResult], Series]) -> int:
-    """Draw each arm's seeds thinly and their mean boldly; returns the longest series' length."""
+def _draw_arms(
+    axes: Axes, study: Study, series_of: Callable[[RunResult], Series], *, timed: bool = False
+) -> int:
+    """Draw each arm's seeds thinly and their mean boldly; returns the longest series' length.
+
+    Args:
+        timed: x is the step in the series, and the seconds until then in the plot; evaluation does
+            not count. Runs without a measured speed are left out.
+    """
     longest = 0
     for arm in study.arms:
         style = study.styles[arm.name]
-        seeds = [series for run in arm.reported.runs if (series := series_of(run))]
-        for series in seeds:
-            axes.plot(*_columns(series), color=style.colour, linewidth=0.8, alpha=0.45)
-        mean = _mean(seeds)
+        runs = [(run.seconds_per_step if timed else 1, series_of(run)) for run in arm.reported.runs]
+        runs = [(scale, series) for scale, series in runs if scale and series]
+        for scale, series in runs:
+            axes.plot(*_columns(series, scale), color=style.colour, linewidth=0.8, alpha=0.45)
+        mean = _mean([series for _, series in runs])
         bold = {"color": style.colour, "marker": style.marker, "linewidth": 2, "markersize": 5}
-        axes.plot(*_columns(mean), style.line, **bold)
+        scale = float(np.mean([scale for scale, _ in runs] or [1]))
+        axes.plot(*_columns(mean, scale), style.line, **bold)
         longest = max(longest, len(mean))
     return longest
 
@@ -204,8 +250,9 @@ def _numbered(values: Iterable[float | None]) -> Series:
     return [(number, value) for number, value in enumerate(values, 1) if value is not None]
 
 
-def _columns(points: Series) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
+def _columns(points: Series, scale: float = 1) -> tuple[list[float], list[float]]:
+    """The x, times `scale`, and the y of the points."""
+    return [scale * x for x, _ in points], [y for _, y in points]
 
 
 def _label(axes: Axes, x: str, y: str) -> None:
@@ -215,9 +262,17 @@ def _label(axes: Axes, x: str, y: str) -> None:
     values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [[]])
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > 5 * values.min():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.6)))
+        _log_scale(axes)
+
+
+def _log_scale(axes: Axes) -> None:
+    """A logarithmic y with plain numbers at 1, 2 and 5 times powers of ten, or closer."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    near = high < 5 * low
+    axes.yaxis.set_major_locator(MaxNLocator(5) if near else LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _ticks_at(axes: Axes, positions: Sequence[float], labels: Sequence[str]) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from datetime import datetime, timezone
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from flowdopr.compare.formats import count, number, percent, seconds
+from flowdopr.compare.differences import differing_settings
+from flowdopr.compare.formats import NONE, count, distinct, number, percent, seconds, when
 from flowdopr.compare.plan import study_settings
 from flowdopr.compare.plots import draw_all
 from flowdopr.compare.results import RunResult
@@ -24,8 +26,12 @@ from flowdopr.disk import write_bytes, write_json, write_text
 
 CAPTIONS = {
     "scatter": "Rollout quality against one-step loss, one marker a run: down and left is better. "
-    "Hollow: not reported. Thin: over training.",
-    "training": "Both over training: the mean of each arm, its seeds thin.",
+    "Hollow: not reported. Thin: over training. Bars: the losses over which the ratio of a pair at "
+    "equal loss is averaged.",
+    "fd-by-steps": "Rollout quality over training: the mean of each arm, its seeds thin.",
+    "fd-by-seconds": "The same over the time of training; evaluation does not count.",
+    "one-step-loss-by-steps": "One-step loss over training.",
+    "one-step-loss-by-seconds": "The same over the time of training.",
     "nfe": "Rollout quality by model calls per image, last checkpoint.",
     "spectrum": "Variance of the rollouts along the principal directions of the data, over the "
     "data's own: 1 is right. Dotted: real held-out images.",
@@ -75,11 +81,12 @@ def render(study: Study, table: Sequence[Row], pictures: dict[str, bytes]) -> st
         runs_at_a_time=min(study_settings(study.config).workers, len(study.runs)),
         failed=[run for run in study.runs if run.status == "failed"],
         plots=[
-            {"title": CAPTIONS[name], "image": to_uri(png), "wide": name == "training"}
+            {"title": CAPTIONS[name if name in CAPTIONS else "nfe"], "image": to_uri(png)}
             for name, png in pictures.items()
         ],
         samples=_samples(study),
         settings=_settings(study),
+        differences=differing_settings(study.arms),
         config=to_yaml(study.config),
         versions=next((run.versions for run in study.runs if run.versions), {}),
         every_run=[_run_row(run) for run in study.runs],
@@ -99,7 +106,8 @@ def to_uri(png: bytes) -> str:
 def _subtitle(study: Study) -> str:
     arms, runs = count(len(study.arms), "arm"), count(len(study.runs), "run")
     done = sum(run.done for run in study.runs)
-    return f"Optimizers compared: {arms}, {runs}, {done} finished."
+    today = when(datetime.now(timezone.utc).isoformat())
+    return f"Optimizers compared: {arms}, {runs}, {done} finished. Report of {today}."
 
 
 def _samples(study: Study) -> list[dict[str, str]]:
@@ -115,8 +123,9 @@ def _settings(study: Study) -> dict[str, str]:
     chosen = {"name": config.model.name} | config.model.model_dump(exclude_defaults=True)
     evaluated = next((run for run in study.runs if run.final), None)
     shown = {
-        "data": config.data.name,
+        "data": _data(study),
         "model": ", ".join(f"{key} {value}" for key, value in chosen.items()),
+        "parameters": distinct(f"{run.num_parameters:,}" for run in study.runs if run.done) or NONE,
         "training": f"{train.steps:,} steps of {train.global_batch_size} images, "
         f"learning rate {train.lr_decay} "
         f"after {count(train.warmup_steps, 'warm-up step')}",
@@ -128,7 +137,24 @@ def _settings(study: Study) -> dict[str, str]:
     }
     if evaluated is not None:
         shown |= {"sampling": evaluated.sampling, "feature space": evaluated.extractor}
+        shown["generated images"] = f"{evaluated.final.num_images:,} for each {study.metric}"
+    launches = sorted(time for run in study.runs for time in run.launched)
+    if launches:
+        shown["runs launched"] = " to ".join(dict.fromkeys(map(when, (launches[0], launches[-1]))))
     return shown
+
+
+def _data(study: Study) -> str:
+    name, info = study.config.data.name, study.dataset
+    if info is None:
+        return name
+    channels, height, width = info.image_shape
+    kind = (
+        f"{height} × {width} images" if info.autoencoder is None else f"{height} × {width} latents"
+    )
+    channels = count(channels, "channel")
+    split = f"{info.num_train:,} to train on, {info.num_held_out:,} held out"
+    return f"{name}: {kind} of {channels}, {split}, {info.num_classes or 'no'} classes"
 
 
 def _run_row(run: RunResult) -> list[str]:
@@ -139,4 +165,5 @@ def _run_row(run: RunResult) -> list[str]:
         number(run.value("one_step_loss")),
         percent(spread([run.value("label_accuracy")])),
         seconds(run.seconds_per_step),
+        ", ".join(map(when, run.launched)) or NONE,
     ]

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from flowdopr.compare.cards import Card, CardRequest, RunSnapshot
 from flowdopr.compare.plan import RunPlan
+from flowdopr.data import DatasetInfo
 from flowdopr.runs import RunFolder
 
 Status = Literal["done", "failed", "unfinished", "not started"]
@@ -64,6 +65,10 @@ class RunResult:
     """Finished runs of fewer steps, otherwise the same; filled by `with_shorter`."""
     floor: Evaluation | None = None
     """The same metrics of real held-out images."""
+    num_parameters: int = 0
+    dataset: DatasetInfo | None = None
+    launched: tuple[str, ...] = ()
+    """When each launch of the training began, in UTC, as far as the run folder tells."""
     global_batch_size: int = 0
     images_seen: int = 0
     seconds_per_step: float | None = None
@@ -131,6 +136,9 @@ def _finished(run: RunSnapshot, folder: RunFolder) -> RunResult:
             weights: _evaluations(run, requests)
             for weights, requests in run.wanted.by_weights.items()
         },
+        num_parameters=folder.num_parameters(),
+        dataset=folder.dataset,
+        launched=tuple(one["launched"] for one in launches if "launched" in one),
         global_batch_size=train.global_batch_size,
         images_seen=train.global_batch_size * train.steps,
         seconds_per_step=median(speeds) if speeds else None,

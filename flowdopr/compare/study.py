@@ -13,10 +13,12 @@ from flowdopr.compare.results import RunResult
 from flowdopr.compare.statistics import ArmSummary, pair_claims, summarise
 from flowdopr.compare.verdict import Verdict, build_verdict
 from flowdopr.config import Config
+from flowdopr.data import DatasetInfo
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
+MARKERS = dict(zip("osD^vPX", "●■◆▲▼✚✖", strict=True))
+"""Those of matplotlib, and the character that looks like each."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class ArmStyle:
     marker: str
     line: Literal["-", "--"]
     """Solid with activation preconditioning, dashed without."""
+
+    @property
+    def glyph(self) -> str:
+        return MARKERS[self.marker]
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,11 @@ class Study:
     verdict: Verdict
     styles: dict[str, ArmStyle]
     """By the arm's name."""
+
+    @property
+    def dataset(self) -> DatasetInfo | None:
+        """The data set of all runs, once one of them is finished."""
+        return next((run.dataset for run in self.runs if run.dataset), None)
 
     @property
     def name(self) -> str:
@@ -63,9 +74,9 @@ def build_study(config: Config, runs: Sequence[RunResult]) -> Study:
 
 def arm_styles(arms: Sequence[ArmSummary]) -> dict[str, ArmStyle]:
     """A style for each arm; from the eighth arm on, colours repeat with other markers."""
-    styles = {}
+    styles, markers = {}, list(MARKERS)
     for index, arm in enumerate(arms):
         colour = COLOURS[index % len(COLOURS)]
-        marker = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
+        marker = markers[(index + index // len(COLOURS)) % len(markers)]
         styles[arm.name] = ArmStyle(colour, marker, "-" if arm.plan.dopr else "--")
     return styles

@@ -9,12 +9,22 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
-from flowdopr.compare.formats import NONE, mean_sd, memory, number, percent, seconds, tried
+from flowdopr.compare.differences import differing_settings
+from flowdopr.compare.formats import (
+    NONE,
+    distinct,
+    mean_sd,
+    memory,
+    number,
+    percent,
+    seconds,
+    tried,
+)
 from flowdopr.compare.results import Metric, RunResult
 from flowdopr.compare.statistics import (
     ArmSummary,
@@ -71,12 +81,12 @@ SCHEMA = 2
 SHARES = ("precision", "recall", "label_accuracy")
 COLUMNS = (
     Column("fd", ""),
+    Column("one_step_loss", "one-step loss", digits=4),
+    Column("label_accuracy", "label accuracy", rises=True),
     Column("kid_mean", "KID"),
     Column("precision", "precision", rises=True),
     Column("recall", "recall", rises=True),
     Column("spectrum_error", "spectrum error"),
-    Column("one_step_loss", "one-step loss", digits=4),
-    Column("label_accuracy", "label accuracy", rises=True),
 )
 
 
@@ -109,8 +119,8 @@ def _row(metric: str, arm: ArmSummary) -> Row:
         "seconds_per_step": median(speeds) if speeds else None,
         "peak_memory_bytes": max(memories, default=None),
         "global_batch_size": first.global_batch_size if first else None,
-        "hardware": _join_distinct(run.hardware for run in trial.runs),
-        "commit": _join_distinct(run.commit for run in trial.runs),
+        "hardware": distinct(run.hardware for run in trial.runs),
+        "commit": distinct(run.commit for run in trial.runs),
         "config": str(first.plan.path / "config.yaml") if first else None,
     }
 
@@ -119,11 +129,6 @@ def _mean_and_sd(trial: TrialSummary, metric: Metric) -> Row:
     values = trial.spread(metric)
     mean, sd = (values.mean, values.sd) if values else (None, None)
     return {f"{metric}_mean": mean, f"{metric}_sd": sd}
-
-
-def _join_distinct(values: Iterable[str]) -> str:
-    """The one value of all runs, or the different ones side by side."""
-    return " | ".join(dict.fromkeys(value for value in values if value))
 
 
 def to_csv(table: Sequence[Row]) -> str:
@@ -182,7 +187,7 @@ def shared_values(study: Study, table: Sequence[Row]) -> dict[str, str]:
     """Values that are usually the same for every arm; different ones side by side."""
 
     def shared(key: str, show: Callable[[Any], str] = str) -> str:
-        return _join_distinct(show(row[key]) for row in table if row[key] is not None) or NONE
+        return distinct(show(row[key]) for row in table if row[key] is not None) or NONE
 
     return {
         f"{study.metric} images": shared("fd_images", "{:,}".format),
@@ -201,7 +206,9 @@ def to_results(study: Study, table: Sequence[Row]) -> Row:
         "schema": SCHEMA,
         "study": study.name,
         "metric": study.metric,
+        "dataset": study.dataset.to_dict() if study.dataset else None,
         "verdict": asdict(study.verdict),
+        "differing_settings": differing_settings(study.arms),
         "arms": table,
         "claims": claims,
         "rank_correlations": rank_correlations(study.arms),
@@ -211,7 +218,8 @@ def to_results(study: Study, table: Sequence[Row]) -> Row:
 
 def _plain_run(run: RunResult) -> Row:
     plan, numbers = run.plan, asdict(run)
-    del numbers["plan"], numbers["shorter"]  # a shorter run is in the list itself
+    del numbers["plan"], numbers["dataset"]
+    del numbers["shorter"]  # a shorter run is in the list itself
     return {
         "arm": plan.arm,
         "lr": plan.lr,

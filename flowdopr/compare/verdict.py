@@ -8,6 +8,7 @@ from itertools import combinations
 from statistics import mean
 
 from flowdopr.compare.claims import FEWEST_SEEDS, Claim, claim, holm
+from flowdopr.compare.differences import beyond_optimizer
 from flowdopr.compare.formats import count, listing, mean_sd, number, tried
 from flowdopr.compare.results import RunResult
 from flowdopr.compare.statistics import (
@@ -136,7 +137,7 @@ def _strength(claims: Sequence[Claim], number_of_claims: int) -> str:
 
 
 def _notes(metric: str, runs: Sequence[RunResult], arms: Sequence[ArmSummary]) -> list[str]:
-    notes = [_budget(runs, arms), *_choice_notes(metric, arms)]
+    notes = [*beyond_optimizer(arms), _budget(runs, arms), *_choice_notes(metric, arms)]
     notes += _correlation_note(metric, arms) + _nfe_notes(metric, arms)
     if any(len(arm.trials) > 1 for arm in arms) and not any(run.plan.tuning for run in runs):
         notes.append(

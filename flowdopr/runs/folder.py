@@ -329,6 +329,12 @@ class RunFolder:
         model.load_state_dict(self.load_weights(step, weights, model.state_dict()))
         return model.to(device).eval(), step
 
+    def num_parameters(self) -> int:
+        """Number of trained numbers in the model, which is not loaded for that."""
+        with torch.device("meta"):
+            model = build_model(self.config, self.dataset.image_shape, self.dataset.num_classes)
+        return sum(parameter.numel() for parameter in model.parameters())
+
     # Metrics
 
     def append_metrics(self, line: dict[str, Any]) -> None:

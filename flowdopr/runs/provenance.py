@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import subprocess
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ def hardware(device: torch.device) -> str:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Versions, commit and hardware, for the run folder's versions.json."""
-    return {"versions": versions(), "commit": commit(), "hardware": hardware(device)}
+    """Versions, commit, hardware and the time now, for the run folder's versions.json."""
+    made_by = {"versions": versions(), "commit": commit(), "hardware": hardware(device)}
+    return made_by | {"launched": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 
 def with_earlier(made_by: dict[str, Any], before: dict[str, Any], step: int) -> dict[str, Any]:

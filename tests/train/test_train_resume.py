@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timezone
 
 import pytest
 from safetensors.torch import load_file
@@ -170,6 +171,8 @@ def test_every_part_of_a_run_has_its_provenance(tmp_path):
     path = train(again(config, "train.steps=3"))
     first = json.loads((path / "versions.json").read_text())
     assert (first["from_step"], first["earlier"]) == (0, [])
+    launched = datetime.fromisoformat(first["launched"])
+    assert abs((datetime.now(timezone.utc) - launched).total_seconds()) < 600
     (path / "versions.json").write_text(json.dumps(first | {"commit": "of old"}))
     train(again(config, "train.steps=5"), resume=True)
     for step in ("00000005", "00000008"):  # the last part leaves nothing that lasts
