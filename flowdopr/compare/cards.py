@@ -21,6 +21,7 @@ FD_ONLY = (
     "evaluate.bpd=null",
     "evaluate.excess=null",
     "evaluate.drift=null",
+    "evaluate.gallery=0",
 )
 
 

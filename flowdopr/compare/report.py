@@ -5,7 +5,6 @@ The report is one file: its pictures are inside it and it loads nothing. A scrip
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 
 from flowdopr.compare.differences import differing_settings
 from flowdopr.compare.formats import NONE, count, distinct, number, percent, seconds, when
+from flowdopr.compare.pictures import neighbours, rows_of_samples, sample_grids, to_uri
 from flowdopr.compare.plan import study_settings
 from flowdopr.compare.plots import draw_all
 from flowdopr.compare.results import RunResult
@@ -84,7 +84,9 @@ def render(study: Study, table: Sequence[Row], pictures: dict[str, bytes]) -> st
             {"title": CAPTIONS[name if name in CAPTIONS else "nfe"], "image": to_uri(png)}
             for name, png in pictures.items()
         ],
-        samples=_samples(study),
+        rows=rows_of_samples(study),
+        grids=sample_grids(study),
+        neighbours=neighbours(study),
         settings=_settings(study),
         differences=differing_settings(study.arms),
         config=to_yaml(study.config),
@@ -99,23 +101,11 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def to_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
 def _subtitle(study: Study) -> str:
     arms, runs = count(len(study.arms), "arm"), count(len(study.runs), "run")
     done = sum(run.done for run in study.runs)
     today = when(datetime.now(timezone.utc).isoformat())
     return f"Optimizers compared: {arms}, {runs}, {done} finished. Report of {today}."
-
-
-def _samples(study: Study) -> list[dict[str, str]]:
-    found = []
-    for arm in study.arms:
-        grids = [run.sample_grid for run in arm.reported.runs[:1] if run.sample_grid]
-        found += [{"title": arm.name, "image": to_uri(grid.read_bytes())} for grid in grids]
-    return found
 
 
 def _settings(study: Study) -> dict[str, str]:

@@ -77,6 +77,11 @@ class RunResult:
     commit: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     sample_grid: Path | None = None
+    gallery: Path | None = None
+    """The file beside the card of `final`, see `flowdopr/evaluate/gallery.py`."""
+    nearest_ratio: float | None = None
+    """Median distance of generated images to their nearest training images, over that of real
+    held-out images; well below 1 where the model copies."""
     extractor: str = ""
     sampling: str = ""
 
@@ -121,6 +126,7 @@ def _finished(run: RunSnapshot, folder: RunFolder) -> RunResult:
     speeds = [line["seconds_per_step"] for line in windows[1:] or windows]  # without the warm-up
     grids = sorted((folder.path / "samples").glob("step-*.png"))
     card = run.cards[run.wanted.final]
+    gallery = card.get("gallery") or {}
     final, metric = _evaluation(card), "FID" if "fid" in card["metrics"] else "FD"
     return RunResult(
         run.plan,
@@ -147,6 +153,8 @@ def _finished(run: RunSnapshot, folder: RunFolder) -> RunResult:
         commit=" | ".join(dict.fromkeys(one.get("commit", "unknown") for one in launches)),
         versions=made_by.get("versions", {}),
         sample_grid=grids[-1] if grids else None,
+        gallery=folder.path / "evaluation" / Path(gallery["file"]).name if gallery else None,
+        nearest_ratio=gallery.get("nearest_ratio"),
         extractor=_extractor(card),
         sampling=_sampling(card),
     )

@@ -233,4 +233,5 @@ def _plain_run(run: RunResult) -> Row:
         "dopr": plan.dopr,
         **numbers,
         "sample_grid": str(run.sample_grid) if run.sample_grid else None,
+        "gallery": str(run.gallery) if run.gallery else None,
     }

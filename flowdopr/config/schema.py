@@ -240,6 +240,8 @@ class EvaluateConfig(Section):
     defaults. null: not measured."""
     fid_num_images: Annotated[int, Field(ge=2)] = 10_000
     """Generated images; fewer than 50,000 is a labelled proxy."""
+    gallery: CountOrZero = 16
+    """How many of them are kept beside the card, each with the training image nearest to it."""
     labels: Literal["balanced", "data"] = "balanced"
     """Labels of the generated images: equally many of each class, or as frequent as in the data."""
     weights: Weights = "ema"

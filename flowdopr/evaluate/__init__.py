@@ -9,12 +9,14 @@ from flowdopr.evaluate.extractors import (
     inception_extractor,
 )
 from flowdopr.evaluate.fidelity import fidelity, reference_features
+from flowdopr.evaluate.gallery import Gallery
 from flowdopr.evaluate.generate import RolloutsFailed
 from flowdopr.evaluate.measure import evaluate
 
 __all__ = [
     "Extractor",
     "Features",
+    "Gallery",
     "RolloutsFailed",
     "classifier_extractor",
     "evaluate",

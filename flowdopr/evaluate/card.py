@@ -4,7 +4,8 @@ run, step, weights, checkpoint {step, sha256}, settings {...}, metrics {...}, pr
 sampling {solver {name, ...}, guidance, nfe, num_images, labels, seed, ...},
 extractor {name, space, weights_sha256, held_out_accuracy, chance, warning} or {} if no metric needs
 one, one_step {times, seed},
-reference {name, fingerprint, num_images}, uint8, versions, commit, seconds
+reference {name, fingerprint, num_images}, uint8, versions, commit, seconds,
+gallery {file, num_images, nearest_ratio} if there is one
 
 `settings` holds every setting that decides the numbers; a card with the same settings need not be
 made again. `sampling` repeats those that decide the images, and adds the NFE and the guide.
@@ -58,6 +59,12 @@ class _Extractor(_Checked):
     warning: str | None = None
 
 
+class _Gallery(_Checked):
+    file: str
+    num_images: int
+    nearest_ratio: float | None
+
+
 class _Card(_Checked):
     """The fields of a card that `evaluate` and `compare` read."""
 
@@ -69,6 +76,7 @@ class _Card(_Checked):
     floor: _Metrics = _Metrics()
     sampling: _Sampling
     extractor: _Extractor
+    gallery: _Gallery | None = None
 
 
 def autoencoder_record(dataset: DatasetInfo, config: Config) -> dict[str, Any] | None:

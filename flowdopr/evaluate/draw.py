@@ -236,10 +236,16 @@ def _write_npz(out: Path, num: int, labels: Tensor | None) -> None:
                 np.lib.format.write_array(file, labels.numpy(), allow_pickle=False)
 
 
-def grid(images: Tensor) -> Tensor:
-    """The first 100 of uint8 images (N, C, H, W) beside each other, uint8 (3, H', W')."""
+def grid(images: Tensor, columns: int | None = None, smallest: int = SMALLEST_IN_GRID) -> Tensor:
+    """The first 100 of uint8 images (N, C, H, W) beside each other, uint8 (3, H', W').
+
+    Args:
+        columns: None: as many as there are rows.
+        smallest: side in pixels below which images are magnified, without smoothing.
+    """
     images = images[:MAX_IN_GRID]
-    factor = math.ceil(SMALLEST_IN_GRID / min(images.shape[-2:]))
+    factor = math.ceil(smallest / min(images.shape[-2:]))
     if factor > 1:
         images = interpolate(images, scale_factor=factor, mode="nearest")
-    return make_grid(images, nrow=math.ceil(math.sqrt(len(images))), pad_value=255)
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    return make_grid(images, nrow=columns, pad_value=255)

@@ -7,7 +7,7 @@ Shapes: images uint8 `(N, C, H, W)`, labels `(N,)` int64.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from flowdopr.evaluate.extractors import (
     inception_extractor,
 )
 from flowdopr.evaluate.fidelity import TOGETHER, check_numbers, fidelity, reference_features
+from flowdopr.evaluate.gallery import MOST_HELD_OUT, Gallery, nearest
 from flowdopr.evaluate.generate import ImageSampler, mean_nfe
 from flowdopr.evaluate.pretrained import NETWORKS, pretrained_extractor
 from flowdopr.evaluate.spectrum import PrincipalDirections, principal_directions, spectrum
@@ -54,9 +55,11 @@ def build_extractor(config: Config, datasets: Datasets, device: torch.device) ->
 class Drawn(NamedTuple):
     """What is kept of the generated images, of which there may be more than memory holds.
 
-    moments: along the principal directions, if the spectrum is measured. nfe: their mean NFE.
+    first: the first `evaluate.gallery` of them. moments: along the principal directions, if the
+    spectrum is measured. nfe: their mean NFE.
     """
 
+    first: Tensor
     features: Features
     moments: Tensor
     nfe: int | float
@@ -100,14 +103,15 @@ class ImageMetrics:
         with counting("sampling", sum(map(len, batches)), shown=main) as progress:
             for batch in batches:
                 images, nfe = sampler.draw(batch, labels, seed=self.chosen.seed, decode=decode)
-                found.append((batch, self._features(images), self._moments(images), nfe))
+                first = images[: max(0, self.chosen.gallery - batch.start)]
+                found.append((batch, first, self._features(images), self._moments(images), nfe))
                 progress(len(batch))
         if sampler.state.num_processes > 1:
             found = sorted(gather_object(found), key=lambda item: item[0].start)
-        batches, features, moments, calls = zip(*found, strict=True)
+        batches, first, features, moments, calls = zip(*found, strict=True)
         joined = Features(*(torch.cat(column) for column in zip(*features, strict=True)))
         nfe = mean_nfe(dict(zip(batches, calls, strict=True)))
-        return Drawn(joined, torch.stack(moments).sum(0), nfe)
+        return Drawn(torch.cat(first), joined, torch.stack(moments).sum(0), nfe)
 
     def _features(self, images: Tensor) -> Features:
         if self.extractor is None:
@@ -131,25 +135,52 @@ class ImageMetrics:
             metrics["label_accuracy"] = right.double().mean().item()
         return metrics, how | {"floor": self.floor()} if metrics else how
 
+    def gallery(self, drawn: Drawn, labels: Tensor | None) -> Gallery:
+        """The first generated images, with the nearest training images if features are needed."""
+        num = len(drawn.first)
+        found = Gallery(drawn.first, None if labels is None else labels[:num])
+        if self.extractor is None or not self._needed():
+            return found
+        real = self._real_features(self.extractor)
+        distances, indices = nearest(drawn.features.features[:num], real)
+        held_out = self._held_out_features(self.extractor, self._held_out(MOST_HELD_OUT))
+        return replace(
+            found,
+            nearest=self.pixels.reference.batch(indices)[0],
+            distances=distances,
+            held_out_distances=nearest(held_out, real)[0],
+        )
+
     def floor(self) -> dict[str, Any]:
         """The metrics of real held-out images, as many as are generated if there are so many.
 
         They are what a perfect model would get: metrics of few images are biased.
         """
-        held_out = self.pixels.held_out
-        num = min(self.chosen.fid_num_images, len(held_out))
+        chosen = self._held_out(self.chosen.fid_num_images)
+        num = len(chosen)
         if num < FEWEST_FOR_FLOOR:
             return {"num_images": num}
-        chosen = picks_between(0, len(held_out), 0, num).indices
-        parts = (held_out.batch(part)[0] for part in chosen.split(TOGETHER))
+        parts = (self.pixels.held_out.batch(part)[0] for part in chosen.split(TOGETHER))
         moments = torch.stack([self._moments(part) for part in parts]).sum(0)
         found = {"num_images": num} | self._spectrum(moments, num)
         if self.extractor is not None and self._needed():
-            name = f"held out beside {self.pixels.info.fingerprint}"
-            own = reference_features(held_out, name, self.extractor)[chosen]
+            own = self._held_out_features(self.extractor, chosen)
             distances, _ = self._distances(Features(own, own[:, :0]), without=("isc",))
             found |= distances
         return found
+
+    def _held_out(self, most: int) -> Tensor:
+        """Indices of up to `most` held-out images, always the same."""
+        total = len(self.pixels.held_out)
+        return picks_between(0, total, 0, min(most, total)).indices
+
+    def _held_out_features(self, extractor: Extractor, chosen: Tensor) -> Tensor:
+        name = f"held out beside {self.pixels.info.fingerprint}"
+        return reference_features(self.pixels.held_out, name, extractor)[chosen]
+
+    def _real_features(self, extractor: Extractor) -> Tensor:
+        """Of the images that generated ones are compared with."""
+        return reference_features(self.pixels.reference, self.pixels.info.fingerprint, extractor)
 
     def _needed(self) -> list[str]:
         return sorted(NEED_FEATURES & set(self.chosen.metrics))
@@ -157,9 +188,8 @@ class ImageMetrics:
     def _distances(self, features: Features, without: tuple[str, ...] = ()) -> Measured:
         if self.extractor is None or not self._needed():
             return {}, {}
-        pixels, wanted = self.pixels, [one for one in self._needed() if one not in without]
-        real = reference_features(pixels.reference, pixels.info.fingerprint, self.extractor)
-        return fidelity(features, real, self.extractor, wanted)
+        wanted = [one for one in self._needed() if one not in without]
+        return fidelity(features, self._real_features(self.extractor), self.extractor, wanted)
 
     def _spectrum(self, moments: Tensor, num: int) -> dict[str, Any]:
         return {} if self.directions is None else spectrum(moments, num, self.directions)

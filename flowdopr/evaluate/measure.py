@@ -17,6 +17,7 @@ from flowdopr.evaluate.card import (
     read_card,
 )
 from flowdopr.evaluate.exact import check_exact, measure_model
+from flowdopr.evaluate.gallery import Gallery, has_gallery
 from flowdopr.evaluate.generate import ImageSampler, balanced_labels, labels_like_data
 from flowdopr.evaluate.images import ImageMetrics
 from flowdopr.latents import build_datasets, build_pixel_datasets, load_decoder
@@ -37,7 +38,8 @@ def evaluate(
 ) -> Path:
     """Measure checkpoint `step` (default: the newest) of `run` and return the path of its card.
 
-    A card of the same settings and the same weights is not made again unless `force`. Under
+    A card of the same settings and the same weights is not made again unless `force`, or if its
+    gallery is smaller than `evaluate.gallery`. Under
     `accelerate launch` the processes share the sampling.
 
     Args:
@@ -56,7 +58,9 @@ def evaluate(
     settings = card_settings(config, folder.dataset)
     path = card_path(folder.path / "evaluation", sampler.step, settings | guide)
     known = read_card(path)
-    if known is not None and not force and known["checkpoint"] == origin["checkpoint"]:
+    made = known is not None and known["checkpoint"] == origin["checkpoint"]
+    shown = min(config.evaluate.gallery, config.evaluate.fid_num_images)
+    if made and not force and has_gallery(path, shown):
         return path
     with sampler.state.main_process_first():
         datasets = build_datasets(config)
@@ -82,6 +86,10 @@ def evaluate(
         card |= {"proxy": config.evaluate.fid_num_images < FEWEST_FOR_FID}
         card |= {"autoencoder": record} if record else {}
         card |= {"extractor": extractor, "reference": metrics.reference()}
+        if config.evaluate.gallery:
+            gallery, file = metrics.gallery(drawn, labels), Gallery.beside(path)
+            gallery.write(file)
+            card |= {"gallery": {"file": file.name, **gallery.to_dict()}}
         write_json(path, card | {"seconds": round(time.perf_counter() - started, 3)})
     sampler.state.wait_for_everyone()
     return path

@@ -1,11 +1,13 @@
 """The report, table and JSON say what the run folders hold, inside one file."""
 
+import base64
 import csv
 import io
 import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from flowdopr.compare.results import read_result
 from flowdopr.compare.study import build_study
 from flowdopr.config import ConfigError, apply_overrides
 from flowdopr.data import DatasetInfo
+from flowdopr.evaluate import Gallery
 from flowdopr.evaluate.card import card_settings
 from flowdopr.models import build_model
 from flowdopr.runs import RunFolder
@@ -266,6 +269,31 @@ def test_samples_without_a_finite_distance_are_a_failure(study):
     result = read_result(read_run(first))
     assert (result.status, result.done) == ("failed", False)
     assert "not finite" in result.reason
+
+
+def test_samples_of_the_same_noise_and_their_neighbours_are_shown(finished):
+    for plan in expand(finished):
+        card = plan.path / "evaluation" / "card-0.json"
+        images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+        distances = torch.tensor([1.0, 4.0, 2.0])
+        gallery = Gallery(images, torch.arange(3), images.flip(3), distances, torch.tensor([4.0]))
+        gallery.write(Gallery.beside(card))
+        record = {"file": Gallery.beside(card).name, **gallery.to_dict()}
+        card.write_text(json.dumps(json.loads(card.read_text()) | {"gallery": record}))
+    folder = compare(finished, report_only=True)
+    page = (folder / "report.html").read_text()
+    for arm in ("AdamW", "DoPr-AdamW"):
+        first = next(plan for plan in expand(finished) if plan.arm == arm).path / "evaluation"
+        images = Gallery.read(first / "card-0.safetensors").images
+        (row,) = re.findall(rf'alt="Samples of {arm}" src="data:image/png;base64,([^"]*)"', page)
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(row))))
+        assert shown.shape == (48 + 4, 3 * 50 + 2, 3)  # each 48 pixels a side, 2 between them
+        assert np.array_equal(shown[2:50:6, 52:100:6, 0], images[1, 0].numpy())
+        pairs = re.findall(rf"A sample of {arm} and .*\n *<figcaption>([\d.]*)<", page)
+        assert pairs == ["0.25", "0.50", "1.0"]
+    runs = json.loads((folder / "results.json").read_text())["runs"]
+    assert {run["nearest_ratio"] for run in runs} == {0.5}
+    assert all(Path(run["gallery"]).is_file() for run in runs)
 
 
 def test_a_report_before_any_run(study):

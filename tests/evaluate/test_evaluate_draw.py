@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from flowdopr.cli import run_command
-from flowdopr.evaluate import draw, evaluate, sample
+from flowdopr.evaluate import Gallery, draw, evaluate, sample
 from flowdopr.evaluate.draw import grid
 from flowdopr.evaluate.generate import ImageSampler
 
@@ -262,8 +262,10 @@ def test_two_processes_draw_and_measure_what_one_does(make_run, tmp_path):
     alone = sample(run.path, wanted, num=7, out=tmp_path / "alone")
     measured = [*wanted, "evaluate.metrics=[fd]", "evaluate.fid_num_images=9"]
     card = evaluate(run.path, measured)
-    metrics = json.loads(card.read_text())["metrics"]
+    metrics, gallery = json.loads(card.read_text())["metrics"], Gallery.beside(card)
+    pictures = gallery.read_bytes()
     card.unlink()
+    gallery.unlink()
     script = tmp_path / "both.py"
     script.write_text(
         "import sys; from flowdopr.evaluate import evaluate, sample; "
@@ -279,5 +281,6 @@ def test_two_processes_draw_and_measure_what_one_does(make_run, tmp_path):
         timeout=120,
     )
     assert contents(tmp_path / "both") == contents(alone)
-    assert list(card.parent.iterdir()) == [card]
+    assert set(card.parent.iterdir()) == {card, gallery}
+    assert gallery.read_bytes() == pictures
     assert json.loads(card.read_text())["metrics"] == metrics
