@@ -28,6 +28,7 @@ def draw_all(study: Study) -> dict[str, Figure]:
         "scatter": scatter(study),
         **by_nfe(study),
         **training(study),
+        "fd-by-images": by_images(study),
         "spectrum": spectrum(study),
         "loss-by-time": loss_by_time(study),
         "learning-rate": by_learning_rate(study),
@@ -128,6 +129,31 @@ def by_nfe(study: Study) -> dict[str, Figure]:
 
 def _of_solver(run: RunResult, solver: str) -> Series:
     return _series([one for one in run.by_nfe if one.solver == solver], "nfe", "fd")
+
+
+def by_images(study: Study) -> Figure | None:
+    """FD against 1 / number of images, where its bias is a straight line, to infinitely many."""
+    figure, axes = _figure()
+    longest = _draw_arms(axes, study, lambda run: _over_images(run.final))
+    if longest < 2:
+        return None
+    floor = next((series for run in study.runs if (series := _over_images(run.floor))), [])
+    axes.plot(*_columns(floor), "*:", color="#52606d")
+    runs = [run.final for arm in study.arms for run in arm.reported.runs if run.final]
+    numbers = sorted({number for one in runs for number, _ in one.fd_by_images}, reverse=True)
+    ticks = [1 / number for number in numbers]
+    _ticks_at(axes, [0, *ticks], ["∞", *(f"{number:,}" for number in numbers)])
+    _label(axes, "generated images", f"{study.metric} of the rollouts")
+    _legend(axes, study)
+    return figure
+
+
+def _over_images(one: Evaluation | None) -> Series:
+    """FD by 1 / number of images; at 0, that of infinitely many."""
+    if one is None:
+        return []
+    found = [(1 / number, fd) for number, fd in one.fd_by_images if fd is not None]
+    return [*found, (0.0, one.fd_infinity)] if one.fd_infinity is not None else found
 
 
 def spectrum(study: Study) -> Figure | None:

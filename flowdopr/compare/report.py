@@ -33,6 +33,8 @@ CAPTIONS = {
     "one-step-loss-by-steps": "One-step loss over training.",
     "one-step-loss-by-seconds": "The same over the time of training.",
     "nfe": "Rollout quality by model calls per image, last checkpoint.",
+    "fd-by-images": "Rollout quality by number of images, on the scale of 1 / number, and where a "
+    "straight line meets infinitely many. Stars: real held-out images.",
     "spectrum": "Variance of the rollouts along the principal directions of the data, over the "
     "data's own: 1 is right. Dotted: real held-out images.",
     "loss-by-time": "One-step loss by time, over the mean of all arms; bars: two standard errors.",

@@ -15,7 +15,14 @@ from flowdopr.runs import RunFolder
 
 Status = Literal["done", "failed", "unfinished", "not started"]
 Metric = Literal[
-    "fd", "kid_mean", "precision", "recall", "spectrum_error", "one_step_loss", "label_accuracy"
+    "fd",
+    "fd_infinity",
+    "kid_mean",
+    "precision",
+    "recall",
+    "spectrum_error",
+    "one_step_loss",
+    "label_accuracy",
 ]
 """The metrics that are compared, as fields of `Evaluation`."""
 LISTS = ("spectrum", "one_step_loss_by_time", "one_step_loss_by_time_se")
@@ -29,6 +36,9 @@ class Evaluation:
     one_step_loss: float | None = None
     fd: float | None = None
     """Frechet distance of the rollouts, FD or FID as `RunResult.metric` says; lower is better."""
+    fd_infinity: float | None = None
+    """That of infinitely many rollouts, extrapolated from `fd_by_images`."""
+    fd_by_images: tuple[tuple[int, float | None], ...] = ()
     kid_mean: float | None = None
     precision: float | None = None
     recall: float | None = None
@@ -174,7 +184,9 @@ def _evaluation(card: Card) -> Evaluation:
 def _numbers(step: int, metrics: Card) -> Evaluation:
     """The metrics of a card, or of its floor, that a study shows."""
     values: dict[str, Any] = {name: metrics.get(name) for name in get_args(Metric)}
-    values["fd"] = metrics.get("fid", metrics.get("fd"))
+    for name in ("fd", "fd_infinity", "fd_by_images"):  # in Inception's features: fid, ...
+        values[name] = metrics.get(name.replace("fd", "fid"), metrics.get(name))
+    values["fd_by_images"] = tuple((number, fd) for number, fd in values["fd_by_images"] or ())
     values |= {name: tuple(metrics.get(name) or ()) for name in LISTS}
     return Evaluation(step, **values, num_images=metrics.get("num_images"))
 

@@ -59,7 +59,7 @@ class Column:
         return arm.reported.spread(self.metric)
 
     def titled(self, study: Study) -> str:
-        title = study.metric if self.metric == "fd" else self.title
+        title = study.metric + self.title if self.metric.startswith("fd") else self.title
         return f"{title} {'↑' if self.rises else '↓'}"
 
     def text(self, values: Spread | None) -> str:
@@ -74,13 +74,21 @@ class Column:
 
 
 TEX = {letter: f"\\{letter}" for letter in "%_&#$"}
-TEX |= {"↓": "$\\downarrow$", "↑": "$\\uparrow$", "±": "$\\pm$", "−": "$-$", "–": "--"}
+TEX |= {
+    "↓": "$\\downarrow$",
+    "↑": "$\\uparrow$",
+    "±": "$\\pm$",
+    "−": "$-$",
+    "∞": "$\\infty$",
+    "–": "--",
+}
 """Letters of the table in LaTeX, where that writes them otherwise."""
 SCHEMA = 2
 """Version of results.json; docs/compare.md lists its fields."""
 SHARES = ("precision", "recall", "label_accuracy")
 COLUMNS = (
     Column("fd", ""),
+    Column("fd_infinity", "∞"),
     Column("one_step_loss", "one-step loss", digits=4),
     Column("label_accuracy", "label accuracy", rises=True),
     Column("kid_mean", "KID"),

@@ -138,7 +138,7 @@ def _strength(claims: Sequence[Claim], number_of_claims: int) -> str:
 
 def _notes(metric: str, runs: Sequence[RunResult], arms: Sequence[ArmSummary]) -> list[str]:
     notes = [*beyond_optimizer(arms), _budget(runs, arms), *_choice_notes(metric, arms)]
-    notes += _correlation_note(metric, arms) + _nfe_notes(metric, arms)
+    notes += _correlation_note(metric, arms) + _nfe_notes(metric, arms) + _bias_note(metric, arms)
     if any(len(arm.trials) > 1 for arm in arms) and not any(run.plan.tuning for run in runs):
         notes.append(
             f"{_searched(arms).capitalize()} were chosen on the seeds that are reported, which "
@@ -185,6 +185,23 @@ def _nfe_notes(metric: str, arms: Sequence[ArmSummary]) -> list[str]:
                 f"{number(means[best], 3)}, than in the table."
             )
     return notes
+
+
+def _bias_note(metric: str, arms: Sequence[ArmSummary]) -> list[str]:
+    """By how much the number of images raises the metric of each arm."""
+    raised, counts = [], set()
+    for arm in arms:
+        fd, limit = arm.reported.spread("fd"), arm.reported.spread("fd_infinity")
+        if fd is not None and limit is not None:
+            raised.append(f"{number(fd.mean - limit.mean, 2)} for {arm.name}")
+            counts |= {run.final.num_images for run in arm.reported.runs if run.final}
+    if not raised:
+        return []
+    images = listing([count(images, "image") for images in sorted(filter(None, counts))])
+    return [
+        f"{metric} is biased upward by the number of images: that of {images} is higher than that "
+        f"of infinitely many, by extrapolation, by {listing(raised)}."
+    ]
 
 
 def _searched(arms: Sequence[ArmSummary]) -> str:

@@ -221,14 +221,15 @@ class EvaluateConfig(Section):
     extractor: Annotated[
         ClassifierConfig | InceptionConfig | ImageNetConfig | DINOv2Config, NAMED
     ] = ClassifierConfig(name="classifier")
-    metrics: tuple[Literal["fd", "kid", "isc", "prc", "spectrum"], ...] = (
+    metrics: tuple[Literal["fd", "fd_by_images", "kid", "isc", "prc", "spectrum"], ...] = (
         "fd",
         "kid",
         "prc",
         "spectrum",
     )
-    """Metrics of rollouts: Frechet and kernel distance, inception score, precision and recall, and
-    the variance along the principal directions of the data, which needs no feature space."""
+    """Metrics of rollouts: Frechet distance, the same by number of images and extrapolated to
+    infinitely many, kernel distance, inception score, precision and recall, and the variance along
+    the principal directions of the data, which needs no feature space."""
     bpd: BitsPerDimConfig | None = None
     """Bits per dimension of held-out images: its settings, `{}` for the defaults. null: not
     measured."""

@@ -15,9 +15,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from flowdopr.config import Config
 from flowdopr.data import DatasetInfo
@@ -32,11 +32,16 @@ class _Checked(BaseModel, strict=True, allow_inf_nan=False):
 
 
 Numbers = list[float | None]
+Points = list[Annotated[tuple[int, float | None], Field(strict=False)]]
 
 
 class _Metrics(_Checked):
     fd: float | None = None
     fid: float | None = None
+    fd_by_images: Points = []
+    fid_by_images: Points = []
+    fd_infinity: float | None = None
+    fid_infinity: float | None = None
     kid_mean: float | None = None
     precision: float | None = None
     recall: float | None = None

@@ -4,7 +4,8 @@ Shapes: images uint8 `(N, C, H, W)`; features `(N, D)` and logits `(N, K)` on th
 """
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from statistics import fmean, linear_regression
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from flowdopr.terminal import counting
 TOGETHER = 64  # real images in one call of an extractor
 KID_SUBSETS, LARGEST_KID_SUBSET = 100, 1000
 PRC_NEIGHBOURS = 3
+HALVINGS, FEWEST_BY_IMAGES = 3, 64
 
+NEED_MOMENTS = frozenset({"fd", "fd_by_images"})
 # torch-fidelity's names -> ours; the extractor names the Frechet distance, "fd" or "fid".
 NAMES = {
     torch_fidelity.KEY_METRIC_KID_MEAN: "kid_mean",
@@ -75,15 +78,16 @@ def reference_features(reference: ImageDataset, fingerprint: str, extractor: Ext
 def fidelity(
     generated: Features, reference: Tensor, extractor: Extractor, metrics: Collection[str]
 ) -> tuple[dict[str, float | None], dict[str, Any]]:
-    """The chosen `metrics` (among fd, kid, isc, prc) of generated against real images.
+    """The chosen `metrics` (fd, fd_by_images, kid, isc, prc) of generated against real images.
 
     Args:
         reference: features of the real images.
         extractor: that of all features.
 
     Returns:
-        The metrics: "fd" or "fid" (by the extractor), "kid_mean", "kid_std", "isc_mean", "isc_std",
-        "precision", "recall", "f_score" (3 neighbours). And for the card, how they were measured:
+        The metrics: "fd" or "fid" (by the extractor), the same with "_by_images" and "_infinity"
+        (see `fd_by_images`), "kid_mean", "kid_std", "isc_mean", "isc_std", "precision", "recall",
+        "f_score" (3 neighbours). And for the card, how they were measured:
         KID's subsets. "kid_std" is their standard deviation; None if each of them has all
         generated or all real images, because it would then leave out what varies between those.
 
@@ -91,10 +95,14 @@ def fidelity(
         ValueError: too few images for a metric.
     """
     check_numbers(metrics, len(generated.features), len(reference))
-    found, how, features = {}, {}, generated.features
+    found, ours, how, features = {}, {}, {}, generated.features
+    statistics = fid_features_to_statistics(reference) if NEED_MOMENTS & set(metrics) else {}
     if "fd" in metrics:
-        one, other = (fid_features_to_statistics(side) for side in (features, reference))
-        found |= fid_statistics_to_metric(one, other, verbose=False)
+        found[torch_fidelity.KEY_METRIC_FID] = _distance(features, statistics)
+    if "fd_by_images" in metrics:
+        points = fd_by_images(features, statistics)
+        ours[f"{extractor.distance}_by_images"] = points
+        ours[f"{extractor.distance}_infinity"] = extrapolated(points)
     if "kid" in metrics:
         fewest = min(len(features), len(reference))
         size = min(LARGEST_KID_SUBSET, fewest)
@@ -110,4 +118,38 @@ def fidelity(
         options = {"prc_neighborhood": PRC_NEIGHBOURS, "save_cpu_ram": True, "verbose": False}
         found |= prc_features_to_metric(features, reference, **options)
     names = NAMES | {torch_fidelity.KEY_METRIC_FID: extractor.distance}
-    return {names[key]: value for key, value in found.items()}, how
+    return {names[key]: value for key, value in found.items()} | ours, how
+
+
+def fd_by_images(features: Tensor, reference: Mapping[str, Any]) -> list[tuple[int, float]]:
+    """The Frechet distance of n, n/2, n/4 and n/8 images, as pairs (number, distance), ascending.
+
+    Each is the mean over as many disjoint parts of the n images as there are. Numbers below 64, or
+    below twice the dimension of the features, are left out: there, the bias is not linear in 1/n.
+
+    Args:
+        features: (n, D).
+        reference: what torch-fidelity's `fid_features_to_statistics` returns of the real images.
+    """
+    total, dimension = features.shape
+    sizes = {total // 2**halving for halving in range(HALVINGS + 1)}
+    fewest = max(FEWEST_BY_IMAGES, 2 * dimension)
+    points = []
+    for size in sorted(size for size in sizes if size >= fewest or size == total):
+        parts = [part for part in features.split(size) if len(part) == size]
+        points.append((size, fmean(_distance(part, reference) for part in parts)))
+    return points
+
+
+def extrapolated(points: Sequence[tuple[int, float]]) -> float | None:
+    """The distance of infinitely many images: where the least-squares line through `points` in 1/n
+    meets 1/n = 0 (Chong & Forsyth 2020, arXiv 1911.07023). None from a single point."""
+    if len(points) < 2:
+        return None
+    numbers, distances = zip(*points, strict=True)
+    return linear_regression([1 / number for number in numbers], distances).intercept
+
+
+def _distance(features: Tensor, reference: Mapping[str, Any]) -> float:
+    own = fid_features_to_statistics(features)
+    return fid_statistics_to_metric(own, reference, verbose=False)[torch_fidelity.KEY_METRIC_FID]

@@ -6,6 +6,7 @@ Shapes: images uint8 `(N, C, H, W)`, labels `(N,)` int64.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from flowdopr.config.schema import EvaluateConfig
 from flowdopr.data import Datasets
 from flowdopr.data.loader import picks_between
 from flowdopr.disk import cache_folder
+from flowdopr.evaluate.cache import cached_numbers
 from flowdopr.evaluate.exact import Measured
 from flowdopr.evaluate.extractors import (
     CLASSIFIER,
@@ -34,8 +36,9 @@ from flowdopr.evaluate.pretrained import NETWORKS, pretrained_extractor
 from flowdopr.evaluate.spectrum import PrincipalDirections, principal_directions, spectrum
 from flowdopr.terminal import counting
 
-NEED_FEATURES = frozenset({"fd", "kid", "isc", "prc"})
+NEED_FEATURES = frozenset({"fd", "fd_by_images", "kid", "isc", "prc"})
 FEWEST_FOR_FLOOR = 8  # real held-out images
+FLOOR_VERSION = 1  # part of the cache key: raise it with any change of what a metric is
 
 
 def build_extractor(config: Config, datasets: Datasets, device: torch.device) -> Extractor:
@@ -154,12 +157,21 @@ class ImageMetrics:
     def floor(self) -> dict[str, Any]:
         """The metrics of real held-out images, as many as are generated if there are so many.
 
-        They are what a perfect model would get: metrics of few images are biased.
+        They are what a perfect model would get: metrics of few images are biased. They are measured
+        once for all checkpoints and runs.
         """
         chosen = self._held_out(self.chosen.fid_num_images)
+        if len(chosen) < FEWEST_FOR_FLOOR:
+            return {"num_images": len(chosen)}
+        extractor, info = self.extractor, self.pixels.info
+        features = (extractor.weights_sha256, str(extractor.dtype)) if extractor else None
+        metrics = sorted(self.chosen.metrics)
+        key = repr((FLOOR_VERSION, info.fingerprint, len(chosen), metrics, features))
+        name = f"floor-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+        return cached_numbers(cache_folder() / "floors" / name, lambda: self._floor(chosen))
+
+    def _floor(self, chosen: Tensor) -> dict[str, Any]:
         num = len(chosen)
-        if num < FEWEST_FOR_FLOOR:
-            return {"num_images": num}
         parts = (self.pixels.held_out.batch(part)[0] for part in chosen.split(TOGETHER))
         moments = torch.stack([self._moments(part) for part in parts]).sum(0)
         found = {"num_images": num} | self._spectrum(moments, num)

@@ -2,6 +2,7 @@
 
 from functools import partial
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from urllib.error import URLError
 
@@ -15,6 +16,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as inception
 from flowdopr.data import ImageTensor
 from flowdopr.disk import cache_folder
 from flowdopr.evaluate import (
+    Features,
     classifier_extractor,
     extractors,
     fidelity,
@@ -238,3 +240,65 @@ def test_a_file_of_weights_cannot_run_code(tmp_path, load, zipped):
     with pytest.raises(ValueError, match=r"evaluate.extractor.weights: .* (cannot|does not)"):
         load(str(path))
     assert not stolen.exists()
+
+
+def gaussian(generator, count, mean, root):
+    """Draws (count, D) from a Gaussian with covariance root root^T."""
+    noise = torch.randn(count, len(mean), generator=generator, dtype=torch.float64)
+    return mean + noise @ root.T
+
+
+def with_exact_moments(draws, mean, root):
+    """`draws` moved such that their own mean and covariance are `mean` and root root^T."""
+    centred = draws - draws.mean(0)
+    whitened = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(centred.T.cov()), centred.T, upper=False
+    ).T
+    return mean + whitened @ root.T
+
+
+def frechet_of_gaussians(mean_1, root_1, mean_2, root_2):
+    """|mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))."""
+    cov_1, cov_2 = (root @ root.T for root in (root_1, root_2))
+    cross = scipy.linalg.sqrtm((cov_1 @ cov_2).numpy()).real.trace()
+    gap = mean_1 - mean_2
+    return (gap @ gap + cov_1.trace() + cov_2.trace() - 2 * cross).item()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fd_of_gaussian_features_and_its_limit_are_the_closed_form(extractor, seed):
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.randn(2, 64, generator=generator, dtype=torch.float64) / 40
+    root = torch.randn(64, 64, generator=generator, dtype=torch.float64) / 8
+    turned = root + torch.randn(64, 64, generator=generator, dtype=torch.float64) / 40
+    root = torch.stack([root, turned])
+    exact = frechet_of_gaussians(mean[0], root[0], mean[1], root[1])
+    draws = [gaussian(generator, 2000, *one) for one in zip(mean, root, strict=True)]
+    fitted = [with_exact_moments(*one) for one in zip(draws, mean, root, strict=True)]
+
+    def measure(generated):
+        wanted = ["fd", "fd_by_images"]
+        return fidelity(Features(generated, generated), fitted[1], extractor, wanted)[0]
+
+    assert measure(fitted[0])["fd"] == pytest.approx(exact, rel=1e-9)
+    found = measure(draws[0])
+    points = found["fd_by_images"]
+    assert [number for number, _ in points] == [250, 500, 1000, 2000]
+    assert points[-1][1] == pytest.approx(found["fd"], rel=1e-12)
+    assert all(few > more for (_, few), (_, more) in pairwise(points))
+    halves = [measure(half)["fd"] for half in draws[0].split(1000)]
+    assert points[2][1] == pytest.approx(sum(halves) / 2)
+    slope, limit = np.polyfit([1 / number for number, _ in points], [fd for _, fd in points], 1)
+    assert slope > 0
+    assert found["fd_infinity"] == pytest.approx(limit)
+    assert abs(limit - exact) < abs(found["fd"] - exact) / 3
+
+
+def test_too_few_images_for_a_line_have_no_limit(extractor):
+    features = torch.randn(255, 64, dtype=torch.float64)
+    # A half must have 64 images, and twice as many as there are dimensions.
+    for dimensions, numbers in {64: [255], 63: [127, 255], 16: [127, 255]}.items():
+        own = features[:, :dimensions]
+        found = fidelity(Features(own, own), own, extractor, ["fd_by_images"])[0]
+        assert [number for number, _ in found["fd_by_images"]] == numbers
+        assert (found["fd_infinity"] is None) == (len(numbers) == 1)

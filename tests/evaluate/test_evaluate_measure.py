@@ -8,7 +8,7 @@ from untrained import make_config, save_random_checkpoint
 
 from flowdopr.config import apply_overrides
 from flowdopr.data import plain_batches
-from flowdopr.disk import write_json
+from flowdopr.disk import cache_folder, write_json
 from flowdopr.evaluate import evaluate
 from flowdopr.evaluate.card import answers, card_settings
 from flowdopr.evaluate.generate import balanced_labels, labels_like_data, repeated_labels
@@ -216,3 +216,26 @@ def test_a_card_is_strict_json_and_leaves_no_part_behind(tmp_path):
     write_json(tmp_path / "a" / "card.json", {"loss": float("nan"), "bins": (1.0, float("inf"))})
     assert read(tmp_path / "a" / "card.json") == {"loss": None, "bins": [1.0, None]}
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["card.json"]
+
+
+def test_the_floor_is_measured_once_for_all_that_it_depends_on(make_run):
+    run = make_run()
+    floors = cache_folder() / "floors"
+    wanted = ["evaluate.metrics=[fd]", "evaluate.fid_num_images=37"]
+
+    def floor(*overrides, **which):
+        return read(evaluate(run.path, [*wanted, *overrides], **which))["floor"]
+
+    before = set(floors.glob("*"))
+    first = floor(step=1)
+    (file,) = set(floors.glob("*")) - before
+    assert read(file) == first
+    stamp = file.stat().st_mtime_ns
+    others = [{"step": 2}, {"step": 1, "force": True}]
+    assert [floor(**which) for which in others] == [first, first]
+    assert floor("sample.solver.steps=1", "evaluate.seed=1") == first
+    assert file.stat().st_mtime_ns == stamp
+    file.write_text("damaged")
+    assert floor(step=1, force=True) == first == read(file)
+    assert floor("evaluate.fid_num_images=38")["fd"] != first["fd"]
+    assert floor("evaluate.metrics=[fd, spectrum]").keys() > first.keys()
