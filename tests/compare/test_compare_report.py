@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import html
 import io
 import json
 import re
@@ -378,18 +379,50 @@ def test_styles_tell_arms_apart_and_show_preconditioning(finished):
     assert (styles["AdamW"].line, styles["DoPr-AdamW"].line) == ("--", "-")
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
-def test_a_click_on_a_title_sorts_the_table(finished, tmp_path):
-    page = (compare(finished, report_only=True) / "report.html").read_text()
-    click = "<script>document.querySelectorAll('th')[2].click()</script></body>"
-    (tmp_path / "clicked.html").write_text(page.replace("</body>", click))
+CHECK = """
+<script>
+  addEventListener("load", () => {
+    const tables = [...document.querySelectorAll("table.sortable")].map((table) =>
+      [...table.querySelectorAll("th")].map((title, column) => {
+        const shown = () => [...table.tBodies[0].rows].map((row) => row.cells[column].textContent);
+        return [title.textContent, [1, 2].map(() => (title.click(), shown()))];
+      }));
+    const images = [...document.images].map((image) => image.naturalWidth);
+    const tooWide = document.documentElement.scrollWidth - innerWidth;
+    document.title = JSON.stringify({tables, images, tooWide});
+  });
+</script></body>"""
+
+
+def in_chromium(page, path, width):
+    """What the script CHECK found on the page, and the browser's console."""
+    path.write_text(page.replace("</body>", CHECK))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += ["--enable-logging=stderr", "--v=0", f"--window-size={width},900"]
     shown = subprocess.run(
-        [*command, str(tmp_path / "clicked.html")], capture_output=True, text=True, timeout=60
-    ).stdout
-    names = re.findall(r"</span>((?:DoPr-)?AdamW)</td>", shown)
-    assert names[:2] == ["DoPr-AdamW", "AdamW"]  # by FD
-    assert page.index(">AdamW</td>") < page.index(">DoPr-AdamW</td>")
+        [*command, path.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    (found,) = re.findall(r"<title>(.*)</title>", shown.stdout)
+    lines = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
+    return json.loads(html.unescape(found)), lines
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no program chromium")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_a_browser_shows_the_report_without_complaint_and_sorts_it(finished, tmp_path, width):
+    page = (compare(finished, report_only=True) / "report.html").read_text()
+    found, console = in_chromium(page, tmp_path / "page.html", width)
+    assert console == []
+    assert len(found["images"]) == page.count("<img")
+    assert min(found["images"]) > 0
+    assert found["tooWide"] <= 0
+    results, every_run = (dict(table) for table in found["tables"])
+    assert results["optimizer"] == [["AdamW", "DoPr-AdamW"], ["DoPr-AdamW", "AdamW"]]
+    assert results["FD ↓"] == [["3.25 ± 0.35", "5.50 ± 0.71"], ["5.50 ± 0.71", "3.25 ± 0.35"]]
+    distances = [f"{fd:.2f}" for fd in sorted(FD.values())]
+    assert every_run["FD ↓"] == [distances, distances[::-1]]
+    broken = page.replace("</body>", "<script>nothing()</script></body>")
+    assert len(in_chromium(broken, tmp_path / "broken.html", width)[1]) == 1
 
 
 def test_the_table_for_latex_has_the_rows_of_the_report(finished):
