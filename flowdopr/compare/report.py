@@ -129,7 +129,6 @@ def _settings(study: Study) -> dict[str, str]:
     }
     if evaluated is not None:
         shown |= {"sampling": evaluated.sampling, "feature space": evaluated.extractor}
-        shown["generated images"] = f"{evaluated.final.num_images:,} for each {study.metric}"
     launches = sorted(time for run in study.runs for time in run.launched)
     if launches:
         shown["runs launched"] = " to ".join(dict.fromkeys(map(when, (launches[0], launches[-1]))))

@@ -198,7 +198,7 @@ def shared_values(study: Study, table: Sequence[Row]) -> dict[str, str]:
         return distinct(show(row[key]) for row in table if row[key] is not None) or NONE
 
     return {
-        f"{study.metric} images": shared("fd_images", "{:,}".format),
+        "generated images": shared("fd_images", "{:,}".format),
         "NFE": shared("nfe", lambda nfe: number(nfe) if nfe % 1 else f"{nfe:g}"),
         "images seen": shared("images_seen", "{:,}".format),
         "global batch": shared("global_batch_size"),

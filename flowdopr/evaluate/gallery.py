@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flowdopr.config.schema import EvaluateConfig
 from flowdopr.disk import replacing_shared, write_tensors
 
 REFERENCES_TOGETHER = 4096  # features in one block of distances
@@ -83,8 +84,9 @@ class Gallery:
         return {"num_images": len(self.images), "nearest_ratio": median}
 
 
-def has_gallery(card: Path, wanted: int) -> bool:
-    """Whether a gallery of `wanted` images or more lies beside the card's file."""
+def has_gallery(card: Path, chosen: EvaluateConfig) -> bool:
+    """Whether a gallery as large as it is `chosen`, or larger, lies beside the card's file."""
+    wanted = min(chosen.gallery, chosen.fid_num_images)
     if wanted == 0:
         return True
     found = Gallery.read(Gallery.beside(card))

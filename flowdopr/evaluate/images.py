@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -138,7 +139,15 @@ class ImageMetrics:
             metrics["label_accuracy"] = right.double().mean().item()
         return metrics, how | {"floor": self.floor()} if metrics else how
 
-    def gallery(self, drawn: Drawn, labels: Tensor | None) -> Gallery:
+    def write_gallery(self, drawn: Drawn, labels: Tensor | None, card: Path) -> dict[str, Any]:
+        """Write the gallery beside the file `card`; returns its field of the card, or nothing."""
+        if not self.chosen.gallery:
+            return {}
+        gallery, file = self._gallery(drawn, labels), Gallery.beside(card)
+        gallery.write(file)
+        return {"gallery": {"file": file.name, **gallery.to_dict()}}
+
+    def _gallery(self, drawn: Drawn, labels: Tensor | None) -> Gallery:
         """The first generated images, with the nearest training images if features are needed."""
         num = len(drawn.first)
         found = Gallery(drawn.first, None if labels is None else labels[:num])

@@ -17,7 +17,7 @@ from flowdopr.evaluate.card import (
     read_card,
 )
 from flowdopr.evaluate.exact import check_exact, measure_model
-from flowdopr.evaluate.gallery import Gallery, has_gallery
+from flowdopr.evaluate.gallery import has_gallery
 from flowdopr.evaluate.generate import ImageSampler, balanced_labels, labels_like_data
 from flowdopr.evaluate.images import ImageMetrics
 from flowdopr.latents import build_datasets, build_pixel_datasets, load_decoder
@@ -59,8 +59,7 @@ def evaluate(
     path = card_path(folder.path / "evaluation", sampler.step, settings | guide)
     known = read_card(path)
     made = known is not None and known["checkpoint"] == origin["checkpoint"]
-    shown = min(config.evaluate.gallery, config.evaluate.fid_num_images)
-    if made and not force and has_gallery(path, shown):
+    if made and not force and has_gallery(path, config.evaluate):
         return path
     with sampler.state.main_process_first():
         datasets = build_datasets(config)
@@ -86,10 +85,7 @@ def evaluate(
         card |= {"proxy": config.evaluate.fid_num_images < FEWEST_FOR_FID}
         card |= {"autoencoder": record} if record else {}
         card |= {"extractor": extractor, "reference": metrics.reference()}
-        if config.evaluate.gallery:
-            gallery, file = metrics.gallery(drawn, labels), Gallery.beside(path)
-            gallery.write(file)
-            card |= {"gallery": {"file": file.name, **gallery.to_dict()}}
+        card |= metrics.write_gallery(drawn, labels, path)
         write_json(path, card | {"seconds": round(time.perf_counter() - started, 3)})
     sampler.state.wait_for_everyone()
     return path

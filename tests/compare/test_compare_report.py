@@ -149,7 +149,7 @@ def test_what_was_trained_on_what_and_when_is_on_the_page(finished):
     for name, value in {
         "parameters": f"{parameters:,}",
         "data": "digits: 8 × 8 images of 1 channel, 1,600 to train on, 197 held out, 10 classes",
-        "generated images": "40 for each FD",
+        "generated images": "40",
         "runs launched": "2026-03-14 15:09 UTC",
     }.items():
         assert f"<dt>{name}</dt><dd>{value}</dd>" in page
