@@ -18,6 +18,7 @@ from flowdopr.compare.statistics import ArmSummary, matched_pairs
 from flowdopr.compare.study import Study
 
 WIDTH, HEIGHT, DPI = 5.4, 3.8, 180
+LEGEND_ROW = 0.2  # inches
 
 Series = list[tuple[float, float]]
 
@@ -66,7 +67,7 @@ def _mark_shared_losses(figure: Figure, axes: Axes, study: Study) -> None:
     if not pairs:
         return
     height = 0.2 * (len(pairs) + 1)  # inches
-    figure.set_figheight(HEIGHT + height)
+    figure.set_figheight(figure.get_figheight() + height)
     grid = figure.add_gridspec(2, 1, height_ratios=[HEIGHT - 0.3, height])
     axes.set_subplotspec(grid[0])
     strip = figure.add_subplot(grid[1], sharex=axes)
@@ -143,6 +144,7 @@ def by_images(study: Study) -> Figure | None:
     numbers = sorted({number for one in runs for number, _ in one.fd_by_images}, reverse=True)
     ticks = [1 / number for number in numbers]
     _ticks_at(axes, [0, *ticks], ["∞", *(f"{number:,}" for number in numbers)])
+    axes.tick_params(axis="x", rotation=45)
     _label(axes, "generated images", f"{study.metric} of the rollouts")
     _legend(axes, study)
     return figure
@@ -307,8 +309,14 @@ def _ticks_at(axes: Axes, positions: Sequence[float], labels: Sequence[str]) -> 
 
 
 def _legend(axes: Axes, study: Study, lines: bool = True) -> None:
+    """The arms above the plot, in as many columns as fit; the figure grows by their rows."""
     handles = []
     for arm, style in study.styles.items():
         line = {"linestyle": style.line if lines else "none", "linewidth": 2}
         handles.append(Line2D([], [], color=style.colour, marker=style.marker, label=arm, **line))
-    axes.legend(handles=handles, frameon=False, fontsize="small")
+    columns = max(1, int(WIDTH / (0.5 + 0.075 * max(map(len, study.styles)))))
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * -(-len(handles) // columns))
+    place = {"loc": "outside upper left", "ncols": columns}
+    figure.legend(handles=handles, frameon=False, fontsize="small", **place)
