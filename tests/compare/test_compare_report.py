@@ -139,6 +139,7 @@ def test_every_run_links_to_its_files(finished):
         for target in (f"{plan.name}/config.yaml", f"{plan.name}/evaluation/"):
             assert f'href="{target}"' in page
             assert (folder / target).exists()
+        assert f"<code>flowdopr train {plan.path}/config.yaml name=NEW</code>" in page
 
 
 def test_what_was_trained_on_what_and_when_is_on_the_page(finished):
