@@ -90,8 +90,9 @@ def at_equal_loss(first: RunResult, second: RunResult) -> float | None:
 
 
 def shared_losses(first: RunResult, second: RunResult) -> tuple[float, float] | None:
-    """The lowest and the highest loss that both reached, between which `at_equal_loss` averages."""
-    one, other = loss_curve(first), loss_curve(second)
+    """The lowest and the highest loss that both reached with the study's own weight average,
+    between which `at_equal_loss` averages."""
+    one, other = loss_curve(points_of(first)), loss_curve(points_of(second))
     if one is None or other is None:
         return None
     low, high = _common_range(one[0], other[0])

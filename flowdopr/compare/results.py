@@ -194,7 +194,9 @@ def _numbers(step: int, metrics: Card) -> Evaluation:
 def _extractor(card: Card) -> str:
     held_out, warning = (card["extractor"].get(key) for key in ("held_out_accuracy", "warning"))
     accuracy = "" if held_out is None else f", {100 * held_out:.1f} % accurate on held-out images"
-    return f"{card['extractor']['space']}{accuracy}" + (f"; {warning}" if warning else "")
+    return f"{card['extractor'].get('space', 'none')}{accuracy}" + (
+        f"; {warning}" if warning else ""
+    )
 
 
 def _sampling(card: Card) -> str:
