@@ -90,7 +90,8 @@ def at_equal_loss(first: RunResult, second: RunResult) -> float | None:
 
 
 def shared_losses(first: RunResult, second: RunResult) -> tuple[float, float] | None:
-    """The lowest and the highest loss that both reached, between which `at_equal_loss` averages."""
+    """The lowest and the highest loss that both reached with the study's own weight average,
+    between which `at_equal_loss` averages."""
     one, other = loss_curve(points_of(first)), loss_curve(points_of(second))
     if one is None or other is None:
         return None

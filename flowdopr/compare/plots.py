@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from flowdopr.compare.formats import learning_rate
-from flowdopr.compare.matched import shared_losses
+from flowdopr.compare.matched import points_of, shared_losses
 from flowdopr.compare.results import Evaluation, RunResult
 from flowdopr.compare.statistics import ArmSummary, matched_pairs
 from flowdopr.compare.study import Study
@@ -51,7 +51,7 @@ def scatter(study: Study) -> Figure | None:
             axes.plot(x, y, style.marker, color=style.colour, markerfacecolor=face, markersize=8)
             drawn = drawn or bool(points)
         for run in arm.reported.runs:
-            x, y = _columns(_series(run.curve, "one_step_loss", "fd"))
+            x, y = _columns(_series(_over_training(run), "one_step_loss", "fd"))
             axes.plot(x, y, style.line, color=style.colour, linewidth=0.8, alpha=0.6)
     rollouts = f"{study.metric} of the rollouts (lower is better)"
     _label(axes, "held-out one-step loss (lower is better)", rollouts)
@@ -102,13 +102,22 @@ def training(study: Study) -> dict[str, Figure]:
             figure, axes = _figure()
             timed = unit == "seconds"
             longest = _draw_arms(
-                axes, study, lambda run, field=field: _series(run.curve, "step", field), timed=timed
+                axes,
+                study,
+                lambda run, field=field: _series(_over_training(run), "step", field),
+                timed=timed,
             )
             _label(axes, x, title)
             _legend(axes, study)
             if longest > 1:
                 figures[f"{field}-by-{unit}".replace("_", "-")] = figure
     return figures
+
+
+def _over_training(run: RunResult) -> list[Evaluation]:
+    """The evaluations by which runs are compared at equal loss: of a run's checkpoints or, where it
+    is repeated with fewer steps, of the ends of these runs."""
+    return [evaluation for evaluation, _ in points_of(run)]
 
 
 def by_nfe(study: Study) -> dict[str, Figure]:

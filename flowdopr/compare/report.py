@@ -6,6 +6,7 @@ The report is one file: its pictures are inside it and it loads nothing. A scrip
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
@@ -148,8 +149,9 @@ def _data(study: Study) -> str:
     return f"{name}: {kind} of {channels}, {split}, {info.num_classes or 'no'} classes"
 
 
-def _run_row(run: RunResult) -> list[str]:
-    return [
+def _run_row(run: RunResult) -> dict[str, str | list[str]]:
+    """The cells of a run in the list of every run, and the command that repeats it alone."""
+    cells = [
         run.plan.name,
         run.status,
         number(run.value("fd"), 3),
@@ -158,3 +160,6 @@ def _run_row(run: RunResult) -> list[str]:
         seconds(run.seconds_per_step),
         ", ".join(map(when, run.launched)) or NONE,
     ]
+    command = shlex.join(["flowdopr", "train", str(run.plan.path / "config.yaml"), "name=NEW"])
+    started = run.status != "not started"
+    return {"name": run.plan.name, "cells": cells, "command": command if started else ""}
