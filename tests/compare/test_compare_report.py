@@ -187,51 +187,6 @@ def test_time_is_that_of_training_and_bars_are_the_losses_that_both_reached(fini
     assert bar.get_xdata() == pytest.approx([0.5 + 5.5 / 100, 0.5 + 6.5 / 100])
 
 
-def test_what_was_trained_on_what_and_when_is_on_the_page(finished):
-    folder = compare(finished, report_only=True)
-    page = (folder / "report.html").read_text()
-    model = build_model(finished, DIGITS.image_shape, DIGITS.num_classes)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    for name, value in {
-        "parameters": f"{parameters:,}",
-        "data": "digits: 8 × 8 images of 1 channel, 1,600 to train on, 197 held out, 10 classes",
-        "generated images": "40",
-        "runs launched": "2026-03-14 15:09 UTC",
-    }.items():
-        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
-    results = json.loads((folder / "results.json").read_text())
-    assert results["dataset"] == DIGITS.to_dict()
-    assert {run["num_parameters"] for run in results["runs"]} == {parameters}
-    assert all(run["launched"] == [MADE_BY["launched"]] for run in results["runs"])
-
-
-def test_the_settings_in_which_arms_differ_are_listed(study):
-    arms = "[{name: A, lrs: [1e-3]}, {name: B, lrs: [1e-3], set: {train.ema_decays: [0.8]}}, "
-    arms += "{name: C, lrs: [2e-3]}]"
-    config = apply_overrides(study, [f"compare.arms={arms}"])
-    folder = compare(config, report_only=True)
-    results = json.loads((folder / "results.json").read_text())
-    assert results["differing_settings"] == {
-        "optimizer.lr": {"A": "0.001", "B": "0.001", "C": "0.002"},
-        "train.ema_decays": {"A": "[0.9]", "B": "[0.8]", "C": "[0.9]"},
-    }
-    note = "Not only the optimizer differs: train.ema_decays is not the same in B as in A and C."
-    assert note in results["verdict"]["notes"]
-    page = (folder / "report.html").read_text()
-    assert re.search(r"<code>train.ema_decays</code></td>\s*<td>\[0.9\]</td><td>\[0.8\]</td>", page)
-
-
-def test_time_is_that_of_training_and_bars_are_the_losses_that_both_reached(finished):
-    study = build_study(finished, [read_result(read_run(plan)) for plan in expand(finished)])
-    seeds_and_mean = draw_all(study)["fd-by-seconds"].axes[0].lines[:3]
-    for line in seeds_and_mean:  # 4 and 8 steps of 0.02 s
-        assert line.get_xdata() == pytest.approx([0.08, 0.16])
-    assert seeds_and_mean[2].get_ydata() == pytest.approx([11.0, 5.5])
-    bar = draw_all(study)["scatter"].axes[1].lines[0]
-    # Losses are 0.5 + FD / 100: of seeds 0 and 1 up to that of DoPr at step 4, from AdamW's at 8.
-    assert bar.get_xdata() == pytest.approx([0.5 + 5.5 / 100, 0.5 + 6.5 / 100])
-
-
 def test_results_json_holds_every_run_and_difference(finished):
     folder = compare(finished, report_only=True)
     results = json.loads((folder / "results.json").read_text())
