@@ -47,7 +47,7 @@ class Gallery:
         """The gallery in the file `path`, which runs no code; None if it is missing or damaged."""
         try:
             found = cls(**load_file(path))
-        except (OSError, SafetensorError, TypeError):
+        except (OSError, SafetensorError, TypeError, ValueError):  # also of a name that is no path
             return None
         return found if found._fits() else None
 
@@ -59,6 +59,7 @@ class Gallery:
             all(one.dtype == torch.uint8 and one.ndim == 4 for one in pictures)
             and all(one.shape == self.images.shape for one in pictures)
             and self.images.shape[1] in (1, 3)
+            and self.images.numel() > 0
             and all(one.shape == self.images.shape[:1] for one in lists)
             and (self.distances is None) == (self.nearest is None)
             and (self.distances is None) == (self.held_out_distances is None)

@@ -296,6 +296,14 @@ def test_samples_of_the_same_noise_and_their_neighbours_are_shown(finished):
     runs = json.loads((folder / "results.json").read_text())["runs"]
     assert {run["nearest_ratio"] for run in runs} == {0.5}
     assert all(Path(run["gallery"]).is_file() for run in runs)
+    for number, plan in enumerate(expand(finished)):  # without galleries, the grids of training
+        card = plan.path / "evaluation" / "card-0.json"
+        Gallery.beside(card).write_bytes(b"damaged")
+        record = record | {"file": ["card-0.safetensors", "no\0path", "", "missing"][number]}
+        card.write_text(json.dumps(json.loads(card.read_text()) | {"gallery": record}))
+    page = (compare(finished, report_only=True) / "report.html").read_text()
+    assert page.count('alt="Samples of') == 2
+    assert "Nearest training images" not in page
 
 
 def test_a_report_before_any_run(study):

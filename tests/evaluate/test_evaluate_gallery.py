@@ -71,12 +71,9 @@ def test_only_a_larger_gallery_is_made_anew(make_run):
     assert made("evaluate.gallery=1000")  # as many as are generated
     assert not made("evaluate.gallery=1000")
     whole = file.read_bytes()
-    for damage in (
-        b"",
-        whole[:-9],
-        save({"images": torch.zeros(3, 2)}),
-        save({"x": torch.ones(1)}),
-    ):
+    empty = {"images": torch.zeros(0, 1, 8, 8, dtype=torch.uint8)}
+    wrong = [empty, {"images": torch.zeros(3, 2)}, {"x": torch.ones(1)}]
+    for damage in (b"", whole[:-9], *map(save, wrong)):
         file.write_bytes(damage)
         assert made()
     assert len(Gallery.read(file).images) == 3
