@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from flowdopr.compare.cards import read_run
 from flowdopr.compare.plan import RunPlan
-from flowdopr.evaluate import evaluate
+from flowdopr.evaluate import Evaluator
 from flowdopr.exits import LESS_MEMORY, exit_code, is_out_of_memory, one_line
 from flowdopr.runs import RunFolder, start_from
 from flowdopr.train import Interrupted, train
@@ -40,8 +40,9 @@ def train_and_evaluate(plan: RunPlan) -> None:
     if plan.starts_from and not read_run(plan).steps and (longer / "config.yaml").exists():
         start_from(RunFolder.open(longer), plan.config)
     train(plan.config, resume=True, patience=PATIENCE_SECONDS)
+    evaluator = Evaluator(plan.path)
     for request in read_run(plan).missing:
-        evaluate(plan.path, request.overrides, step=request.step)
+        evaluator.card(request.overrides, step=request.step)
 
 
 def run_in_process(

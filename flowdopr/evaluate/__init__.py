@@ -11,9 +11,10 @@ from flowdopr.evaluate.extractors import (
 from flowdopr.evaluate.fidelity import fidelity, reference_features
 from flowdopr.evaluate.gallery import Gallery
 from flowdopr.evaluate.generate import RolloutsFailed
-from flowdopr.evaluate.measure import evaluate
+from flowdopr.evaluate.measure import Evaluator, evaluate
 
 __all__ = [
+    "Evaluator",
     "Extractor",
     "Features",
     "Gallery",

@@ -76,13 +76,20 @@ def reference_features(reference: ImageDataset, fingerprint: str, extractor: Ext
 
 
 def fidelity(
-    generated: Features, reference: Tensor, extractor: Extractor, metrics: Collection[str]
+    generated: Features,
+    reference: Tensor,
+    extractor: Extractor,
+    metrics: Collection[str],
+    *,
+    moments: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, float | None], dict[str, Any]]:
     """The chosen `metrics` (fd, fd_by_images, kid, isc, prc) of generated against real images.
 
     Args:
         reference: features of the real images.
         extractor: that of all features.
+        moments: what torch-fidelity's `fid_features_to_statistics` returns of `reference`, where
+            it is known; otherwise computed now.
 
     Returns:
         The metrics: "fd" or "fid" (by the extractor), the same with "_by_images" and "_infinity"
@@ -96,11 +103,12 @@ def fidelity(
     """
     check_numbers(metrics, len(generated.features), len(reference))
     found, ours, how, features = {}, {}, {}, generated.features
-    statistics = fid_features_to_statistics(reference) if NEED_MOMENTS & set(metrics) else {}
+    if moments is None and NEED_MOMENTS & set(metrics):
+        moments = fid_features_to_statistics(reference)
     if "fd" in metrics:
-        found[torch_fidelity.KEY_METRIC_FID] = _distance(features, statistics)
+        found[torch_fidelity.KEY_METRIC_FID] = _distance(features, moments or {})
     if "fd_by_images" in metrics:
-        points = fd_by_images(features, statistics)
+        points = fd_by_images(features, moments or {})
         ours[f"{extractor.distance}_by_images"] = points
         ours[f"{extractor.distance}_infinity"] = extrapolated(points)
     if "kid" in metrics:

@@ -16,44 +16,23 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from flowdopr.config import Config
 from flowdopr.config.schema import EvaluateConfig
 from flowdopr.data import Datasets
 from flowdopr.data.loader import picks_between
 from flowdopr.disk import cache_folder
 from flowdopr.evaluate.cache import cached_numbers
 from flowdopr.evaluate.exact import Measured
-from flowdopr.evaluate.extractors import (
-    CLASSIFIER,
-    Extractor,
-    Features,
-    classifier_extractor,
-    inception_extractor,
-)
-from flowdopr.evaluate.fidelity import TOGETHER, check_numbers, fidelity, reference_features
+from flowdopr.evaluate.extractors import CLASSIFIER, Extractor, Features
+from flowdopr.evaluate.fidelity import NEED_MOMENTS, TOGETHER, check_numbers, fidelity
 from flowdopr.evaluate.gallery import MOST_HELD_OUT, Gallery, nearest
 from flowdopr.evaluate.generate import ImageSampler, mean_nfe
-from flowdopr.evaluate.pretrained import NETWORKS, pretrained_extractor
-from flowdopr.evaluate.spectrum import PrincipalDirections, principal_directions, spectrum
+from flowdopr.evaluate.real import RealImages
+from flowdopr.evaluate.spectrum import PrincipalDirections, spectrum
 from flowdopr.terminal import counting
 
 NEED_FEATURES = frozenset({"fd", "fd_by_images", "kid", "isc", "prc"})
 FEWEST_FOR_FLOOR = 8  # real held-out images
 FLOOR_VERSION = 1  # part of the cache key: raise it with any change of what a metric is
-
-
-def build_extractor(config: Config, datasets: Datasets, device: torch.device) -> Extractor:
-    """The feature space that `evaluate.extractor` names.
-
-    Raises:
-        ValueError: no classes to train a classifier on, or missing weights or packages.
-    """
-    extractor = config.evaluate.extractor
-    if extractor.name == "inception":
-        return inception_extractor(extractor.weights, device)
-    if extractor.name in NETWORKS:
-        return pretrained_extractor(extractor.name, getattr(extractor, "weights", None), device)
-    return classifier_extractor(datasets, device)
 
 
 class Drawn(NamedTuple):
@@ -71,31 +50,34 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageMetrics:
-    """The chosen metrics of images, with the real images `pixels` that they compare with."""
+    """The chosen metrics of images, and the `real` ones that they compare with."""
 
     chosen: EvaluateConfig
-    pixels: Datasets
+    real: RealImages
     extractor: Extractor | None
     """None if no metric needs features."""
     directions: PrincipalDirections | None
     """None if the spectrum is not measured."""
 
     @classmethod
-    def build(cls, config: Config, pixels: Datasets, device: torch.device) -> ImageMetrics:
+    def build(cls, chosen: EvaluateConfig, real: RealImages) -> ImageMetrics:
         """Train, load or download what the metrics need.
 
         Raises:
             ValueError: too few images, or as `build_extractor`.
         """
-        chosen, directions = config.evaluate, None
-        check_numbers(chosen.metrics, chosen.fid_num_images, pixels.info.num_train)
-        needs_labels = chosen.extractor.name == "classifier" and pixels.info.num_classes > 1
+        info = real.pixels.info
+        check_numbers(chosen.metrics, chosen.fid_num_images, info.num_train)
+        needs_labels = chosen.extractor.name == "classifier" and info.num_classes > 1
         needs_features = needs_labels or NEED_FEATURES & set(chosen.metrics)
-        extractor = build_extractor(config, pixels, device) if needs_features else None
-        if "spectrum" in chosen.metrics:
-            cache = cache_folder() / "spectra"
-            directions = principal_directions(pixels.reference, cache, pixels.info.fingerprint)
-        return cls(chosen, pixels, extractor, directions)
+        extractor = real.extractor if needs_features else None
+        return cls(
+            chosen, real, extractor, real.directions if "spectrum" in chosen.metrics else None
+        )
+
+    @property
+    def pixels(self) -> Datasets:
+        return self.real.pixels
 
     def draw(
         self, sampler: ImageSampler, labels: Tensor | None, decode: Callable[[Tensor], Tensor]
@@ -153,9 +135,9 @@ class ImageMetrics:
         found = Gallery(drawn.first, None if labels is None else labels[:num])
         if self.extractor is None or not self._needed():
             return found
-        real = self._real_features(self.extractor)
+        real = self.real.features
         distances, indices = nearest(drawn.features.features[:num], real)
-        held_out = self._held_out_features(self.extractor, self._held_out(MOST_HELD_OUT))
+        held_out = self.real.held_out_features[self._held_out(MOST_HELD_OUT)]
         return replace(
             found,
             nearest=self.pixels.reference.batch(indices)[0],
@@ -185,7 +167,7 @@ class ImageMetrics:
         moments = torch.stack([self._moments(part) for part in parts]).sum(0)
         found = {"num_images": num} | self._spectrum(moments, num)
         if self.extractor is not None and self._needed():
-            own = self._held_out_features(self.extractor, chosen)
+            own = self.real.held_out_features[chosen]
             distances, _ = self._distances(Features(own, own[:, :0]), without=("isc",))
             found |= distances
         return found
@@ -195,14 +177,6 @@ class ImageMetrics:
         total = len(self.pixels.held_out)
         return picks_between(0, total, 0, min(most, total)).indices
 
-    def _held_out_features(self, extractor: Extractor, chosen: Tensor) -> Tensor:
-        name = f"held out beside {self.pixels.info.fingerprint}"
-        return reference_features(self.pixels.held_out, name, extractor)[chosen]
-
-    def _real_features(self, extractor: Extractor) -> Tensor:
-        """Of the images that generated ones are compared with."""
-        return reference_features(self.pixels.reference, self.pixels.info.fingerprint, extractor)
-
     def _needed(self) -> list[str]:
         return sorted(NEED_FEATURES & set(self.chosen.metrics))
 
@@ -210,7 +184,8 @@ class ImageMetrics:
         if self.extractor is None or not self._needed():
             return {}, {}
         wanted = [one for one in self._needed() if one not in without]
-        return fidelity(features, self._real_features(self.extractor), self.extractor, wanted)
+        moments = self.real.moments if NEED_MOMENTS & set(wanted) else None
+        return fidelity(features, self.real.features, self.extractor, wanted, moments=moments)
 
     def _spectrum(self, moments: Tensor, num: int) -> dict[str, Any]:
         return {} if self.directions is None else spectrum(moments, num, self.directions)

@@ -1,9 +1,11 @@
 """`evaluate`: one checkpoint of a run, measured into a card."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from flowdopr.config import Config, ConfigError, apply_overrides
@@ -16,10 +18,11 @@ from flowdopr.evaluate.card import (
     card_settings,
     read_card,
 )
-from flowdopr.evaluate.exact import check_exact, measure_model
+from flowdopr.evaluate.exact import Measured, check_exact, held_out_loss, measure_model
 from flowdopr.evaluate.gallery import has_gallery
 from flowdopr.evaluate.generate import ImageSampler, balanced_labels, labels_like_data
 from flowdopr.evaluate.images import ImageMetrics
+from flowdopr.evaluate.real import RealImages
 from flowdopr.latents import build_datasets, build_pixel_datasets, load_decoder
 from flowdopr.runs import RunFolder
 from flowdopr.terminal import print_line
@@ -38,57 +41,112 @@ def evaluate(
 ) -> Path:
     """Measure checkpoint `step` (default: the newest) of `run` and return the path of its card.
 
-    A card of the same settings and the same weights is not made again unless `force`, or if its
-    gallery is smaller than `evaluate.gallery`. Under
-    `accelerate launch` the processes share the sampling.
+    See `Evaluator.card`, which measures several without loading the images for each.
+    """
+    return Evaluator(run).card(overrides, step=step, force=force)
 
-    Args:
-        overrides: `a.b=value` for the sections sample and evaluate, and where the data lies.
+
+class Evaluator:
+    """Measures checkpoints of one run.
+
+    Its images, the feature space, the real images' features and the one-step loss of a checkpoint
+    are loaded or computed once.
 
     Raises:
-        ConfigError, ValueError: no such run or checkpoint, other data than the run's, too few
-            images, settings that cannot be used, missing Inception weights; one line each.
-        RolloutsFailed: images are not finite, or the solver failed; no card is written.
+        ConfigError: `run` is not a run folder.
     """
-    started = time.perf_counter()
-    folder = RunFolder.open(run)
-    config = _changed(folder.config, overrides)
-    sampler = ImageSampler.load(folder, config, step, config.evaluate.weights)
-    origin, guide = sampler.origin(), sampler.guide_record()
-    settings = card_settings(config, folder.dataset)
-    path = card_path(folder.path / "evaluation", sampler.step, settings | guide)
-    known = read_card(path)
-    made = known is not None and known["checkpoint"] == origin["checkpoint"]
-    if made and not force and has_gallery(path, config.evaluate):
-        return path
-    with sampler.state.main_process_first():
-        datasets = build_datasets(config)
-        if datasets.info.fingerprint != folder.dataset.fingerprint:
-            raise ConfigError(
-                f"{folder.path}: the images in data.root={config.data.root} are not those it was "
-                "trained on; give data.root=FOLDER_OF_THOSE"
+
+    def __init__(self, run: str | Path):
+        self.folder = RunFolder.open(run)
+        self._kept: dict[Hashable, Any] = {}
+
+    def card(
+        self, overrides: Iterable[str] = (), *, step: int | None = None, force: bool = False
+    ) -> Path:
+        """Measure checkpoint `step` (default: the newest) and return the path of its card.
+
+        A card of the same settings and the same weights is not made again unless `force`, or if its
+        gallery is smaller than `evaluate.gallery`. Under `accelerate launch` the processes share
+        the sampling.
+
+        Args:
+            overrides: `a.b=value` for the sections sample and evaluate, and where the data lies.
+
+        Raises:
+            ConfigError, ValueError: no such run or checkpoint, other data than the run's, too few
+                images, settings that cannot be used, missing Inception weights; one line each.
+            RolloutsFailed: images are not finite, or the solver failed; no card is written.
+        """
+        started = time.perf_counter()
+        config, folder = _changed(self.folder.config, overrides), self.folder
+        sampler = ImageSampler.load(folder, config, step, config.evaluate.weights)
+        origin, guide = sampler.origin(), sampler.guide_record()
+        settings = card_settings(config, folder.dataset)
+        path = card_path(folder.path / "evaluation", sampler.step, settings | guide)
+        known = read_card(path)
+        made = known is not None and known["checkpoint"] == origin["checkpoint"]
+        if made and not force and has_gallery(path, config.evaluate):
+            return path
+        with sampler.state.main_process_first():
+            datasets = self._datasets(config)
+            check_exact(config, datasets)
+            metrics = ImageMetrics.build(
+                config.evaluate, self._real(config, datasets, sampler.device)
             )
-        check_exact(config, datasets)
-        pixels = build_pixel_datasets(config) if datasets.info.autoencoder else datasets
-        metrics = ImageMetrics.build(config, pixels, sampler.device)
-    record = autoencoder_record(datasets.info, config)
-    labels = _labels(config, sampler.num_classes, datasets)
-    drawn = metrics.draw(sampler, labels, load_decoder(record, sampler.device))
-    if sampler.state.is_main_process:
-        extractor = metrics.extractor.to_dict() if metrics.extractor else {}
-        if extractor.get("warning"):
-            print_line(f"warning: {extractor['warning']}")
-        numbers, how = measure_model(config, sampler.model, datasets, sampler.device)
-        distances, more = metrics.measure(drawn, labels)
-        card = origin | how | more | {"settings": settings, "metrics": numbers | distances}
-        card |= {"sampling": settings["sampling"] | guide | {"nfe": drawn.nfe}}
-        card |= {"proxy": config.evaluate.fid_num_images < FEWEST_FOR_FID}
-        card |= {"autoencoder": record} if record else {}
-        card |= {"extractor": extractor, "reference": metrics.reference()}
-        card |= metrics.write_gallery(drawn, labels, path)
-        write_json(path, card | {"seconds": round(time.perf_counter() - started, 3)})
-    sampler.state.wait_for_everyone()
-    return path
+        record = autoencoder_record(datasets.info, config)
+        labels = _labels(config, sampler.num_classes, datasets)
+        drawn = metrics.draw(sampler, labels, load_decoder(record, sampler.device))
+        if sampler.state.is_main_process:
+            extractor = metrics.extractor.to_dict() if metrics.extractor else {}
+            if extractor.get("warning"):
+                print_line(f"warning: {extractor['warning']}")
+            loss, one_step = self._held_out_loss(config, sampler, datasets)
+            numbers, how = measure_model(config, sampler.model, datasets, sampler.device)
+            distances, more = metrics.measure(drawn, labels)
+            card = origin | one_step | how | more | {"settings": settings}
+            card |= {"metrics": loss | numbers | distances}
+            card |= {"sampling": settings["sampling"] | guide | {"nfe": drawn.nfe}}
+            card |= {"proxy": config.evaluate.fid_num_images < FEWEST_FOR_FID}
+            card |= {"autoencoder": record} if record else {}
+            card |= {"extractor": extractor, "reference": metrics.reference()}
+            card |= metrics.write_gallery(drawn, labels, path)
+            write_json(path, card | {"seconds": round(time.perf_counter() - started, 3)})
+        sampler.state.wait_for_everyone()
+        return path
+
+    def _keep(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returned for this key the first time."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def _datasets(self, config: Config) -> Datasets:
+        """The images of the run, as the model sees them.
+
+        Raises:
+            ConfigError: they are not those that it was trained on.
+        """
+        datasets = self._keep(config.data.model_dump_json(), lambda: build_datasets(config))
+        if datasets.info.fingerprint != self.folder.dataset.fingerprint:
+            raise ConfigError(
+                f"{self.folder.path}: the images in data.root={config.data.root} are not those it "
+                "was trained on; give data.root=FOLDER_OF_THOSE"
+            )
+        return datasets
+
+    def _real(self, config: Config, datasets: Datasets, device: torch.device) -> RealImages:
+        def load() -> RealImages:
+            pixels = build_pixel_datasets(config) if datasets.info.autoencoder else datasets
+            return RealImages(pixels, config.evaluate, device)
+
+        key = (config.data.model_dump_json(), config.evaluate.extractor.model_dump_json())
+        return self._keep(key, load)
+
+    def _held_out_loss(self, config: Config, sampler: ImageSampler, datasets: Datasets) -> Measured:
+        where, seed = config.data.model_dump_json(), config.evaluate.seed
+        key = (where, sampler.step, sampler.weights, seed)
+        measured = (config, sampler.model, datasets, sampler.device)
+        return self._keep(key, lambda: held_out_loss(*measured))
 
 
 def _labels(config: Config, num_classes: int, datasets: Datasets) -> Tensor | None:

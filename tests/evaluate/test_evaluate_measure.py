@@ -9,7 +9,7 @@ from untrained import make_config, save_random_checkpoint
 from flowdopr.config import apply_overrides
 from flowdopr.data import plain_batches
 from flowdopr.disk import cache_folder, write_json
-from flowdopr.evaluate import evaluate
+from flowdopr.evaluate import Evaluator, evaluate, measure
 from flowdopr.evaluate.card import answers, card_settings
 from flowdopr.evaluate.generate import balanced_labels, labels_like_data, repeated_labels
 from flowdopr.flow import ONE_STEP_BATCH, build_objective, one_step_loss
@@ -98,6 +98,28 @@ def test_the_same_question_is_answered_once_and_alike(make_run):
     assert evaluate(run.path, force=True) == path
     assert path.stat().st_mtime_ns != written
     assert read(path)["metrics"] == first["metrics"]
+
+
+def test_several_cards_of_a_run_load_everything_once_and_say_the_same(make_run, monkeypatch):
+    run, counts = make_run(), {}
+    asked = [(1, []), (2, []), (2, ["sample.solver.steps=3"]), (2, ["evaluate.seed=1"])]
+    apart = [read(evaluate(run.path, changes, step=step)) for step, changes in asked]
+    names = ("build_datasets", "RealImages", "held_out_loss")
+
+    def counting(name, original):
+        def counted(*arguments):
+            counts[name] = counts.get(name, 0) + 1
+            return original(*arguments)
+
+        return counted
+
+    for name in names:
+        monkeypatch.setattr(measure, name, counting(name, getattr(measure, name)))
+    evaluator = Evaluator(run.path)
+    together = [read(evaluator.card(changes, step=step, force=True)) for step, changes in asked]
+    assert counts == dict(zip(names, (1, 1, 3), strict=True))
+    for card, other in zip(apart, together, strict=True):
+        assert card | {"seconds": 0} == other | {"seconds": 0}
 
 
 def test_a_card_holds_the_settings_that_decided_it(make_run):
