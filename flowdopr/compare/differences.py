@@ -19,7 +19,7 @@ def differing_settings(arms: Sequence[ArmSummary]) -> dict[str, dict[str, str]]:
     value in each arm, or a dash where it has no such setting."""
     settings = {arm.name: _settings(arm) for arm in arms}
     found = {}
-    for key in dict.fromkeys(key for one in settings.values() for key in one):
+    for key in sorted({key for one in settings.values() for key in one}):
         values = {name: _text(one.get(key, NONE)) for name, one in settings.items()}
         if len(set(values.values())) > 1:
             found[key] = values

@@ -250,22 +250,34 @@ def _draw_arms(
     """Draw each arm's seeds thinly and their mean boldly; returns the longest series' length.
 
     Args:
-        timed: x is the step in the series, and the seconds until then in the plot; evaluation does
-            not count. Runs without a measured speed are left out.
+        timed: x is the step in the series, and the seconds of training until then in the plot.
     """
     longest = 0
     for arm in study.arms:
         style = study.styles[arm.name]
-        runs = [(run.seconds_per_step if timed else 1, series_of(run)) for run in arm.reported.runs]
-        runs = [(scale, series) for scale, series in runs if scale and series]
-        for scale, series in runs:
-            axes.plot(*_columns(series, scale), color=style.colour, linewidth=0.8, alpha=0.45)
-        mean = _mean([series for _, series in runs])
-        bold = {"color": style.colour, "marker": style.marker, "linewidth": 2, "markersize": 5}
-        scale = float(np.mean([scale for scale, _ in runs] or [1]))
-        axes.plot(*_columns(mean, scale), style.line, **bold)
+        runs = [(series_of(run), _seconds(run)) for run in arm.reported.runs]
+        if timed:
+            runs = [([one for one in series if one[0] in clock], clock) for series, clock in runs]
+        runs = [(series, clock) for series, clock in runs if series]
+        for series, clock in runs:
+            thin = _at_seconds(series, [clock]) if timed else series
+            axes.plot(*_columns(thin), color=style.colour, linewidth=0.8, alpha=0.45)
+        mean = _mean([series for series, _ in runs])
+        bold = _at_seconds(mean, [clock for _, clock in runs]) if timed else mean
+        look = {"color": style.colour, "marker": style.marker, "linewidth": 2, "markersize": 5}
+        axes.plot(*_columns(bold), style.line, **look)
         longest = max(longest, len(mean))
     return longest
+
+
+def _seconds(run: RunResult) -> dict[float, float]:
+    """The seconds of training before each step of `_over_training`, as far as they are known."""
+    return {one.step: seconds for one, seconds in points_of(run) if seconds}
+
+
+def _at_seconds(series: Series, clocks: Sequence[dict[float, float]]) -> Series:
+    """The points (step, y) at the mean over `clocks` of the seconds until the step."""
+    return [(float(np.mean([clock[step] for clock in clocks])), y) for step, y in series]
 
 
 def _mean(seeds: Sequence[Series]) -> Series:
@@ -287,9 +299,8 @@ def _numbered(values: Iterable[float | None]) -> Series:
     return [(number, value) for number, value in enumerate(values, 1) if value is not None]
 
 
-def _columns(points: Series, scale: float = 1) -> tuple[list[float], list[float]]:
-    """The x, times `scale`, and the y of the points."""
-    return [scale * x for x, _ in points], [y for _, y in points]
+def _columns(points: Series) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def _label(axes: Axes, x: str, y: str) -> None:

@@ -149,6 +149,13 @@ def _data(study: Study) -> str:
     return f"{name}: {kind} of {channels}, {split}, {info.num_classes or 'no'} classes"
 
 
+def _launches(times: Sequence[str]) -> str:
+    """The first launch of a run, and how often it was launched if not once."""
+    if not times:
+        return NONE
+    return when(times[0]) + (f", in {len(times)} launches" if len(times) > 1 else "")
+
+
 def _run_row(run: RunResult) -> dict[str, str | list[str]]:
     """The cells of a run in the list of every run, and the command that repeats it alone."""
     cells = [
@@ -158,7 +165,7 @@ def _run_row(run: RunResult) -> dict[str, str | list[str]]:
         number(run.value("one_step_loss")),
         percent(spread([run.value("label_accuracy")])),
         seconds(run.seconds_per_step),
-        ", ".join(map(when, run.launched)) or NONE,
+        _launches(run.launched),
     ]
     command = shlex.join(["flowdopr", "train", str(run.plan.path / "config.yaml"), "name=NEW"])
     started = run.status != "not started"

@@ -233,6 +233,8 @@ def test_the_hardware_and_commit_of_every_part_are_shown(study):
     made_by = before | {"from_step": 4, "hardware": "slide rule", "earlier": [before]}
     (first.path / "versions.json").write_text(json.dumps(made_by))
     assert read_result(read_run(first)).hardware == "abacus, 1 thread | slide rule"
+    page = (compare(study, report_only=True) / "report.html").read_text()
+    assert page.count("<td>2026-03-14 15:09 UTC, in 2 launches</td>") == 1
 
 
 def test_names_are_escaped(study):
