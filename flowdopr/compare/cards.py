@@ -2,7 +2,8 @@
 
 The last checkpoint is evaluated with every metric of the config, and with FD alone at each number
 of solver steps; the checkpoints before it with FD alone, for the curves over training; and all of
-them with FD alone for each further weight average. Of a shorter run, only the end counts.
+them with FD alone for each further weight average. Of a shorter run only the end counts, and of one
+that chooses a trial only FD there.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class WantedCards:
 
 def wanted_cards(plan: RunPlan) -> WantedCards:
     last = plan.config.train.steps
+    if plan.tuning:
+        return WantedCards(CardRequest(last, FD_ONLY), (), (), (), {})
     steps = (last,) if plan.shorter else _checkpoints(plan)
     by_weights = {
         weights: tuple(

@@ -284,8 +284,8 @@ class CompareConfig(Section):
     seeds: Annotated[tuple[CountOrZero, ...], Field(min_length=1)] = (0, 1, 2)
     """Seeds of the runs that are reported."""
     tuning_seeds: tuple[CountOrZero, ...] = ()
-    """Seeds of the runs that choose each arm's trial, which alone is then run with `seeds`. None:
-    `seeds` choose it, which flatters every arm."""
+    """Seeds of the runs that choose each arm's trial, which alone is then run with `seeds`.
+    Needed as soon as arms have several trials."""
     widen: CountOrZero = 0
     """Rounds in which every arm tries one more learning rate, while the best one of any arm lies at
     the edge of those tried: beyond that edge or, for an arm whose best lies inside, between it and
@@ -331,7 +331,13 @@ class CompareConfig(Section):
                 f"compare.seeds, compare.tuning_seeds: the seed {twice[0]} is given twice; the "
                 "seeds that choose the trial must not be those that are reported"
             )
-        if self.tuning_seeds and all(arm.trials == 1 for arm in self.arms):
+        if not self.tuning_seeds and self.arms[0].trials > 1:
+            raise ValueError(
+                f"compare.tuning_seeds: arms have {self.arms[0].trials} trials, and the seeds that "
+                "are reported must not choose among them; name others, such as "
+                "compare.tuning_seeds=[100]"
+            )
+        if self.tuning_seeds and self.arms[0].trials == 1:
             raise ValueError(
                 "compare.tuning_seeds: every arm has one trial, so there is nothing to choose; "
                 "set compare.tuning_seeds=[]"

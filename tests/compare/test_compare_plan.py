@@ -11,18 +11,19 @@ def arms(config, text):
 
 
 def test_every_arm_rate_and_seed_once(study):
-    config = arms(study, "[{name: a, lrs: [1e-3, 0.1]}, {name: b, lrs: [1e-5, 1e7]}]")
+    config = arms(study, "[{name: a, lrs: [1e-3]}, {name: b, lrs: [1e-5]}, {name: c, lrs: [1e7]}]")
     names = [plan.name for plan in expand(config)]
-    first = ["a-lr0.001-s0", "a-lr0.1-s0", "b-lr1e-05-s0", "b-lr1e07-s0"]
+    first = ["a-lr0.001-s0", "b-lr1e-05-s0", "c-lr1e07-s0"]
     assert names == first + [name.replace("-s0", "-s1") for name in first]
 
 
 def test_a_grid_is_crossed_with_the_rates(study):
     grid = "{optimizer.dopr.damping: [0.1, 10], optimizer.dopr.form: [inverse, sandwich]}"
     text = f"[{{name: a, lrs: [1e-3], set: {{optimizer.name: dopr-adamw}}, grid: {grid}}}]"
-    plans = expand(apply_overrides(arms(study, text), ["compare.seeds=[0]"]))
+    tuned = apply_overrides(study, [f"compare.arms={text}", "compare.tuning_seeds=[9]"])
+    plans = expand(tuned)
     assert [plan.name for plan in plans] == [
-        f"a-lr0.001-damping{damping}-form{form}-s0"
+        f"a-lr0.001-damping{damping}-form{form}-s9"
         for damping in (0.1, 10)
         for form in ("inverse", "sandwich")
     ]
@@ -30,10 +31,8 @@ def test_a_grid_is_crossed_with_the_rates(study):
 
 
 def test_tuning_seeds_have_every_rate_and_reported_seeds_the_chosen_one(study):
-    config = apply_overrides(
-        arms(study, "[{name: a, lrs: [1e-3, 0.1]}, {name: b, lrs: [1e-5, 1e7]}]"),
-        ["compare.tuning_seeds=[5]"],
-    )
+    both = "[{name: a, lrs: [1e-3, 0.1]}, {name: b, lrs: [1e-5, 1e7]}]"
+    config = apply_overrides(study, [f"compare.arms={both}", "compare.tuning_seeds=[5]"])
     plans = expand(config)
     assert all(plan.tuning for plan in plans)
     names = [plan.name for plan in plans]
@@ -103,7 +102,11 @@ def test_lengths_and_budgets_that_cannot_be_compared_are_refused(study, override
 
 @pytest.mark.parametrize(
     ("lrs", "tuning", "words"),
-    [("[1e-3, 0.1]", "[1]", "the seed 1 is given twice"), ("[0.1]", "[5]", "nothing to choose")],
+    [
+        ("[1e-3, 0.1]", "[1]", "the seed 1 is given twice"),
+        ("[1e-3, 0.1]", "[]", r"arms have 2 trials.* compare\.tuning_seeds=\[100\]$"),
+        ("[0.1]", "[5]", "nothing to choose"),
+    ],
 )
 def test_tuning_seeds_are_others_than_those_reported(study, lrs, tuning, words):
     with pytest.raises(ConfigError, match=words):
@@ -153,8 +156,10 @@ def test_a_wrong_override_names_its_arm(study, overrides, words):
 
 
 def test_two_runs_never_share_a_folder(study):
-    with pytest.raises(ConfigError, match=r"a-lr0\.001-s0"):
-        expand(arms(study, "[{name: a, lrs: [1e-3, 0.001000000001]}]"))
+    twins = "compare.arms=[{name: a, lrs: [1e-3, 0.001000000001]}]"
+    config = apply_overrides(study, [twins, "compare.tuning_seeds=[5]"])
+    with pytest.raises(ConfigError, match=r"a-lr0\.001-s5"):
+        expand(config)
 
 
 def test_a_study_needs_a_rollout_metric(study):
