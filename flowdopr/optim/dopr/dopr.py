@@ -147,7 +147,7 @@ class DoPr(SteadyOptimizer):
         """Layer name -> refreshes, skipped refreshes and damping; the host waits for them."""
         return self.statistics.diagnostics()
 
-    def _step(self) -> None:
+    def _update_all(self) -> None:
         """Refresh Sigma if this is a refresh step, precondition, and let the GP step."""
         if self._closed:
             raise ValueError(
@@ -177,6 +177,16 @@ class DoPr(SteadyOptimizer):
                 "the wrapped optimizer first, then build DoPr"
             )
         super().add_param_group(param_group)
+
+    def train(self) -> None:
+        """Passed on to a GP that has two modes, such as a schedule-free one."""
+        if hasattr(self.optimizer, "train"):
+            self.optimizer.train()
+
+    def eval(self) -> None:
+        """As `train`."""
+        if hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()
 
     def close(self) -> None:
         """Remove every hook from the model; the optimizer steps no more."""
@@ -366,7 +376,7 @@ class DoPr(SteadyOptimizer):
                 f"DoPr: {kind} evaluates the loss itself within a step, and those gradients would "
                 "not be preconditioned: wrap another optimizer"
             )
-        if form == "sandwich" and READS_WEIGHTS.search(kind):
+        if form == "sandwich" and (READS_WEIGHTS.search(kind) or hasattr(optimizer, "eval")):
             raise ValueError(
                 f"DoPr: form 'sandwich' runs the optimizer from weights of zero, and {kind} reads "
                 "them: use form 'inverse', or an optimizer such as SGD, AdamW or Muon"
