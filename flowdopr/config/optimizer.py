@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
-
 from flowdopr.config.types import (
     NAMED,
     Count,
@@ -141,7 +139,7 @@ class MuonConfig(WithAdamW, WithDoPr):
 class OutsideConfig(WithDoPr):
     name: Literal["outside"]
     class_path: ClassPath
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, Any] | None = None
 
 
 class KFACConfig(WithAdamW):

@@ -13,19 +13,63 @@ from flowdopr.linalg import is_sharded
 from flowdopr.optim.base import SteadyStep
 from flowdopr.optim.roles import parameter_groups
 
+# torch.load reads these with weights_only=True, and tensors, in dicts, lists, tuples and sets.
+PLAIN = (torch.dtype, bool, int, float, str, bytes, type(None))
+
 
 class OutsideStep(SteadyStep):
-    """Explains in one line why a step of another package's optimizer failed."""
+    """Holds another package's optimizer to what a training run relies on."""
 
     class_path: str
+    _checked = False
 
     def _update_all(self) -> None:
+        """A step that leaves the weights in their memory, which averages of them and DDP share.
+
+        Raises:
+            ValueError: it failed, or its state cannot be read from a checkpoint.
+        """
+        before = [(p, p.data) for p in self._parameters()]
         try:
             super()._update_all()
         except Exception as error:
             if "memory" in str(error):  # which the options do not decide
                 raise
             raise _refusal(self.class_path, "a step of it fails", error) from error
+        for p, data in before:
+            if p.data_ptr() != data.data_ptr():
+                p.data = data.copy_(p)
+        if not self._checked:
+            self._checked = True
+            if foreign := _foreign([*self.state.values(), *self.param_groups]):
+                raise ValueError(
+                    f"class_path {self.class_path}: its state holds a {foreign}, which cannot be "
+                    "read from a checkpoint: choose another class"
+                )
+
+    # heavyball stores bytes and unpickles them on loading, and a checkpoint may be a stranger's.
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the class has it, without bytes."""
+        return _without_bytes(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the class has it, without bytes."""
+        super().load_state_dict(_without_bytes(state_dict))
+
+
+def _without_bytes(state: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in state.items() if not isinstance(value, bytes | bytearray)}
+    return {k: _without_bytes(v) if isinstance(v, dict) else v for k, v in kept.items()}
+
+
+def _foreign(value: Any) -> str:
+    """The name of the first type in `value` that is not plain, "" if there is none."""
+    if type(value) in (dict, list, tuple, set):
+        parts = value.values() if isinstance(value, dict) else value
+        return next((found for part in parts if (found := _foreign(part))), "")
+    plain = isinstance(value, torch.Tensor) or type(value) in PLAIN
+    return "" if plain else type(value).__name__
 
 
 def outside(
@@ -82,12 +126,15 @@ def _find(class_path: str) -> type[torch.optim.Optimizer]:
             f"class_path {class_path}: the package {package} cannot be imported ({error}): "
             f"pip install {package}"
         ) from error
+    if package == "heavyball":  # compiled, it chooses kernels by timing: a resumed run would differ
+        held_by.utils.compile_mode = None
     *folders, name = inside.split(".")
     for folder in folders:
         held_by = getattr(held_by, folder, None)
     found = getattr(held_by, name, None)
     if not _is_optimizer(found):
-        known = [key for key, value in vars(held_by).items() if _is_optimizer(value)]
+        values = getattr(held_by, "__dict__", {}).items()
+        known = [key for key, value in values if _is_optimizer(value)]
         near = difflib.get_close_matches(name, known, n=1)
         remedy = f"did you mean '{near[0]}'?" if near else "give a subclass of torch's Optimizer"
         raise ValueError(f"class_path {class_path}: this is no optimizer class; {remedy}")

@@ -52,7 +52,7 @@ FORMS = ("inverse", "sandwich")
 READS_WEIGHTS = re.compile(
     r"(?i)adafactor|asgd|lamb$|lars|larc|prodigy|dadapt|dowg|schedulefree|lookahead|a2grad|accsgd"
     r"|adasmooth|adalite|adamp$|amos|focus|ftrl|fromage|lorarite|madgrad|mars$|magma|nero|ranger"
-    r"|sgdp|srmm"
+    r"|sgdp|srmm|hyperball"
 )
 # Optimizers that evaluate the loss themselves, several times a step or for second derivatives.
 EVALUATES_LOSS = re.compile(r"(?i)lbfgs|sam$|alig|adahessian|sophiah")
