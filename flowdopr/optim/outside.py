@@ -41,7 +41,9 @@ class OutsideStep(SteadyStep):
                 p.data = data.copy_(p)
         if not self._checked:
             self._checked = True
-            if foreign := _foreign([*self.state.values(), *self.param_groups]):
+            # heavyball's private entries of groups are not saved.
+            settings = [v for g in self.param_groups for k, v in g.items() if not k.startswith("_")]
+            if foreign := _foreign([*self.state.values(), *settings]):
                 raise ValueError(
                     f"class_path {self.class_path}: its state holds a {foreign}, which cannot be "
                     "read from a checkpoint: choose another class"
@@ -100,7 +102,7 @@ def outside(
             f"class_path {class_path}: takes whole weights, not FSDP's shards: use DDP"
         )
     groups = parameter_groups(model, kind.__name__.lower(), weight_decay=weight_decay)
-    made = type(kind.__name__, (OutsideStep, kind), {"class_path": class_path})
+    made: Any = type(kind.__name__, (OutsideStep, kind), {"class_path": class_path})
     try:
         optimizer = made(groups, lr=lr, **given)
     except Exception as error:
@@ -110,13 +112,13 @@ def outside(
     return optimizer
 
 
-def averages_itself(optimizer: torch.optim.Optimizer) -> bool:
+def averages_itself(optimizer: Any) -> bool:
     """Whether `optimizer`, or the one that a DoPr wraps, averages the weights: it has `eval()`,
     which puts its average into the model, and `train()`, which puts the trained weights there."""
     return hasattr(getattr(optimizer, "optimizer", optimizer), "eval")
 
 
-def _find(class_path: str) -> type[torch.optim.Optimizer]:
+def _find(class_path: str) -> Any:
     """The class at `class_path`. Only the package is imported, which is the first word."""
     package, _, inside = class_path.partition(".")
     try:

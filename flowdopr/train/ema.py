@@ -55,6 +55,10 @@ class EMA:
         for key, value in values.items():
             self.values[name][key].copy_(value)
 
+    def state_dicts(self) -> dict[str, dict[str, Tensor]]:
+        """The state dict of every average, by its name."""
+        return self.values
+
     @contextmanager
     @torch.no_grad()
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -66,24 +70,18 @@ class EMA:
             yield model
 
 
-class OwnAverage:
-    """The average that an optimizer keeps itself (`optim.averages_itself`), in the place of `EMA`.
+class OwnAverage(EMA):
+    """The one average that an optimizer keeps itself (`optim.averages_itself`).
 
     A schedule-free optimizer moves y of x and z, and x, the average of all z, is what it shows in
     its evaluation mode. Going there and back changes y by rounding, so y is put back exactly.
     """
 
-    averages = ()
-
     def __init__(self, model: nn.Module, optimizer: Any):
+        super().__init__(model, ())
         self.model, self.optimizer = model, optimizer
-        self.live = {name: value.detach() for name, value in model.state_dict().items()}
 
-    def update(self, step: int) -> None:
-        """Nothing: a step of the optimizer has updated it."""
-
-    @property
-    def values(self) -> dict[str, dict[str, Tensor]]:
+    def state_dicts(self) -> dict[str, dict[str, Tensor]]:
         """A copy of the average, by its name."""
         with self.applied(self.model):
             return {OWN: {name: value.clone() for name, value in self.live.items()}}

@@ -345,7 +345,7 @@ class Trainer:
             self.run.save_checkpoint(
                 self.step,
                 model=self.raw_model.state_dict(),
-                averages=self.ema.values,
+                averages=self.ema.state_dicts(),
                 state=state,
                 note=note,
             )

@@ -180,13 +180,11 @@ class DoPr(SteadyOptimizer):
 
     def train(self) -> None:
         """Passed on to a GP that has two modes, such as a schedule-free one."""
-        if hasattr(self.optimizer, "train"):
-            self.optimizer.train()
+        getattr(self.optimizer, "train", lambda: None)()
 
     def eval(self) -> None:
         """As `train`."""
-        if hasattr(self.optimizer, "eval"):
-            self.optimizer.eval()
+        getattr(self.optimizer, "eval", lambda: None)()
 
     def close(self) -> None:
         """Remove every hook from the model; the optimizer steps no more."""
