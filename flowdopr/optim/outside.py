@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import re
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
@@ -15,6 +16,7 @@ from flowdopr.optim.roles import parameter_groups
 
 # torch.load reads these with weights_only=True, and tensors, in dicts, lists, tuples and sets.
 PLAIN = (torch.dtype, bool, int, float, str, bytes, type(None))
+INCOMPLETE = re.compile(r"heavyball\.(LATHER|PSGD\w*|QSGD)")  # whose state is, in version 3.2.1
 
 
 class OutsideStep(SteadyStep):
@@ -120,6 +122,11 @@ def averages_itself(optimizer: Any) -> bool:
 
 def _find(class_path: str) -> Any:
     """The class at `class_path`. Only the package is imported, which is the first word."""
+    if INCOMPLETE.fullmatch(class_path):
+        raise ValueError(
+            f"class_path {class_path}: it does not save all that its steps depend on, so a resumed "
+            "run would differ: choose another class, such as pytorch_optimizer.Kron"
+        )
     package, _, inside = class_path.partition(".")
     try:
         held_by = import_module(package)

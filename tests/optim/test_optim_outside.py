@@ -35,6 +35,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         ("not_there.Adam", {}, "not_there cannot be imported .*: pip install not_there"),
         ("schedulefree.AdamWScheduleFre", {}, r"no optimizer class; did you mean 'AdamWScheduleFr"),
         ("schedulefree.x.y", {}, "no optimizer class; give a subclass of torch's Optimizer"),
+        ("heavyball.PSGDKron", {}, r"resumed run would differ: .* such as pytorch_optimizer.Kron"),
         ("torch.optim.lr_scheduler.StepLR", {}, r"no optimizer class; give a subclass"),
         ("pytorch_optimizer.SAM", {}, "SAM: the class takes no learning rate lr: choose another"),
         ("pytorch_optimizer.Lookahead", {}, "takes 'optimizer' and not params: choose another"),
