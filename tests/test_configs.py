@@ -57,7 +57,10 @@ def test_config_loads_and_builds(path):
     assert to_yaml(config)
     model = model_of(config)
     with torch.device("meta"):
-        for chosen in (config, apply_overrides(config, ["optimizer=dopr-adamw"])):
+        for chosen in (
+            config,
+            apply_overrides(config, ["optimizer=dopr-adamw", "train.ema_decays=[0.9]"]),
+        ):
             optimizer = build_optimizer(model, **optimizer_arguments(chosen))
             assert format_roles(model, optimizer)
     build_objective(config)

@@ -81,8 +81,8 @@ class RunPlan:
 
     @property
     def optimizer(self) -> str:
-        """For example `adamw`, both with DoPr and without."""
-        return self.config.optimizer.name
+        """For example `adamw` or `schedulefree.AdamWScheduleFree`, with DoPr and without."""
+        return getattr(self.config.optimizer, "class_path", self.config.optimizer.name)
 
     @property
     def dopr(self) -> bool:

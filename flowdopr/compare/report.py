@@ -125,7 +125,8 @@ def _settings(study: Study) -> dict[str, str]:
         "weight averages": ", ".join(
             [f"EMA {decay:g}" for decay in train.ema_decays]
             + [f"power-function {length:g}" for length in train.ema_lengths]
-        ),
+        )
+        or "the optimizer's own",
         "seeds": ", ".join(map(str, sorted({run.plan.seed for run in study.runs}))),
     }
     if evaluated is not None:

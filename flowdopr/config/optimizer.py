@@ -6,7 +6,8 @@ Defaults are those of the classes.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from flowdopr.config.types import (
     NAMED,
@@ -17,10 +18,21 @@ from flowdopr.config.types import (
     Pattern,
     Positive,
     Section,
+    text,
 )
 
 Betas = tuple[Fraction, Fraction]
 ALL = Literal["all"]
+PACKAGES = ("torch.optim", "schedulefree", "prodigyopt", "pytorch_optimizer", "heavyball")
+"""The packages whose classes `optimizer.class_path` may name. A config may be a stranger's, and
+importing a package runs its code."""
+ClassPath = Annotated[
+    str,
+    text(
+        rf"({'|'.join(map(re.escape, PACKAGES))})(\.[A-Za-z]\w*)+",
+        f"must be PACKAGE.CLASS with one of the packages {', '.join(PACKAGES)}",
+    ),
+]
 
 
 class RuleConfig(Section):
@@ -124,6 +136,12 @@ class MuonConfig(WithAdamW, WithDoPr):
     ns_dtype: Literal["float32", "bfloat16"] | None = None
 
 
+class OutsideConfig(WithDoPr):
+    name: Literal["outside"]
+    class_path: ClassPath
+    options: dict[str, Any] | None = None
+
+
 class KFACConfig(WithAdamW):
     name: Literal["kfac"]
     momentum: Fraction = 0.9
@@ -135,7 +153,7 @@ class KFACConfig(WithAdamW):
 # fmt: off
 OptimizerConfig = Annotated[
     SGDConfig | AdamWConfig | MuonConfig | SignumConfig
-    | AdaMuonConfig | RowNormConfig | SOAPConfig | KFACConfig,
+    | AdaMuonConfig | RowNormConfig | SOAPConfig | KFACConfig | OutsideConfig,
     NAMED,
 ]
 # fmt: on

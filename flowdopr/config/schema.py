@@ -121,7 +121,7 @@ class TrainConfig(Section):
     of its newest checkpoint that samples are drawn with. null: a new model."""
     ema_decays: tuple[Fraction, ...] = (0.9999,)
     """Decays of exponential weight averages; the first one is sampled from. Step k uses at most
-    (1 + k) / (10 + k)."""
+    (1 + k) / (10 + k). `[]` for an optimizer that averages the weights itself."""
     ema_lengths: tuple[Annotated[float, Field(gt=0, le=0.28)], ...] = ()
     """Relative lengths (sigma_rel) of power-function averages (EDM2). From two or more, such as
     [0.05, 0.1], and several checkpoints, other lengths are reconstructed afterwards as
@@ -145,8 +145,6 @@ class TrainConfig(Section):
                 f"train.global_batch_size {self.global_batch_size} is not a multiple of "
                 f"train.accumulation_steps {self.accumulation_steps}"
             )
-        if not (self.ema_decays or self.ema_lengths):
-            raise ValueError("train.ema_decays and train.ema_lengths are both empty: give one")
         if self.warmup_steps > self.steps:
             raise ValueError(
                 f"train.warmup_steps {self.warmup_steps} is more than train.steps {self.steps}: "
@@ -246,8 +244,9 @@ class EvaluateConfig(Section):
     labels: Literal["balanced", "data"] = "balanced"
     """Labels of the generated images: equally many of each class, or as frequent as in the data."""
     weights: Weights = "ema"
-    """Which weights: `ema` (the average that is sampled from), `raw`, an average's own name such as
-    `ema-0.999` or `power-0.1`, or `posthoc-LENGTH`."""
+    """Which weights: `ema` (the average that is sampled from), `raw` (those that are trained), an
+    average's own name such as `ema-0.999` or `power-0.1`, `posthoc-LENGTH`, or `own`, the average
+    that the optimizer keeps itself."""
     seed: CountOrZero = 0
     """Seed of the rollouts' noise and of the one-step loss's noise and times."""
 
@@ -373,6 +372,9 @@ class Config(Section):
             self.flow.time.unused("flow.time.stratified", "with train.global_batch_size=1")
         if hasattr(self.optimizer, "nesterov") and getattr(self.optimizer, "momentum", 1) == 0:
             self.optimizer.unused("optimizer.nesterov", "with optimizer.momentum=0")
+        averaged = self.train.ema_decays or self.train.ema_lengths
+        if not averaged and self.optimizer.name != "outside":
+            raise ValueError("train.ema_decays and train.ema_lengths are both empty: give one")
         dopr = getattr(self.optimizer, "dopr", None)
         if dopr is not None and self.model.name == "dit":
             dopr.unused("optimizer.dopr.conv_mode", "by model.name=dit, which has no convolutions")

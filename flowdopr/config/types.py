@@ -23,7 +23,7 @@ PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # of a file or fo
 NAMED = Field(discriminator="name")  # a union of sections, one chosen by its `name`
 
 
-def _text(pattern: str, meaning: str) -> AfterValidator:
+def text(pattern: str, meaning: str) -> AfterValidator:
     """Text that `pattern` matches as a whole; `meaning` is what a message says that it must be."""
 
     def check(text: str) -> str:
@@ -41,10 +41,10 @@ def _regular_expression(text: str) -> str:
 
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # cannot lead out of a folder
 _LETTERS = "must be of A-Z, a-z, 0-9, '.', '_' and '-', and begin with a letter or digit"
-Word = Annotated[str, _text(_WORD, _LETTERS)]
-Words = Annotated[str, _text(f"{_WORD}(/{_WORD})*", f"{_LETTERS}; '/' goes between folders")]
-_AVERAGES = "must be ema, raw, ema-DECAY, power-LENGTH or posthoc-LENGTH"
-Weights = Annotated[str, _text(r"ema|raw|(ema|power|posthoc)-.+", _AVERAGES)]
+Word = Annotated[str, text(_WORD, _LETTERS)]
+Words = Annotated[str, text(f"{_WORD}(/{_WORD})*", f"{_LETTERS}; '/' goes between folders")]
+_AVERAGES = "must be ema, raw, own, ema-DECAY, power-LENGTH or posthoc-LENGTH"
+Weights = Annotated[str, text(r"ema|raw|own|(ema|power|posthoc)-.+", _AVERAGES)]
 Pattern = Annotated[str, AfterValidator(_regular_expression)]
 
 

@@ -6,6 +6,7 @@ from flowdopr.optim.build import OPTIMIZER_NAMES, build_optimizer
 from flowdopr.optim.dopr import DoPr, LayerRule
 from flowdopr.optim.kfac import KFAC
 from flowdopr.optim.muon import Muon
+from flowdopr.optim.outside import averages_itself
 from flowdopr.optim.roles import (
     Role,
     check_claimed,
@@ -26,6 +27,7 @@ __all__ = [
     "Role",
     "RowNorm",
     "Signum",
+    "averages_itself",
     "build_optimizer",
     "check_claimed",
     "format_roles",

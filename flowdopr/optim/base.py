@@ -16,7 +16,7 @@ from flowdopr.linalg import in_float32
 
 
 class SteadyOptimizer(torch.optim.Optimizer):
-    """Base of all optimizers here, which do their work in `_step`."""
+    """Base of all optimizers here, which do their work in `_update_all`."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -30,7 +30,7 @@ class SteadyOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with in_float32(self._parameters()):
-            self._step()
+            self._update_all()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ class SteadyOptimizer(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _step(self) -> None:
+    def _update_all(self) -> None:
         """Update every parameter that has a gradient."""
         raise NotImplementedError
 
@@ -49,7 +49,7 @@ class SteadyOptimizer(torch.optim.Optimizer):
 class SteadyStep(SteadyOptimizer):
     """Gives the step of another package's optimizer these surroundings, as its first base."""
 
-    def _step(self) -> None:
+    def _update_all(self) -> None:
         # The plain function, since torch's wrapper around it would run all hooks a second time.
         inspect.unwrap(super(SteadyOptimizer, self).step.__func__)(self)  # pyright: ignore
 

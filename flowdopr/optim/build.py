@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowdopr.linalg import is_sharded, laid_out_like
+from flowdopr.linalg import laid_out_like
 from flowdopr.optim.adamuon import AdaMuon
 from flowdopr.optim.base import SteadyStep
 from flowdopr.optim.dopr import DoPr
 from flowdopr.optim.kfac import KFAC
 from flowdopr.optim.muon import Muon
+from flowdopr.optim.outside import outside
 from flowdopr.optim.roles import parameter_groups
 from flowdopr.optim.rownorm import RowNorm
 from flowdopr.optim.signum import Signum
@@ -123,18 +124,9 @@ def soap(
         eps: of Adam's denominator.
         precondition_frequency: steps between renewals of the eigenbasis.
     """
-    try:
-        from pytorch_optimizer import SOAP
-    except ImportError as error:
-        raise ValueError(
-            "optimizer 'soap' needs the package pytorch-optimizer: pip install pytorch-optimizer"
-        ) from error
-    if any(is_sharded(p) for p in model.parameters()):
-        raise ValueError("soap: takes whole weights, not FSDP's shards: use DDP, or 'muon'")
-    groups = parameter_groups(model, "soap", weight_decay=weight_decay)
-    kind = type("SOAP", (SteadyStep, SOAP), {})
-    frequency = precondition_frequency
-    return kind(groups, lr, betas=betas, eps=eps, precondition_frequency=frequency)
+    options = {"betas": betas, "eps": eps, "precondition_frequency": precondition_frequency}
+    path = "pytorch_optimizer.SOAP"
+    return outside(model, lr, class_path=path, weight_decay=weight_decay, options=options)
 
 
 OPTIMIZERS = {
@@ -146,6 +138,7 @@ OPTIMIZERS = {
     "rownorm": RowNorm,
     "soap": soap,
     "kfac": KFAC,
+    "outside": outside,
 }
 OPTIMIZER_NAMES = tuple(OPTIMIZERS)
 

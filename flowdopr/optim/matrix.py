@@ -95,7 +95,7 @@ class MatrixOptimizer(SteadyOptimizer, ABC):
                     f"divides, got shape {tuple(p.shape)}: use gp='adamw' for it"
                 )
 
-    def _step(self) -> None:
+    def _update_all(self) -> None:
         for group in self.param_groups:
             params = with_gradients(group["params"])
             if not params:

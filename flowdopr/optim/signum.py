@@ -44,7 +44,7 @@ class Signum(SteadyOptimizer):
             raise ValueError(f"signum: momentum={momentum} must lie in [0, 1)")
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
-    def _step(self) -> None:
+    def _update_all(self) -> None:
         for group in self.param_groups:
             params = with_gradients(group["params"])
             if not params:

@@ -1,6 +1,6 @@
 """Runs on disk: the run folder, weight averages, models from other runs, and provenance."""
 
-from flowdopr.runs.averages import Average, averages_of
+from flowdopr.runs.averages import OWN, Average, averages_of
 from flowdopr.runs.branch import start_from
 from flowdopr.runs.folder import RunFolder, check_same_run
 from flowdopr.runs.guide import Guide, load_guide
@@ -8,6 +8,7 @@ from flowdopr.runs.initial import load_initial
 from flowdopr.runs.provenance import commit, provenance, versions
 
 __all__ = [
+    "OWN",
     "Average",
     "Guide",
     "RunFolder",

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from flowdopr.config import Config, ConfigError
 
+OWN = "own"  # name of the average that an optimizer keeps itself
 MAX_LENGTH = 0.28  # at gamma = 0, sigma_rel is 0.2887; beyond it, weights would fall with tau
 # Largest accepted error of a post-hoc profile, relative to the profile's own root sum of squares.
 # If the weights walk randomly from step to step, the error of the made average is about this
@@ -64,6 +65,11 @@ def averages_of(config: Config) -> list[Average]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"train.ema_decays, train.ema_lengths: {twice[0]} is given twice")
     return averages
+
+
+def average_names(config: Config) -> list[str]:
+    """The names of the averages in a checkpoint, the one that is sampled from first."""
+    return [average.name for average in averages_of(config)] or [OWN]
 
 
 def gamma_of(length: float) -> float:

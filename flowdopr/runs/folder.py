@@ -46,7 +46,7 @@ from flowdopr.disk import (
     writing,
 )
 from flowdopr.models import build_model
-from flowdopr.runs.averages import Average, averages_of, combine, posthoc_coefficients
+from flowdopr.runs.averages import Average, average_names, combine, posthoc_coefficients
 from flowdopr.runs.contents import MadeBy, MetricsLine, State
 from flowdopr.runs.provenance import with_earlier
 
@@ -249,7 +249,7 @@ class RunFolder:
         Args:
             wanted: the state dict of a model that they must fit.
             weights: "raw"; "ema", the average that samples are drawn with; an average's own name,
-                such as "ema-0.999" or "power-0.1"; or "posthoc-LENGTH", combined from all
+                such as "ema-0.999", "power-0.1" or "own"; or "posthoc-LENGTH", combined from all
                 power-function averages up to `step`, including those of deleted checkpoints.
 
         Raises:
@@ -265,7 +265,7 @@ class RunFolder:
         Raises:
             ConfigError: this run has no such weights.
         """
-        names = [average.name for average in averages_of(self.config)]
+        names = average_names(self.config)
         files = {"raw": "model", "ema": names[0], **{name: name for name in names}}
         if weights not in files:
             raise ConfigError(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from flowdopr.config.optimizer import PACKAGES
 
 LIBRARIES = ("flowdopr", "torch", "torchvision", "torchdiffeq", "torch-fidelity", "accelerate")
 
@@ -42,8 +45,15 @@ def hardware(device: torch.device) -> str:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Versions, commit, hardware and the time now, for the run folder's versions.json."""
-    made_by = {"versions": versions(), "commit": commit(), "hardware": hardware(device)}
+    """Versions, commit, hardware and the time now, for the run folder's versions.json.
+
+    Among the versions are those of the packages that optimizers may come from.
+    """
+    used = versions()
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            used[name] = metadata.version(name)
+    made_by = {"versions": used, "commit": commit(), "hardware": hardware(device)}
     return made_by | {"launched": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flowdopr.runs import Average
+from flowdopr.runs import OWN, Average
 
 
 class EMA:
@@ -54,16 +55,55 @@ class EMA:
         for key, value in values.items():
             self.values[name][key].copy_(value)
 
+    def state_dicts(self) -> dict[str, dict[str, Tensor]]:
+        """The state dict of every average, by its name."""
+        return self.values
+
     @contextmanager
     @torch.no_grad()
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
         """Give `model` the weights of the first average within the block, and its own after it."""
-        own = {name: value.clone() for name, value in self.live.items()}
         average = self.values[self.averages[0].name]
-        try:
+        with _restored(self.live):
             for name, value in self.live.items():
                 value.copy_(average[name])
             yield model
-        finally:
-            for name, value in self.live.items():
-                value.copy_(own[name])
+
+
+class OwnAverage(EMA):
+    """The one average that an optimizer keeps itself (`optim.averages_itself`).
+
+    A schedule-free optimizer moves y of x and z, and x, the average of all z, is what it shows in
+    its evaluation mode. Going there and back changes y by rounding, so y is put back exactly.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any):
+        super().__init__(model, ())
+        self.model, self.optimizer = model, optimizer
+
+    def state_dicts(self) -> dict[str, dict[str, Tensor]]:
+        """A copy of the average, by its name."""
+        with self.applied(self.model):
+            return {OWN: {name: value.clone() for name, value in self.live.items()}}
+
+    @contextmanager
+    @torch.no_grad()
+    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Give `model` the averaged weights within the block, and the trained ones after it."""
+        with _restored(self.live):
+            self.optimizer.eval()
+            try:
+                yield model
+            finally:
+                self.optimizer.train()
+
+
+@contextmanager
+def _restored(live: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block the tensors may change; after it they are bitwise what they were."""
+    own = {name: value.clone() for name, value in live.items()}
+    try:
+        yield
+    finally:
+        for name, value in live.items():
+            value.copy_(own[name])

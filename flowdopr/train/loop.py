@@ -38,7 +38,7 @@ from flowdopr.linalg import tf32_products
 from flowdopr.processes import Agreement
 from flowdopr.runs import Average, RunFolder
 from flowdopr.terminal import Counter, counting
-from flowdopr.train.ema import EMA
+from flowdopr.train.ema import EMA, OwnAverage
 from flowdopr.train.log import FILE_ONLY, shown_line
 from flowdopr.train.meter import Meter
 from flowdopr.train.schedule import derive_seed, lr_factor
@@ -93,7 +93,11 @@ class Trainer:
             self.model.compile()
         for group in self.raw_optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-        self.ema = EMA(self.raw_model, components.averages)
+        self.ema = (
+            EMA(self.raw_model, components.averages)
+            if components.averages
+            else OwnAverage(self.raw_model, self.raw_optimizer)
+        )
         self.meter = Meter(accelerator)
         self.agreement = Agreement(accelerator.num_processes)
         self.missing: list[str] = []
@@ -341,7 +345,7 @@ class Trainer:
             self.run.save_checkpoint(
                 self.step,
                 model=self.raw_model.state_dict(),
-                averages=self.ema.values,
+                averages=self.ema.state_dicts(),
                 state=state,
                 note=note,
             )

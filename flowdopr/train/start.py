@@ -18,7 +18,7 @@ from flowdopr.disk import locked
 from flowdopr.flow import build_objective, build_sampling
 from flowdopr.latents import build_datasets, load_decoder
 from flowdopr.models import build_model
-from flowdopr.optim import build_optimizer
+from flowdopr.optim import averages_itself, build_optimizer
 from flowdopr.processes import check_launch, keep_freed_memory
 from flowdopr.runs import RunFolder, averages_of, load_guide, load_initial, provenance
 from flowdopr.train.log import log_roles, run_log
@@ -108,17 +108,35 @@ def build_components(
     averages = averages_of(config)
     torch.manual_seed(config.seed)
     model = build_model(config, dataset.image_shape, dataset.num_classes)
+    optimizer = build_optimizer(model, **optimizer_arguments(config))
+    _check_averages(config, averages_itself(optimizer))
     decode = load_decoder(dataset.autoencoder, device)
     guide = load_guide(config, dataset, device)
     return Components(
         model=model,
-        optimizer=build_optimizer(model, **optimizer_arguments(config)),
+        optimizer=optimizer,
         objective=objective,
         averages=averages,
         sampling=sampling,
         guide_model=guide.model,
         decode=decode,
     )
+
+
+def _check_averages(config: Config, by_optimizer: bool) -> None:
+    """Check that either the run averages the weights or its optimizer does."""
+    lists, class_path = ("ema_decays", "ema_lengths"), getattr(config.optimizer, "class_path", "")
+    given = [f"train.{key}" for key in lists if getattr(config.train, key)]
+    if by_optimizer and given:
+        raise ConfigError(
+            f"{given[0]}: {class_path} averages the weights itself, and an average of those that "
+            f"it trains is not meant to be used; set {' and '.join(f'{key}=[]' for key in given)}"
+        )
+    if not by_optimizer and not given:
+        raise ConfigError(
+            f"train.ema_decays and train.ema_lengths are both empty, and {class_path} does not "
+            "average the weights itself: give one"
+        )
 
 
 def optimizer_arguments(config: Config) -> dict[str, Any]:

@@ -199,3 +199,24 @@ def test_a_wider_grid_shorter_runs_and_more_averages(quick):
     before = {path: stamps(folder / path) for path in names}
     compare(config)
     assert {path: stamps(folder / path) for path in names} == before
+
+
+def test_optimizers_of_other_packages_are_arms_and_pair_by_their_class(quick):
+    outside = "optimizer.name: outside, optimizer.class_path"
+    free = "schedulefree.AdamWScheduleFree, train.ema_decays: []"
+    arms = [
+        f"{{name: free, lrs: [1e-3], set: {{{outside}: {free}}}}}",
+        f"{{name: dopr-free, lrs: [1e-3], set: {{{outside}: {free}, optimizer.dopr: {{}}}}}}",
+        f"{{name: lion, lrs: [1e-3], set: {{{outside}: pytorch_optimizer.Lion}}}}",
+    ]
+    settings = [f"compare.arms=[{', '.join(arms)}]", "train.checkpoint_every=4"]
+    folder = compare(apply_overrides(quick, settings))
+    results = json.loads((folder / "results.json").read_text())
+    assert [arm["optimizer"] for arm in results["arms"]] == [
+        "schedulefree.AdamWScheduleFree",
+        "schedulefree.AdamWScheduleFree",
+        "pytorch_optimizer.Lion",
+    ]
+    assert {(claim["first"], claim["second"]) for claim in results["claims"]} == {
+        ("dopr-free", "free")
+    }

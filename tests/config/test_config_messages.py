@@ -159,7 +159,21 @@ OVERRIDES = [
     ("sample.guidance=2",
      "sample.guidance: must be a mapping such as {scale: ...}, got 2"),
     ("evaluate.weights=best",
-     'evaluate.weights: must be ema, raw, ema-DECAY, power-LENGTH or posthoc-LENGTH, got "best"'),
+     'evaluate.weights: must be ema, raw, own, ema-DECAY, power-LENGTH or posthoc-LENGTH, got '
+     '"best"'),
+    ("optimizer=outside",
+     "optimizer.class_path: missing; this setting has no default"),
+    ("optimizer={name: outside, class_path: os.system}",
+     "optimizer.class_path: must be PACKAGE.CLASS with one of the packages torch.optim, "
+     'schedulefree, prodigyopt, pytorch_optimizer, heavyball, got "os.system"'),
+    ("optimizer={name: outside, class_path: torch.hub.load}",
+     "optimizer.class_path: must be PACKAGE.CLASS with one of the packages torch.optim, "
+     'schedulefree, prodigyopt, pytorch_optimizer, heavyball, got "torch.hub.load"'),
+    ("optimizer={name: outside, class_path: schedulefree.A, betas: [0.9, 0.99]}",
+     "optimizer.betas: outside has no such setting; it has lr, weight_decay, dopr, class_path, "
+     "options"),
+    ("train.ema_decays=[]",
+     "train.ema_decays and train.ema_lengths are both empty: give one"),
     ("name=../escape",
      "name: must be of A-Z, a-z, 0-9, '.', '_' and '-', and begin with a letter or digit; '/' "
      'goes between folders, got "../escape"'),

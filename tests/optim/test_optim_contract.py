@@ -21,6 +21,7 @@ EVERY_FORM = pytest.mark.parametrize(
         (name, form)
         for name in LABELS
         for form in (FORMS if name.startswith("dopr-") else ["inverse"])
+        if form != "sandwich" or "ScheduleFree" not in name  # which DoPr refuses
     ],
 )
 
@@ -157,7 +158,8 @@ def test_obeys_a_scheduler(name):
         before = weights(network)
         train(network, optimizer, [step], use_spare=True)
         still = [n for n, p in network.named_parameters() if torch.equal(p, before[n])]
-        if step > 0:  # SOAP's first step only gathers
+        # SOAP's first step only gathers; a schedule-free y moves towards z at any rate.
+        if step > 0 and not ("ScheduleFree" in name and step >= 3):
             assert (len(still) == len(before)) == (step >= 3)
         scheduler.step()
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from labels import LABELS, build
+from labels import LABELS, OUTSIDE, build
 from torch import nn
 
+RECORDED = [label for label in LABELS if label.removeprefix("dopr-") not in OUTSIDE]
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 LR = {"sgd": 0.05, "kfac": 0.01}
 
@@ -64,16 +65,16 @@ def losses(name, noise=0.0):
     return recorded
 
 
-@pytest.mark.parametrize("name", LABELS)
+@pytest.mark.parametrize("name", RECORDED)
 def test_losses_are_as_recorded(name):
     assert losses(name) == pytest.approx(json.loads(GOLDEN.read_text())[name], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", LABELS)
+@pytest.mark.parametrize("name", RECORDED)
 def test_rounding_does_not_move_the_losses(name):
     assert losses(name, noise=1e-12) == pytest.approx(losses(name), rel=1e-6)
 
 
 if __name__ == "__main__":
-    lines = [f'"{name}": {json.dumps(losses(name))}' for name in LABELS]
+    lines = [f'"{name}": {json.dumps(losses(name))}' for name in RECORDED]
     print("{\n  " + ",\n  ".join(lines) + "\n}")

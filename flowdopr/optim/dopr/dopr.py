@@ -52,7 +52,7 @@ FORMS = ("inverse", "sandwich")
 READS_WEIGHTS = re.compile(
     r"(?i)adafactor|asgd|lamb$|lars|larc|prodigy|dadapt|dowg|schedulefree|lookahead|a2grad|accsgd"
     r"|adasmooth|adalite|adamp$|amos|focus|ftrl|fromage|lorarite|madgrad|mars$|magma|nero|ranger"
-    r"|sgdp|srmm"
+    r"|sgdp|srmm|hyperball"
 )
 # Optimizers that evaluate the loss themselves, several times a step or for second derivatives.
 EVALUATES_LOSS = re.compile(r"(?i)lbfgs|sam$|alig|adahessian|sophiah")
@@ -147,7 +147,7 @@ class DoPr(SteadyOptimizer):
         """Layer name -> refreshes, skipped refreshes and damping; the host waits for them."""
         return self.statistics.diagnostics()
 
-    def _step(self) -> None:
+    def _update_all(self) -> None:
         """Refresh Sigma if this is a refresh step, precondition, and let the GP step."""
         if self._closed:
             raise ValueError(
@@ -177,6 +177,14 @@ class DoPr(SteadyOptimizer):
                 "the wrapped optimizer first, then build DoPr"
             )
         super().add_param_group(param_group)
+
+    def train(self) -> None:
+        """Passed on to a GP that has two modes, such as a schedule-free one."""
+        getattr(self.optimizer, "train", lambda: None)()
+
+    def eval(self) -> None:
+        """As `train`."""
+        getattr(self.optimizer, "eval", lambda: None)()
 
     def close(self) -> None:
         """Remove every hook from the model; the optimizer steps no more."""
@@ -366,7 +374,7 @@ class DoPr(SteadyOptimizer):
                 f"DoPr: {kind} evaluates the loss itself within a step, and those gradients would "
                 "not be preconditioned: wrap another optimizer"
             )
-        if form == "sandwich" and READS_WEIGHTS.search(kind):
+        if form == "sandwich" and (READS_WEIGHTS.search(kind) or hasattr(optimizer, "eval")):
             raise ValueError(
                 f"DoPr: form 'sandwich' runs the optimizer from weights of zero, and {kind} reads "
                 "them: use form 'inverse', or an optimizer such as SGD, AdamW or Muon"
