@@ -12,12 +12,14 @@ from flowdopr.evaluate.fidelity import fidelity, reference_features
 from flowdopr.evaluate.gallery import Gallery
 from flowdopr.evaluate.generate import RolloutsFailed
 from flowdopr.evaluate.measure import Evaluator, evaluate
+from flowdopr.evaluate.real import RealImages
 
 __all__ = [
     "Evaluator",
     "Extractor",
     "Features",
     "Gallery",
+    "RealImages",
     "RolloutsFailed",
     "classifier_extractor",
     "evaluate",

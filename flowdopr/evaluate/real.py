@@ -59,6 +59,12 @@ class RealImages:
         folder, fingerprint = cache_folder() / "spectra", self.pixels.info.fingerprint
         return principal_directions(self.pixels.reference, folder, fingerprint)
 
+    def prepare(self) -> None:
+        """Compute what metrics need of the real images, for other processes to find in the cache."""
+        _ = self.features, self.held_out_features
+        if "spectrum" in self.chosen.metrics:
+            _ = self.directions
+
 
 def build_extractor(chosen: EvaluateConfig, pixels: Datasets, device: torch.device) -> Extractor:
     """The feature space that `evaluate.extractor` names.

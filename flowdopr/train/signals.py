@@ -1,4 +1,4 @@
-"""How a run ends early: by Ctrl-C or SIGTERM, after the current step, or by a failure."""
+"""How a run ends early: by a signal, after the current step, or by a failure."""
 
 from __future__ import annotations
 
@@ -29,10 +29,13 @@ class TrainingFailed(RuntimeError):
 class StopSignal:
     """Within its block, the first SIGINT or SIGTERM only sets `received`; the second interrupts.
 
-    It does nothing outside the main thread, where Python allows no signal handlers.
+    SIGUSR2, which a cluster sends before it ends a job, never interrupts, and stands where SIGTERM
+    comes with it. All this does nothing outside the main thread, where Python allows no signal
+    handlers.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    URGENT = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (*URGENT, *([signal.SIGUSR2] if hasattr(signal, "SIGUSR2") else []))
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -48,6 +51,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received in self.URGENT and number in self.URGENT:
             raise KeyboardInterrupt
-        self.received = number
+        if self.received is None or number not in self.URGENT:
+            self.received = number
