@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from flowdopr.compare.plan import (
 )
 from flowdopr.compare.progress import Display
 from flowdopr.compare.results import RunResult, read_result
+from flowdopr.compare.statistics import chosen_trials, summarise
+from flowdopr.compare.widen import widened
 from flowdopr.compare.worker import train_and_evaluate
 from flowdopr.config import Config, ConfigError, apply_overrides, to_yaml
 from flowdopr.disk import locked, write_text
@@ -70,9 +72,7 @@ def compare(
     """
     # Imported here because every worker imports this package, and importing matplotlib is slow.
     from flowdopr.compare.report import write_report
-    from flowdopr.compare.statistics import chosen_trials, summarise
     from flowdopr.compare.study import build_study
-    from flowdopr.compare.widen import widened
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -88,13 +88,7 @@ def compare(
         )
     failed: list[str] = []
     results = partial(_results, config, failed, report_only=report_only, cluster=cluster)
-    runs = results(expand(config))
-    for _ in range(study_settings(config).widen):
-        runs += results(widened(config, summarise(runs)))
-    found = {run.plan.name for run in runs}
-    plans = reported(config, chosen_trials(runs))
-    further = [plan for plan in plans if plan.name not in found]
-    runs += results(further)
+    runs = _tuned_and_reported(config, results)
     study = build_study(config, runs)
     write_report(study)
     print("\n".join([study.verdict.headline, *study.verdict.pairs]))
@@ -105,6 +99,22 @@ def compare(
             f"{study.folder}: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}"
         )
     return study.folder
+
+
+def _tuned_and_reported(
+    config: Config, results: Callable[[Sequence[RunPlan]], list[RunResult]]
+) -> list[RunResult]:
+    """All runs: those that choose the trials, then those that are reported.
+
+    Args:
+        results: runs what is unfinished of some plans.
+    """
+    runs = results(expand(config))
+    for _ in range(study_settings(config).widen):
+        runs += results(widened(config, summarise(runs)))
+    found = {run.plan.name for run in runs}
+    plans = reported(config, chosen_trials(runs))
+    return runs + results([plan for plan in plans if plan.name not in found])
 
 
 def _results(

@@ -60,7 +60,7 @@ class RealImages:
         return principal_directions(self.pixels.reference, folder, fingerprint)
 
     def prepare(self) -> None:
-        """Compute what metrics need of the real images, for other processes to find in the cache."""
+        """Compute what metrics need of real images, for other processes to find in the cache."""
         _ = self.features, self.held_out_features
         if "spectrum" in self.chosen.metrics:
             _ = self.directions
