@@ -101,7 +101,7 @@ def outside(
     _check_arguments(kind, class_path, weight_decay, given)
     if any(is_sharded(p) for p in model.parameters()):
         raise ValueError(
-            f"class_path {class_path}: takes whole weights, not FSDP's shards: use DDP"
+            f"class_path {class_path}: takes whole weights, not FSDP's shards: use DDP, or 'muon'"
         )
     groups = parameter_groups(model, kind.__name__.lower(), weight_decay=weight_decay)
     made: Any = type(kind.__name__, (OutsideStep, kind), {"class_path": class_path})
