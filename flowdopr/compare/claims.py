@@ -18,13 +18,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
 FEWEST_SEEDS = 3
+SMALLEST = 0.01
+"""A ratio nearer to 1 is not called a difference: interpolation between checkpoints errs by up to
+0.006."""
 RESAMPLES = 10_000
+LARGEST = 300.0  # size of a log ratio; the square of its exponential is a number, too
 
 
 @dataclass(frozen=True)
@@ -51,17 +56,22 @@ class Claim:
 
     @property
     def shown(self) -> bool:
-        """Whether a difference is shown."""
-        corrected = self.p if self.p_holm is None else self.p_holm
-        return self.seeds >= FEWEST_SEEDS and corrected is not None and corrected < 1 - CONFIDENCE
+        """Whether a difference is shown. Nothing is shown before Holm's correction."""
+        return (
+            self.seeds >= FEWEST_SEEDS
+            and self.p_holm is not None
+            and self.p_holm < 1 - CONFIDENCE
+            and abs(self.ratio - 1) > SMALLEST
+        )
 
-    @property
-    def smallest_seen(self) -> float | None:
+    def smallest_seen(self, claims: int) -> float | None:
         """The ratio above 1 from which on the t-test would have seen a difference with this spread
-        of the seeds, without correction."""
+        of the seeds, at the level that the smallest p-value of so many claims must reach."""
         if self.interval is None:
             return None
-        return math.sqrt(self.interval[1] / self.interval[0])
+        level, freedom = 1 - CONFIDENCE, self.seeds - 1
+        wider = stats.t.isf(level / claims / 2, freedom) / stats.t.isf(level / 2, freedom)
+        return _exp(wider * math.log(self.interval[1] / self.interval[0]) / 2)
 
 
 LogRatios = Mapping[int, Sequence[float]]
@@ -77,47 +87,63 @@ def log_ratios(
         pairs = zip(first[seed], second[seed], strict=False)
         known = [(a, b) for a, b in pairs if a is not None and b is not None and min(a, b) > 0]
         if known:
-            found[seed] = [math.log(a / b) for a, b in known]
+            found[seed] = [math.log(a) - math.log(b) for a, b in known]
     return found
 
 
-def claim(measure: str, first: str, second: str, logs: LogRatios) -> Claim | None:
-    """The claim of these log ratios, before Holm's correction; None without any."""
+def claim(
+    measure: str,
+    first: str,
+    second: str,
+    logs: LogRatios,
+    regrets: tuple[float, float] = (0.0, 0.0),
+) -> Claim | None:
+    """The claim of these log ratios, before Holm's correction; None without any.
+
+    Args:
+        regrets: how much lower log of each arm's metric might be with another choice of its trial.
+            The interval reaches as much further, and the test takes that of the arm which is worse
+            from the difference.
+    """
     if not logs:
         return None
     means = np.array([np.mean(values) for values in logs.values()])
-    by_seed = {seed: math.exp(mean) for seed, mean in zip(logs, means, strict=True)}
-    ratio = math.exp(means.mean())
+    by_seed = {seed: _exp(mean) for seed, mean in zip(logs, means, strict=True)}
+    ratio = _exp(means.mean())
     if len(means) < 2:
         return Claim(measure, first, second, by_seed, ratio)
-    test = _t_test(means)
+    low, high = bootstrap_interval(list(logs.values()))
+    test = _t_test(means, regrets)
     return Claim(
         measure,
         first,
         second,
         by_seed,
         ratio,
-        interval=_exp(means.mean() + test.half_width * np.array([-1, 1])),
-        bootstrap=_exp(bootstrap_interval(list(logs.values()))),
+        interval=(_exp(test.low), _exp(test.high)),
+        bootstrap=(_exp(low), _exp(high)),
         p=test.p,
         p_permutation=_permutation_p(means),
     )
 
 
-@dataclass(frozen=True)
-class _TTest:
-    half_width: float
+class _TTest(NamedTuple):
+    low: float
+    high: float
     p: float
 
 
-def _t_test(values: np.ndarray) -> _TTest:
+def _t_test(values: np.ndarray, regrets: tuple[float, float]) -> _TTest:
     """Of a mean of zero; equal values other than zero are certain, zeros show nothing."""
-    error = values.std(ddof=1) / math.sqrt(len(values))
-    if error == 0:
-        return _TTest(0.0, float(values[0] == 0))
+    mean, error = values.mean(), values.std(ddof=1) / math.sqrt(len(values))
+    surplus = abs(mean) - regrets[int(mean < 0)]
     freedom = len(values) - 1
-    half_width = stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * error
-    return _TTest(float(half_width), float(2 * stats.t.sf(abs(values.mean()) / error, freedom)))
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * error
+    if surplus <= 0 or error == 0:
+        p = float(surplus <= 0)
+    else:
+        p = float(2 * stats.t.sf(surplus / error, freedom))
+    return _TTest(float(mean - half - regrets[0]), float(mean + half + regrets[1]), p)
 
 
 def _permutation_p(values: np.ndarray) -> float:
@@ -128,10 +154,12 @@ def _permutation_p(values: np.ndarray) -> float:
     return float(found.pvalue)
 
 
-def bootstrap_interval(values: Sequence[Sequence[float]]) -> tuple[float, float]:
+def bootstrap_interval(
+    values: Sequence[Sequence[float]], resamples: int = RESAMPLES
+) -> tuple[float, float]:
     """The percentile interval of the mean over seeds of the means over evaluation seeds."""
     rng = np.random.default_rng(0)
-    chosen = rng.integers(len(values), size=(RESAMPLES, len(values)))
+    chosen = rng.integers(len(values), size=(resamples, len(values)))
     means = np.empty(chosen.shape)
     for seed, row in enumerate(values):
         where = chosen == seed
@@ -141,9 +169,9 @@ def bootstrap_interval(values: Sequence[Sequence[float]]) -> tuple[float, float]
     return float(low), float(high)
 
 
-def _exp(ends: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    low, high = ends
-    return math.exp(low), math.exp(high)
+def _exp(value: float) -> float:
+    """exp, of what a number can hold."""
+    return math.exp(min(max(value, -LARGEST), LARGEST))
 
 
 def holm(claims: Sequence[Claim]) -> list[Claim]:

@@ -3,7 +3,9 @@
 A run gives points (loss, FD) and (seconds, FD): one for each evaluated checkpoint or, where the
 study repeats it with fewer steps, one for the end of each of these runs, whose learning rates have
 decayed alike. FD as a function of the loss is the increasing function nearest to log FD (isotonic
-regression), linear between the points; as a function of time, log FD is linear between the points.
+regression). Between the points, log FD is the monotone cubic (PCHIP) in log loss and in log
+seconds: straight lines lie above a convex curve, the more so the further its points are apart, and
+that differs between arms.
 
 An optimizer that reaches a lower loss also draws better images in the ordinary way. At equal loss
 that advantage is taken out, and what is left is what the loss does not see.
@@ -14,12 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from scipy.interpolate import PchipInterpolator
 from sklearn.isotonic import IsotonicRegression
 
 from flowdopr.compare.results import Evaluation, RunResult
 
 Curve = tuple[np.ndarray, np.ndarray]
-"""Ascending values of the loss or of the time, and log FD there."""
+"""Two or more logarithms of the loss or of the time, ascending, and log FD there."""
 POINTS = 101  # of the common range, over which the ratio is averaged
 
 
@@ -45,26 +48,28 @@ def points_of(run: RunResult, weights: str | None = None) -> Points:
 
 
 def loss_curve(points: Points) -> Curve | None:
-    """log FD as an increasing function of the loss; None with fewer than two losses."""
+    """log FD as an increasing function of log loss; None with fewer than two losses."""
     known = sorted(
-        (one.one_step_loss, np.log(one.fd))
+        (np.log(one.one_step_loss), np.log(one.fd))
         for one, _ in points
-        if one.one_step_loss is not None and one.fd is not None and one.fd > 0
+        if one.one_step_loss and one.fd is not None and min(one.one_step_loss, one.fd) > 0
     )
     if len({loss for loss, _ in known}) < 2:
         return None
     loss, log_fd = np.array(known).T
-    return loss, IsotonicRegression().fit_transform(loss, log_fd)
+    distinct, where = np.unique(loss, return_index=True)
+    return distinct, IsotonicRegression().fit_transform(loss, log_fd)[where]
 
 
 def time_curve(points: Points) -> Curve | None:
-    """log FD over the seconds of training, without evaluation; None without a measured speed."""
-    known = [
-        (seconds, np.log(one.fd))
+    """log FD over log seconds of training, without evaluation; None without a measured speed, or
+    with fewer than two points."""
+    known = sorted(
+        (np.log(seconds), np.log(one.fd))
         for one, seconds in points
         if seconds and one.fd is not None and one.fd > 0
-    ]
-    if not known:
+    )
+    if len({seconds for seconds, _ in known}) < 2:
         return None
     seconds, log_fd = np.array(known).T
     return seconds, log_fd
@@ -125,4 +130,5 @@ def _common(
     if low > high or (low == high and chosen(low, high).size > 1):
         return None
     at = chosen(low, high)
-    return float(np.mean(np.interp(at, x, y) - np.interp(at, other_x, other_y)))
+    difference = PchipInterpolator(x, y)(at) - PchipInterpolator(other_x, other_y)(at)
+    return float(np.mean(difference))

@@ -7,8 +7,10 @@ is better, as for the one-step loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from scipy import stats
@@ -21,6 +23,8 @@ from flowdopr.compare.results import Metric, RunResult, with_shorter
 AT_EQUAL_STEPS, AT_EQUAL_LOSS, AT_EQUAL_TIME = "at equal steps", "at equal loss", "at equal time"
 ONE_STEP_LOSS = "one-step loss"
 FEWEST_TO_CORRELATE = 4  # runs
+DRAWS = 10_000
+COVERED = 0.99  # of these draws, so that the four or so arms of a study are covered together
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,27 @@ class ArmSummary:
         """`tuned`; the first trial if no run is finished, where all trials are empty."""
         return self.tuned or self.trials[0]
 
+    def regret(self, noise: float) -> float:
+        """How much lower log FD might be with another trial, as far as the tuning seeds can tell;
+        0 where the reported seeds choose the trial.
+
+        The mean log FD of each trial gets the noise of its seeds, many times; the regret is the
+        distance of the chosen trial from the lowest, below which it is in 99 % of these draws.
+
+        Args:
+            noise: standard deviation of a run's log FD.
+        """
+        if self.chosen is None or not self.chosen.plan.tuning:
+            return 0.0
+        seeds = len(self.chosen.runs)
+        logs = {one.trial: logs for one in self.trials if len(logs := _log_fd(one)) == seeds}
+        if self.chosen.trial not in logs:
+            return 0.0
+        draws = np.random.default_rng(0).normal(size=(DRAWS, len(logs)))
+        drawn = np.mean(list(logs.values()), 1) + noise / math.sqrt(seeds) * draws
+        lost = drawn[:, list(logs).index(self.chosen.trial)] - drawn.min(1)
+        return float(np.quantile(lost, COVERED))
+
     @property
     def every_trial(self) -> tuple[TrialSummary, ...]:
         """`trials`, and `tuned` where other seeds chose it."""
@@ -98,12 +123,17 @@ class ArmSummary:
         return (*self.trials, self.tuned) if apart and self.tuned else self.trials
 
 
+def _log_fd(trial: TrialSummary) -> list[float]:
+    return [math.log(fd) for run in trial.runs if (fd := run.value("fd")) is not None and fd > 0]
+
+
 def spread(values: Iterable[float | None]) -> Spread | None:
     """The spread of the values that are not None; None when there are none."""
     known = [value for value in values if value is not None]
     if not known:
         return None
-    sd = float(np.std(known, ddof=1)) if len(known) > 1 else None
+    with np.errstate(over="ignore"):  # of samples that are nothing like images
+        sd = float(np.std(known, ddof=1)) if len(known) > 1 else None
     return Spread(float(np.mean(known)), sd, len(known))
 
 
@@ -201,36 +231,67 @@ def matched_pairs(arms: Sequence[ArmSummary]) -> list[tuple[ArmSummary, ArmSumma
     ]
 
 
-def pair_claims(metric: str, arms: Sequence[ArmSummary]) -> list[list[Claim]]:
-    """The claims of each matched pair that shares a finished seed; `metric` names `fd`.
+@dataclass(frozen=True)
+class Comparisons:
+    """All claims of a study, corrected by Holm together."""
 
-    They are `fd` at equal steps, equal loss and equal time, where the pair has them, corrected by
-    Holm over all pairs; and, uncorrected because nothing is claimed of it, the one-step loss.
-    """
-    found = []
-    for first, second in matched_pairs(arms):
-        if first.tuned is not None and second.tuned is not None:
-            found.append(_claims_of(metric, first.tuned, second.tuned))
-    corrected = iter(holm([one for claims, _ in found for one in claims]))
-    return [[*(next(corrected) for _ in claims), *loss] for claims, loss in found if claims]
+    pairs: list[list[Claim]]
+    """Of each matched pair that shares a finished seed: FD at equal steps, equal loss and equal
+    time, where the pair has them; and, uncorrected because nothing is claimed of it, the loss."""
+    others: list[Claim]
+    """FD at equal steps of every other two arms."""
+
+    def all(self) -> list[Claim]:
+        return [one for pair in self.pairs for one in pair] + self.others
+
+    def worse_than(self, arm: str) -> set[str]:
+        """The arms whose FD at equal steps is shown to be higher than that of `arm`."""
+        shown = [one for one in self.all() if one.shown and one.measure.endswith(AT_EQUAL_STEPS)]
+        return {one.second for one in shown if one.first == arm and one.ratio < 1} | {
+            one.first for one in shown if one.second == arm and one.ratio > 1
+        }
 
 
-def _claims_of(
-    metric: str, first: TrialSummary, second: TrialSummary
-) -> tuple[list[Claim], list[Claim]]:
-    """The claims in `fd`, and that in the one-step loss if there is one."""
-    logs = {
-        f"{metric} {AT_EQUAL_STEPS}": paired_logs(first, second, "fd"),
-        f"{metric} {AT_EQUAL_LOSS}": _by_seed(first, second, at_equal_loss),
-        f"{metric} {AT_EQUAL_TIME}": _by_seed(first, second, at_equal_time),
-        ONE_STEP_LOSS: paired_logs(first, second, "one_step_loss"),
-    }
-    claims = [claim(name, first.arm, second.arm, values) for name, values in logs.items()]
-    known = [one for one in claims if one is not None]
-    return (
-        [one for one in known if one.measure != ONE_STEP_LOSS],
-        [one for one in known if one.measure == ONE_STEP_LOSS],
-    )
+def compare_arms(metric: str, arms: Sequence[ArmSummary]) -> Comparisons:
+    """Compare every two arms that share a finished seed; `metric` names `fd`."""
+    matched = {(first.name, second.name): (first, second) for first, second in matched_pairs(arms)}
+    found = [one for pair in matched.values() for one in _claims_of(metric, *pair, matched=True)]
+    for first, second in combinations(arms, 2):
+        if not {(first.name, second.name), (second.name, first.name)} & matched.keys():
+            found += _claims_of(metric, first, second, matched=False)
+    corrected = holm([one for one in found if one.measure != ONE_STEP_LOSS])
+    corrected += [one for one in found if one.measure == ONE_STEP_LOSS]
+    pairs = [[one for one in corrected if (one.first, one.second) == pair] for pair in matched]
+    others = [one for one in corrected if (one.first, one.second) not in matched]
+    with_fd = [pair for pair in pairs if any(one.measure != ONE_STEP_LOSS for one in pair)]
+    return Comparisons(with_fd, others)
+
+
+def _claims_of(metric: str, first: ArmSummary, second: ArmSummary, *, matched: bool) -> list[Claim]:
+    """The claims of two arms before Holm's correction, those of `Comparisons` in their order."""
+    one, other = first.tuned, second.tuned
+    if one is None or other is None:
+        return []
+    steps, time = f"{metric} {AT_EQUAL_STEPS}", f"{metric} {AT_EQUAL_TIME}"
+    logs = {steps: paired_logs(one, other, "fd")}
+    if matched:
+        logs |= {
+            f"{metric} {AT_EQUAL_LOSS}": _by_seed(one, other, at_equal_loss),
+            time: _by_seed(one, other, at_equal_time),
+            ONE_STEP_LOSS: paired_logs(one, other, "one_step_loss"),
+        }
+    noise = _run_noise([values[0] for values in logs[steps].values()])
+    regrets = {name: (first.regret(noise), second.regret(noise)) for name in (steps, time)}
+    claims = [
+        claim(name, first.name, second.name, values, regrets.get(name, (0.0, 0.0)))
+        for name, values in logs.items()
+    ]
+    return [one for one in claims if one is not None]
+
+
+def _run_noise(logs: Sequence[float]) -> float:
+    """Standard deviation of a run's log FD, from log ratios of two runs each."""
+    return float(np.std(logs, ddof=1)) / math.sqrt(2) if len(logs) > 1 else 0.0
 
 
 def paired_logs(first: TrialSummary, second: TrialSummary, metric: Metric) -> LogRatios:

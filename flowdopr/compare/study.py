@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from flowdopr.compare.claims import Claim
 from flowdopr.compare.plan import study_path
 from flowdopr.compare.results import RunResult
-from flowdopr.compare.statistics import ArmSummary, pair_claims, summarise
+from flowdopr.compare.statistics import ArmSummary, Comparisons, compare_arms, summarise
 from flowdopr.compare.verdict import Verdict, build_verdict
 from flowdopr.config import Config
 from flowdopr.data import DatasetInfo
@@ -43,8 +42,7 @@ class Study:
     arms: Sequence[ArmSummary]
     metric: str
     """Name of the rollout metric: `FID` in the Inception feature space, `FD` in any other."""
-    pairs: Sequence[Sequence[Claim]]
-    """Each arm with DoPr against the arm of the same optimizer without it."""
+    comparisons: Comparisons
     verdict: Verdict
     styles: dict[str, ArmStyle]
     """By the arm's name."""
@@ -67,9 +65,9 @@ def build_study(config: Config, runs: Sequence[RunResult]) -> Study:
     """Compute everything that the report shows about `runs`."""
     arms = summarise(runs)
     metric = next((run.metric for run in runs if run.final), "FD")
-    pairs = pair_claims(metric, arms)
-    verdict = build_verdict(metric, runs, arms, pairs)
-    return Study(config, runs, arms, metric, pairs, verdict, arm_styles(arms))
+    comparisons = compare_arms(metric, arms)
+    verdict = build_verdict(metric, runs, arms, comparisons)
+    return Study(config, runs, arms, metric, comparisons, verdict, arm_styles(arms))
 
 
 def arm_styles(arms: Sequence[ArmSummary]) -> dict[str, ArmStyle]:

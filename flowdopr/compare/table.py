@@ -209,7 +209,7 @@ def shared_values(study: Study, table: Sequence[Row]) -> dict[str, str]:
 
 def to_results(study: Study, table: Sequence[Row]) -> Row:
     """Everything the report says, as plain values for results.json."""
-    claims = [asdict(one) | {"shown": one.shown} for pair in study.pairs for one in pair]
+    claims = [asdict(one) | {"shown": one.shown} for one in study.comparisons.all()]
     return {
         "schema": SCHEMA,
         "study": study.name,

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from statistics import mean
 
-from flowdopr.compare.claims import FEWEST_SEEDS, Claim, claim, holm
+from flowdopr.compare.claims import FEWEST_SEEDS, Claim
 from flowdopr.compare.differences import beyond_optimizer
 from flowdopr.compare.formats import count, listing, mean_sd, number, tried
 from flowdopr.compare.results import RunResult
 from flowdopr.compare.statistics import (
     ONE_STEP_LOSS,
     ArmSummary,
+    Comparisons,
+    Spread,
     TrialSummary,
-    paired_logs,
+    matched_pairs,
     rank_correlations,
     ranked,
 )
@@ -37,70 +38,94 @@ def build_verdict(
     metric: str,
     runs: Sequence[RunResult],
     arms: Sequence[ArmSummary],
-    pairs: Sequence[Sequence[Claim]],
+    comparisons: Comparisons,
 ) -> Verdict:
     """The verdict on `arms`; `metric` is the name of the rollout metric, FD or FID."""
-    number_of_claims = sum(one.measure != ONE_STEP_LOSS for pair in pairs for one in pair)
-    sentences = [_pair_sentence(pair, number_of_claims) for pair in pairs]
-    return Verdict(_headline(metric, arms), sentences, _notes(metric, runs, arms))
+    number_of_claims = sum(one.measure != ONE_STEP_LOSS for one in comparisons.all())
+    sentences = [_pair_sentence(pair, number_of_claims) for pair in comparisons.pairs]
+    return Verdict(
+        _headline(metric, arms, comparisons), sentences, _notes(metric, runs, arms, comparisons)
+    )
 
 
-def _headline(metric: str, arms: Sequence[ArmSummary]) -> str:
+def _headline(metric: str, arms: Sequence[ArmSummary], comparisons: Comparisons) -> str:
     ranking = ranked(arms)
     if not ranking:
-        return "No run is finished yet, so there is nothing to compare."
-    (best, winner), *others = ranking
-    if not others:
+        return "No run has finished, so there is nothing to compare."
+    best, winner = ranking[0]
+    sentences = [_ranking_sentence(metric, ranking, comparisons), *_missing(arms)]
+    if len(ranking) == 1:
         seeds = count(best.n, "seed")
-        return f"{winner.arm} alone has finished runs: {metric} {mean_sd(best, 3)} ({seeds})."
-    trials = [trial for _, trial in ranking]
-    beaten = _worse_than(winner, trials)
-    shown = {trial.arm: f"{trial.arm} ({mean_sd(fd, 3)})" for fd, trial in others}
-    apart = [words for arm, words in shown.items() if arm in beaten]
-    level = [words for arm, words in shown.items() if arm not in beaten]
-    lowest = f"{winner.arm} had the lowest mean {metric}, {mean_sd(best, 3)}"
-    if not level:
-        headline = f"The samples of {winner.arm} are closest to the data: {metric} "
-        headline += f"{mean_sd(best, 3)}, ahead of {listing(apart)}."
-    elif apart:
-        headline = (
-            f"{lowest}, ahead of {listing(apart)}; from {listing(level)} it is not told apart."
+        sentences[0] = (
+            f"{winner.arm} alone has finished runs: {metric} {mean_sd(best, 3)} ({seeds})."
         )
     else:
-        headline = f"{lowest}, but is not told apart from {listing(level)}."
-    headline += f" {_loss_clause(winner, trials)}"
-    fewest = min(fd.n for fd, _ in ranking)
-    if fewest < FEWEST_SEEDS:
-        headline += f" With {count(fewest, 'seed')} an arm this is an observation, not a claim."
-    return headline
+        sentences.insert(1, _loss_sentence(winner, [trial for _, trial in ranking]))
+        fewest = min(fd.n for fd, _ in ranking)
+        if fewest < FEWEST_SEEDS:
+            few = count(fewest, "seed")
+            sentences.append(f"With {few} an arm this is an observation, not a claim.")
+    return " ".join(filter(None, sentences))
 
 
-def _worse_than(winner: TrialSummary, trials: Sequence[TrialSummary]) -> set[str]:
-    """The arms whose rollouts are shown to be worse than the winner's.
+def _ranking_sentence(
+    metric: str, ranking: Sequence[tuple[Spread, TrialSummary]], comparisons: Comparisons
+) -> str:
+    """The arm of the lowest mean, or those that share it, and the arms that are shown to be worse.
 
-    Holm's correction is over all pairs of arms, because the winner is chosen by the same numbers.
+    All comparisons are paired by seed, the mean is not: of seeds that failed, or are far apart, the
+    lowest mean can be that of an arm which is shown to be worse.
     """
-    claims = [
-        claim("fd", first.arm, second.arm, paired_logs(first, second, "fd"))
-        for first, second in combinations(trials, 2)
-    ]
-    corrected = holm([one for one in claims if one is not None])
-    return {
-        one.second for one in corrected if one.first == winner.arm and one.shown and one.ratio < 1
-    }
+    best = ranking[0][0]
+    leaders = [trial.arm for fd, trial in ranking if fd.mean == best.mean]
+    worse = set.intersection(*(comparisons.worse_than(arm) for arm in leaders))
+    words: dict[str, list[str]] = {"worse": [], "better": [], "level": []}
+    for fd, trial in ranking[len(leaders) :]:
+        beats = comparisons.worse_than(trial.arm) & set(leaders)
+        kind = "worse" if trial.arm in worse else "better" if beats else "level"
+        words[kind].append(f"{trial.arm} ({mean_sd(fd, 3)})")
+    shown = f"{metric}, {mean_sd(best, 3)}"
+    if len(leaders) == 1 and not words["level"] and not words["better"]:
+        return (
+            f"The samples of {leaders[0]} are closest to the data: {metric} {mean_sd(best, 3)}, "
+            f"ahead of {listing(words['worse'])}."
+        )
+    verb, are = ("had", "is") if len(leaders) == 1 else ("share", "are")
+    sentence = f"{listing(leaders)} {verb} the lowest mean {shown}"
+    if words["worse"]:
+        sentence += f", ahead of {listing(words['worse'])}"
+    if words["level"]:
+        sentence += f", but {are} not told apart from {listing(words['level'])}"
+    if words["better"]:
+        sentence += f"; paired by seed, {listing(words['better'])} is shown to be lower"
+    return sentence + "."
 
 
-def _loss_clause(winner: TrialSummary, trials: Sequence[TrialSummary]) -> str:
-    losses = [(loss.mean, trial.arm) for trial in trials if (loss := trial.spread("one_step_loss"))]
+def _loss_sentence(winner: TrialSummary, trials: Sequence[TrialSummary]) -> str:
+    losses = {one.arm: loss.mean for one in trials if (loss := one.spread("one_step_loss"))}
     if not losses:
         return ""
-    loss, arm = min(losses)
-    own = next((value for value, name in losses if name == winner.arm), None)
-    if own is None:
-        return f"The lowest mean one-step loss was {arm}'s: {number(loss)}."
-    if number(own) == number(loss):
-        return f"Its mean one-step loss is the lowest, too: {number(loss)}."
-    return f"The lowest mean one-step loss was {arm}'s: {number(loss)}, against {number(own)}."
+    lowest = number(min(losses.values()))
+    arms = [arm for arm, loss in losses.items() if number(loss) == lowest]
+    if winner.arm not in losses:
+        return f"The lowest mean one-step loss was {listing(arms)}'s: {lowest}."
+    if len(arms) == len(trials):
+        return f"The mean one-step loss of all is the same: {lowest}."
+    if winner.arm in arms:
+        return f"Its mean one-step loss is the lowest, too: {lowest}."
+    own = number(losses[winner.arm])
+    return f"The lowest mean one-step loss was {listing(arms)}'s: {lowest}, against {own}."
+
+
+def _missing(arms: Sequence[ArmSummary]) -> list[str]:
+    """Arms that are in no comparison, and seeds that are in no mean because they failed."""
+    sentences = [f"No run of {arm.name} has finished." for arm in arms if arm.tuned is None]
+    return sentences + [
+        f"{one.failed} of the {count(one.failed + len(one.runs), 'seed')} of {one.arm} failed and "
+        f"{'are' if one.failed > 1 else 'is'} in no mean."
+        for arm in arms
+        if (one := arm.tuned) and one.failed
+    ]
 
 
 def _pair_sentence(claims: Sequence[Claim], number_of_claims: int) -> str:
@@ -117,28 +142,47 @@ def _ratio(one: Claim) -> str:
 
 
 def _strength(claims: Sequence[Claim], number_of_claims: int) -> str:
-    fewest = min(one.seeds for one in claims)
-    if fewest < FEWEST_SEEDS:
-        return f"{count(fewest, 'seed').capitalize()}: too few for a claim."
     tested = [one for one in claims if one.measure != ONE_STEP_LOSS]
+    enough = [one for one in tested if one.seeds >= FEWEST_SEEDS]
+    few = [
+        f"{one.measure}: {count(one.seeds, 'seed')}, too few for a claim."
+        for one in tested
+        if one not in enough
+    ]
+    if not enough:
+        return (
+            f"{count(max(one.seeds for one in claims), 'seed').capitalize()}: too few for a claim."
+        )
     words = [
         f"{one.measure} is {'lower' if one.ratio < 1 else 'higher'} (p = {number(one.p_holm, 2)})"
-        for one in tested
+        for one in enough
         if one.shown
     ]
     correction = f"after Holm's correction over {count(number_of_claims, 'claim')}"
     if words:
-        return f"Shown {correction}: {listing(words)}."
-    widest = max(one.smallest_seen or 1.0 for one in tested)
-    return (
-        f"No difference is shown {correction}; with this spread of {count(fewest, 'seed')}, "
-        f"ratios between {number(1 / widest, 3)} and {number(widest, 3)} could not have been seen."
+        return " ".join([f"Shown {correction}: {listing(words)}.", *few])
+    widest = max(one.smallest_seen(number_of_claims) or 1.0 for one in enough)
+    seeds = count(min(one.seeds for one in enough), "seed")
+    hidden = (
+        f"ratios between {number(1 / widest, 3)} and {number(widest, 3)} could not have been seen"
+    )
+    return " ".join(
+        [f"No difference is shown {correction}; with this spread of {seeds}, {hidden}.", *few]
     )
 
 
-def _notes(metric: str, runs: Sequence[RunResult], arms: Sequence[ArmSummary]) -> list[str]:
+def _notes(
+    metric: str, runs: Sequence[RunResult], arms: Sequence[ArmSummary], comparisons: Comparisons
+) -> list[str]:
     notes = [*beyond_optimizer(arms), _budget(runs, arms), *_choice_notes(metric, arms)]
     notes += _correlation_note(metric, arms) + _nfe_notes(metric, arms) + _bias_note(metric, arms)
+    paired = {(pair[0].first, pair[0].second) for pair in comparisons.pairs}
+    notes += [
+        f"{first.name} over {second.name}: no ratio, because in no seed both have a positive "
+        f"{metric}."
+        for first, second in matched_pairs(arms)
+        if first.tuned and second.tuned and (first.name, second.name) not in paired
+    ]
     if any(len(arm.trials) > 1 for arm in arms) and not any(run.plan.tuning for run in runs):
         notes.append(
             f"{_searched(arms).capitalize()} were chosen on the seeds that are reported, which "

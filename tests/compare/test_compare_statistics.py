@@ -1,6 +1,7 @@
 """Means, deviations, tuned rates and paired intervals, against hand computation and scipy."""
 
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -119,7 +120,7 @@ def test_verdict_claims_what_the_seeds_show():
     assert said.headline.startswith(
         "The samples of dopr-adamw are closest to the data: FD 4.17 ± 0.15, ahead of adamw"
     )
-    assert "Its mean one-step loss is the lowest, too: 1.000." in said.headline
+    assert "The mean one-step loss of all is the same: 1.000." in said.headline
     assert "Shown after Holm's correction over 1 claim: FD at equal steps is lower" in said.pairs[0]
 
 
@@ -131,10 +132,140 @@ def test_verdict_names_no_winner_that_the_seeds_do_not_show():
     assert "ratios between 0.967 and 1.03 could not have been seen" in said.pairs[0]
 
 
-def test_verdict_tells_the_beaten_from_the_level():
-    said = verdict(by_arm(adamw=[5.0, 5.2, 5.4], muon=[4.0, 4.1, 4.4], dopr_muon=[3.9, 4.2, 4.35]))
-    assert "ahead of adamw (5.20 ± 0.20)" in said.headline
-    assert "is not told apart" in said.headline
+SAME = "The mean one-step loss of all is the same: 1.000."
+FEW = "With 1 seed an arm this is an observation, not a claim."
+
+
+@pytest.mark.parametrize(
+    ("distances", "headline"),
+    [
+        ({}, "No run has finished, so there is nothing to compare."),
+        ({"a": [None, None]}, "No run has finished, so there is nothing to compare."),
+        ({"a": [2.0, 4.0]}, "a alone has finished runs: FD 3.00 ± 1.41 (2 seeds)."),
+        (
+            {"a": [2.0, None], "b": [None, None]},
+            "a alone has finished runs: FD 2.00 (1 seed). No run of b has finished. 1 of the 2 "
+            "seeds of a failed and is in no mean.",
+        ),
+        (
+            {"a": [5.0, 5.2, 5.4], "b": [5.0, 5.2, 5.4]},
+            f"a and b share the lowest mean FD, 5.20 ± 0.20. {SAME}",
+        ),
+        (
+            {"a": [5.0, 5.2, 5.4], "b": [5.0, 5.2, 5.4], "c": [9.0, 9.1, 9.2]},
+            "a and b share the lowest mean FD, 5.20 ± 0.20, ahead of c (9.10 ± 0.10). " + SAME,
+        ),
+        (
+            {"a": [5.0, 5.2, 5.4], "b": [5.0, 5.2, 5.4], "c": [5.5, 5.0, 9.9]},
+            "a and b share the lowest mean FD, 5.20 ± 0.20, but are not told apart from c "
+            f"(6.80 ± 2.70). {SAME}",
+        ),
+        (
+            {"a": [5.0, 5.2, 5.4], "b": [4.0, 4.1, 4.4], "c": [3.9, 4.2, 4.35]},
+            "c had the lowest mean FD, 4.15 ± 0.23, ahead of a (5.20 ± 0.20), but is not told "
+            f"apart from b (4.17 ± 0.21). {SAME}",
+        ),
+        (
+            # b is lower in each seed that a has, but has a bad one more.
+            {"a": [5.0, 5.2, 5.4, None], "b": [4.0, 4.2, 4.3, 99.0]},
+            "a had the lowest mean FD, 5.20 ± 0.20; paired by seed, b (27.9 ± 47.4) is shown to "
+            f"be lower. {SAME} 1 of the 4 seeds of a failed and is in no mean.",
+        ),
+        (
+            {"a": [0.0], "b": [1e30]},
+            "a had the lowest mean FD, 0.00, but is not told apart from b (1.00e+30). "
+            f"{SAME} {FEW}",
+        ),
+    ],
+)
+def test_headlines(distances, headline):
+    runs = [
+        result(arm, 0.1, seed, fd) for arm, own in distances.items() for seed, fd in enumerate(own)
+    ]
+    assert verdict(runs).headline == headline
+
+
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        ([1.0, 1.0], "The mean one-step loss of all is the same: 1.000."),
+        ([1.0, 2.0], "Its mean one-step loss is the lowest, too: 1.000."),
+        ([2.0, 1.0], "The lowest mean one-step loss was b's: 1.000, against 2.000."),
+        ([None, 1.0], "The lowest mean one-step loss was b's: 1.000."),
+        ([None, None], ""),
+    ],
+)
+def test_the_headline_says_whose_loss_was_lowest(losses, words):
+    runs = [
+        result(arm, 0.1, 0, fd, loss)
+        for arm, fd, loss in zip("ab", (1.0, 2.0), losses, strict=True)
+    ]
+    start, end = "a had the lowest mean FD, 1.00, but is not told apart from b (2.00).", FEW
+    assert verdict(runs).headline == " ".join(filter(None, [start, words, end]))
+
+
+def test_one_family_of_claims_is_corrected_together():
+    """Every two arms at equal steps, and the two pairs at equal loss and time: 6 + 2 x 2 claims."""
+    rng = random.Random(0)
+    runs = by_arm(
+        **{
+            name: [rng.gauss(5, 1) for _ in range(3)]
+            for name in ("adamw", "dopr_adamw", "muon", "dopr_muon")
+        }
+    )
+    runs = [
+        replace(
+            run,
+            curve=(replace(run.final, step=5, one_step_loss=2.0, fd=9.0), run.final),
+            seconds_per_step=1.0,
+        )
+        for run in runs
+    ]
+    study = build_study(CONFIG, runs)
+    tested = [one for one in study.comparisons.all() if one.p_holm is not None]
+    assert len(tested) == 10
+    smallest = min(tested, key=lambda one: one.p)
+    assert smallest.p_holm == pytest.approx(min(1, 10 * smallest.p))
+    assert "over 10 claims" in study.verdict.pairs[0]
+
+
+def test_a_measure_with_few_seeds_does_not_hide_the_others():
+    runs = by_arm(adamw=[5.0, 5.2, 5.4], dopr_adamw=[4.0, 4.2, 4.3])
+    timed = [
+        replace(run, curve=(replace(run.final, step=5), run.final), seconds_per_step=1.0)
+        if run.plan.seed < 2
+        else run
+        for run in runs
+    ]
+    (pair,) = verdict(timed).pairs
+    assert "FD at equal steps is lower (p = " in pair
+    assert pair.endswith("FD at equal time: 2 seeds, too few for a claim.")
+
+
+def test_a_pair_without_a_ratio_is_explained():
+    said = verdict(by_arm(adamw=[5.0, 5.2], dopr_adamw=[0.0, None]))
+    assert said.pairs == []
+    words = "dopr-adamw over adamw: no ratio, because in no seed both have a positive FD."
+    assert words in said.notes
+
+
+def test_doubtful_tuning_widens_the_claims_that_it_touches():
+    """Trials that one tuning seed cannot tell apart, or can: the ratio is the same, not p."""
+
+    def study_with(distances):
+        runs = []
+        for arm, fds in (("adamw", distances), ("dopr-adamw", [1.0, 2.0])):
+            for lr, fd in zip((0.1, 0.2), fds, strict=True):
+                run = result(arm, lr, 9, fd, optimizer=arm)
+                runs.append(replace(run, plan=replace(run.plan, tuning=True)))
+        reported = by_arm(adamw=[5.0, 5.2, 5.4], dopr_adamw=[4.0, 4.2, 4.3])
+        return build_study(CONFIG, runs + reported).comparisons.pairs[0][0]
+
+    clear, doubtful = study_with([1.0, 2.0]), study_with([1.0, 1.0])
+    assert clear.ratio == doubtful.ratio
+    assert clear.p < doubtful.p
+    assert clear.interval[0] == doubtful.interval[0]  # DoPr's own tuning is clear
+    assert clear.interval[1] < doubtful.interval[1]
 
 
 def test_tuning_seeds_choose_the_rate_and_other_seeds_report_it():
