@@ -64,14 +64,14 @@ def loss_curve(points: Points) -> Curve | None:
 def time_curve(points: Points) -> Curve | None:
     """log FD over log seconds of training, without evaluation; None without a measured speed, or
     with fewer than two points."""
-    known = sorted(
-        (np.log(seconds), np.log(one.fd))
+    known = {
+        np.log(seconds): np.log(one.fd)
         for one, seconds in points
         if seconds and one.fd is not None and one.fd > 0
-    )
-    if len({seconds for seconds, _ in known}) < 2:
+    }
+    if len(known) < 2:
         return None
-    seconds, log_fd = np.array(known).T
+    seconds, log_fd = np.array(sorted(known.items())).T
     return seconds, log_fd
 
 

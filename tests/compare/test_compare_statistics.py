@@ -139,7 +139,6 @@ FEW = "With 1 seed an arm this is an observation, not a claim."
 @pytest.mark.parametrize(
     ("distances", "headline"),
     [
-        ({}, "No run has finished, so there is nothing to compare."),
         ({"a": [None, None]}, "No run has finished, so there is nothing to compare."),
         ({"a": [2.0, 4.0]}, "a alone has finished runs: FD 3.00 ± 1.41 (2 seeds)."),
         (
