@@ -108,8 +108,8 @@ def claim(
     if not logs:
         return None
     means = np.array([np.mean(values) for values in logs.values()])
-    by_seed = {seed: _exp(mean) for seed, mean in zip(logs, means, strict=True)}
-    ratio = _exp(means.mean())
+    by_seed = {seed: _exp(float(mean)) for seed, mean in zip(logs, means, strict=True)}
+    ratio = _exp(float(means.mean()))
     if len(means) < 2:
         return Claim(measure, first, second, by_seed, ratio)
     low, high = bootstrap_interval(list(logs.values()))
