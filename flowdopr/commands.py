@@ -9,7 +9,7 @@ import json
 import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -250,6 +250,12 @@ def compare(
     dry_run: Annotated[
         bool, Option("--dry-run", help="Print the runs that are left and their time, run nothing.")
     ] = False,
+    cluster: Annotated[
+        Literal["slurm", "local"] | None,
+        Option(
+            help="Run each run as a job of SLURM, with compare.cluster; local: on this machine."
+        ),
+    ] = None,
     print_config: PrintConfig = False,
 ) -> None:
     """Train every arm x trial x seed, evaluate each, and write report.html.
@@ -266,7 +272,7 @@ def compare(
     if dry_run:
         print(forecast(resolved, workers=workers))
         return
-    run_compare(resolved, workers=workers, report_only=report_only)
+    run_compare(resolved, workers=workers, report_only=report_only, cluster=cluster)
 
 
 @app.command()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from flowdopr.compare.cards import read_run
+from flowdopr.compare.cluster import Cluster, ClusterExecutor
 from flowdopr.compare.execute import Executor
 from flowdopr.compare.plan import (
     RunPlan,
@@ -35,7 +37,13 @@ class StudyFailed(RuntimeError):
     exit_code = 1
 
 
-def compare(config: Config, *, workers: int | None = None, report_only: bool = False) -> Path:
+def compare(
+    config: Config,
+    *,
+    workers: int | None = None,
+    report_only: bool = False,
+    cluster: Cluster | None = None,
+) -> Path:
     """Run the unfinished runs of the study in `config.compare`, then write its report.
 
     Finished runs are skipped, and stopped runs are continued. The report is made from the run
@@ -44,6 +52,7 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
     Args:
         workers: runs at the same time, in place of `compare.workers`.
         report_only: run nothing, only make the report from the existing run folders.
+        cluster: run each run as a job of SLURM, or of this machine, in place of a process.
 
     Returns:
         The study folder `<output>/<name>`: report.html, table.csv, table.tex, results.json, plots/,
@@ -51,8 +60,8 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
 
     Raises:
         ConfigError, ValueError: no `compare` section, wrong overrides, a training run in the study
-            folder, a run folder of another config, a launch of several processes, or another
-            process is running this study.
+            folder, a run folder of another config, a launch of several processes, another
+            process is running this study, or `cluster` is not there.
         Interrupted: stopped by Ctrl-C or SIGTERM, after the runs have saved.
         StudyFailed: some runs failed; the report is written and lists them.
     """
@@ -75,13 +84,14 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
             "name=NEW"
         )
     failed: list[str] = []
-    runs = _results(config, expand(config), report_only, failed)
+    results = partial(_results, config, failed, report_only=report_only, cluster=cluster)
+    runs = results(expand(config))
     for _ in range(study_settings(config).widen):
-        runs += _results(config, widened(config, summarise(runs)), report_only, failed)
+        runs += results(widened(config, summarise(runs)))
     found = {run.plan.name for run in runs}
     plans = reported(config, chosen_trials(runs))
     further = [plan for plan in plans if plan.name not in found]
-    runs += _results(config, further, report_only, failed)
+    runs += results(further)
     study = build_study(config, runs)
     write_report(study)
     print("\n".join([study.verdict.headline, *study.verdict.pairs]))
@@ -95,26 +105,33 @@ def compare(config: Config, *, workers: int | None = None, report_only: bool = F
 
 
 def _results(
-    config: Config, plans: Sequence[RunPlan], report_only: bool, failed: list[str]
+    config: Config,
+    failed: list[str],
+    plans: Sequence[RunPlan],
+    *,
+    report_only: bool,
+    cluster: Cluster | None,
 ) -> list[RunResult]:
     """The results of `plans`, after running the unfinished ones; names of failed runs go into
     `failed`."""
     runs = [read_run(plan) for plan in plans]
     unfinished = [run.plan for run in runs if not run.finished]
     if unfinished and not report_only:
-        failed += _execute(config, unfinished, done=len(plans) - len(unfinished))
+        failed += _execute(config, unfinished, cluster, done=len(plans) - len(unfinished))
         runs = [read_run(plan) for plan in plans]
     return [read_result(run) for run in runs]
 
 
-def _execute(config: Config, plans: Sequence[RunPlan], done: int) -> list[str]:
+def _execute(
+    config: Config, plans: Sequence[RunPlan], cluster: Cluster | None, *, done: int
+) -> list[str]:
     """Train and evaluate `plans`; returns the names of the runs that failed."""
     folder = study_path(config)
     study_file = folder / "study.yaml"
     with locked(folder, "wait for it; --report-only shows what is there"):
         write_text(study_file, to_yaml(config))
+        executor = _executor(config, cluster)
         _train_classifiers(plans)
-        executor = Executor(train_and_evaluate, workers=study_settings(config).workers)
         with Display(done + len(plans), done) as display, telling(display):
             executor.execute(plans, display)
     if executor.signum:
@@ -123,6 +140,19 @@ def _execute(config: Config, plans: Sequence[RunPlan], done: int) -> list[str]:
             executor.signum,
         )
     return executor.failed
+
+
+def _executor(config: Config, cluster: Cluster | None) -> Executor:
+    settings = study_settings(config)
+    if cluster is None:
+        return Executor(train_and_evaluate, workers=settings.workers)
+    return ClusterExecutor(
+        train_and_evaluate,
+        study_path(config),
+        cluster,
+        settings.cluster,
+        workers=settings.workers,
+    )
 
 
 def _train_classifiers(plans: Sequence[RunPlan]) -> None:

@@ -71,7 +71,7 @@ class Claim:
             return None
         level, freedom = 1 - CONFIDENCE, self.seeds - 1
         wider = stats.t.isf(level / claims / 2, freedom) / stats.t.isf(level / 2, freedom)
-        return _exp(wider * math.log(self.interval[1] / self.interval[0]) / 2)
+        return _exp(float(wider) * math.log(self.interval[1] / self.interval[0]) / 2)
 
 
 LogRatios = Mapping[int, Sequence[float]]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import torch
 
@@ -38,11 +38,53 @@ def _processes() -> Any:
     return context
 
 
-class Worker(NamedTuple):
+class Worker(Protocol):
+    """A run at work."""
+
     plan: RunPlan
-    process: Any
-    alive: Connection
-    """Closes when this process dies, which stops the worker."""
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while it is at work."""
+        ...
+
+    def stop(self, signum: int) -> None:
+        """Let it save and end."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once."""
+        ...
+
+    def close(self) -> None:
+        """Free what belongs to it, after its end."""
+        ...
+
+
+class LocalWorker:
+    """A worker that is a process of this machine."""
+
+    def __init__(self, plan: RunPlan, process: Any, alive: Connection) -> None:
+        self.plan = plan
+        self.process = process
+        self.alive = alive
+        """Closes when this process dies, which stops the worker."""
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.process.exitcode
+
+    def stop(self, signum: int) -> None:
+        if self.process.is_alive():
+            os.kill(self.process.pid, signum)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.close()
+
+    def close(self) -> None:
+        self.process.join()
+        self.alive.close()
 
 
 class Executor:
@@ -82,8 +124,7 @@ class Executor:
                     display.update([worker.plan for worker in self.workers.values()])
         finally:  # some are still running after a second Ctrl-C or an error in this process
             for worker in self.workers.values():
-                worker.process.kill()
-                worker.process.join()
+                worker.kill()
 
     def _next(self, waiting: Sequence[RunPlan]) -> RunPlan | None:
         """The first of the runs that waits for no longer one of which it takes over steps."""
@@ -93,6 +134,10 @@ class Executor:
     def _start(self, plan: RunPlan, slot: int, display: Display) -> None:
         plan.failure.unlink(missing_ok=True)
         plan.log.parent.mkdir(parents=True, exist_ok=True)
+        self.workers[slot] = self._worker(plan, slot)
+        display.started(plan.name)
+
+    def _worker(self, plan: RunPlan, slot: int) -> Worker:
         watched, alive = self.processes.Pipe(duplex=False)
         threads, gpu = max(1, usable_cores() // self.max_workers), gpu_of(slot)
         process = self.processes.Process(
@@ -100,24 +145,21 @@ class Executor:
         )
         process.start()
         watched.close()
-        self.workers[slot] = Worker(plan, process, alive)
-        display.started(plan.name)
+        return LocalWorker(plan, process, alive)
 
     def _pass_on(self, signum: int) -> None:
         self.signum = signum
         print_line(f"{signal.Signals(signum).name}: waiting for the runs to save and exit")
         for worker in self.workers.values():
-            if worker.process.is_alive():
-                os.kill(worker.process.pid, signum)
+            worker.stop(signum)
 
     def _remove_ended(self, display: Display) -> None:
-        for slot, (plan, process, alive) in list(self.workers.items()):
-            code = process.exitcode
+        for slot, worker in list(self.workers.items()):
+            code, plan = worker.exitcode, worker.plan
             if code is None:
                 continue
             del self.workers[slot]
-            process.join()
-            alive.close()
+            worker.close()
             if code == 0:
                 display.ended(plan.name, "done")
             elif self.signum:

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -58,13 +59,18 @@ def run_in_process(
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C reaches this process only through the study's, not twice
     os.environ |= environment
-    with open(plan.log, "wb") as output:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(output.fileno(), stream.fileno())
+    print_into(plan.log)
     threading.Thread(target=stop_when_closed, args=(study,), daemon=True).start()
     torch.set_num_threads(threads)
     with threadpool_limits(threads):
-        sys.exit(_explained(work, plan))
+        sys.exit(outcome(work, plan))
+
+
+def print_into(log: Path) -> None:
+    """Let everything that this process prints from here on replace the content of `log`."""
+    with open(log, "wb") as output:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(output.fileno(), stream.fileno())
 
 
 def stop_when_closed(study: Connection) -> None:
@@ -75,7 +81,7 @@ def stop_when_closed(study: Connection) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _explained(work: Work, plan: RunPlan) -> int | str:
+def outcome(work: Work, plan: RunPlan) -> int | str:
     """What `sys.exit` takes: 0, the exit code of a signal, or why the run failed."""
     try:
         work(plan)

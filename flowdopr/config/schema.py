@@ -306,7 +306,11 @@ class CompareConfig(Section):
     nfe_solvers: tuple[Word, ...] = ()
     """Solvers of fixed steps for that plot, beside the run's own, such as `[euler, heun2]`."""
     workers: Count = 1
-    """Runs at a time, each with an equal share of the CPU cores."""
+    """Runs at a time, each with an equal share of the CPU cores; with `--cluster`, jobs at a time,
+    those that wait included."""
+    cluster: dict[str, Any] = Field(default_factory=dict)
+    """With `--cluster`, submitit's parameters of each job, such as `{timeout_min: 120,
+    slurm_partition: gpu, gpus_per_node: 1, cpus_per_task: 8, mem_gb: 32}`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> CompareConfig:

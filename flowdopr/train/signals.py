@@ -1,4 +1,4 @@
-"""How a run ends early: by Ctrl-C or SIGTERM, after the current step, or by a failure."""
+"""How a run ends early: by a signal, after the current step, or by a failure."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ class TrainingFailed(RuntimeError):
 class StopSignal:
     """Within its block, the first SIGINT or SIGTERM only sets `received`; the second interrupts.
 
-    It does nothing outside the main thread, where Python allows no signal handlers.
+    SIGUSR2, which a cluster sends before it ends a job, never interrupts: SIGTERM may come before
+    it. It does nothing outside the main thread, where Python allows no signal handlers.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    NAMES = ("SIGINT", "SIGTERM", "SIGUSR2")
+    SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -48,6 +50,6 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is not None and number in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
         self.received = number

@@ -176,6 +176,11 @@ def test_equal_loss_needs_losses_in_common_and_bears_noise():
     assert at_equal_loss(wavy, flat) == pytest.approx(math.log(6) / 2)
 
 
+def test_a_run_against_itself_is_level_at_equal_loss_and_time():
+    own = run([(1.0, 5.3), (0.9, 4.1), (0.9, 4.2), (0.7, 1.9)])
+    assert at_equal_loss(own, own) == at_equal_time(own, own) == 0
+
+
 def test_equal_time_is_when_the_faster_run_has_ended():
     fast, slow = run([(1, 8.0), (1, 4.0)], 1.0), run([(1, 6.0), (1, 3.0)], 1.5)
     # The slow run has 90 / seconds at 15 and 30 s, a straight line in logarithms: 4.5 at 20 s.

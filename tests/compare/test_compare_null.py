@@ -138,7 +138,7 @@ def test_a_real_difference_is_shown():
 @pytest.mark.slow
 @pytest.mark.parametrize("null", NULLS)
 def test_under_any_null_few_studies_declare_anything(null):
-    assert shares(NULLS[null], 400)[0] <= at_most(0.05, 400)
+    assert shares(NULLS[null], 200)[0] <= at_most(0.05, 200)
 
 
 @pytest.mark.slow
@@ -146,7 +146,7 @@ def test_where_tuning_errs_most_it_is_declared_little_more_often():
     """Trials as far apart as the noise: one tuning seed chooses the wrong one in a quarter of all
     arms, and ten seeds then see that it is worse."""
     truth = Truth(seeds=10, tuning_seeds=1, trials={1e-3: 0.1, 2e-3: 0.0, 4e-3: 0.1})
-    assert shares(truth, 400)[0] <= at_most(0.08, 400)
+    assert shares(truth, 200)[0] <= at_most(0.08, 200)
 
 
 @pytest.mark.slow
@@ -154,4 +154,4 @@ def test_where_tuning_errs_most_it_is_declared_little_more_often():
 @pytest.mark.parametrize("noise", [0.003, 0.03])
 def test_any_lower_loss_is_not_called_better_at_equal_loss(checkpoints, noise):
     truth = Truth(checkpoints=checkpoints, of_evaluation=noise, lower_loss=LOWER_LOSS)
-    assert shares(truth, 200)[1] <= at_most(0.05, 200)
+    assert shares(truth, 100)[1] <= at_most(0.05, 100)

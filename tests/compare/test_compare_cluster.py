@@ -1,0 +1,160 @@
+"""Runs as jobs of submitit's local executor: the same numbers, failures alone, and going on after
+an interruption, a preemption or the death of the study's process."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from flowdopr.cli import run_command
+from flowdopr.compare import StudyFailed, compare, execute
+from flowdopr.compare.cards import read_run
+from flowdopr.compare.cluster import job_file
+from flowdopr.compare.plan import expand, study_path
+from flowdopr.compare.progress import last_step
+from flowdopr.compare.results import read_result
+from flowdopr.config import ConfigError, apply_overrides, to_yaml
+from flowdopr.evaluate import classifier
+from flowdopr.runs import RunFolder
+from flowdopr.train import Interrupted
+
+LONG = 300  # steps of a run that is interrupted: more than a second on any machine
+
+pytest.importorskip("submitit")
+
+
+@pytest.fixture
+def quick(study, tmp_path, monkeypatch):
+    """Two runs, one after the other; a classifier of a few steps, kept with the test."""
+    monkeypatch.setenv("FLOWDOPR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(classifier, "STEPS", 5)
+    monkeypatch.setattr(execute, "usable_cores", lambda: 1)
+    changes = ["compare.seeds=[0]", "compare.workers=1", "compare.nfe_steps=[1]"]
+    return apply_overrides(study, changes)
+
+
+@pytest.fixture
+def long(quick):
+    """One long run."""
+    arms = "compare.arms=[{name: a, lrs: [1e-3]}]"
+    return apply_overrides(quick, [arms, f"train.steps={LONG}", "train.checkpoint_every=null"])
+
+
+def job_of(plan):
+    """The process of the run's job, once it trains."""
+    while last_step(plan.path) < 2:
+        time.sleep(0.05)
+    (task,) = psutil.Process(int(job_file(plan).read_text())).children()
+    return task
+
+
+def during(plan, action):
+    thread = threading.Thread(target=lambda: action(job_of(plan)))
+    thread.start()
+    return thread
+
+
+def finals(config):
+    return [read_result(read_run(plan)).final for plan in expand(config)]
+
+
+def weights(config):
+    (plan,) = expand(config)
+    return RunFolder.open(plan.path).weights_file(LONG, "raw").read_bytes()
+
+
+def test_jobs_give_the_numbers_of_processes(quick):
+    compare(quick)
+    again = apply_overrides(quick, ["name=again"])
+    compare(again, cluster="local")
+    assert finals(again) == finals(quick)
+    assert not any(job_file(plan).exists() for plan in expand(again))
+
+
+def test_a_failing_run_fails_alone(quick):
+    wild = "{name: wild, lrs: [1e-3], set: {sample.guidance.scale: 1e300}}"
+    config = apply_overrides(quick, [f"compare.arms=[{{name: good, lrs: [1e-3]}}, {wild}]"])
+    with pytest.raises(StudyFailed, match=r"1 of 2 runs failed: wild-lr0\.001-s0"):
+        compare(config, cluster="local")
+    good, bad = expand(config)
+    assert read_run(good).finished
+    assert "images 0 to 39 are not" in bad.failure.read_text()
+
+
+def test_an_interrupted_study_goes_on(long):
+    (plan,) = expand(long)
+    thread = during(plan, lambda job: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted, match="goes on"):
+        compare(long, cluster="local")
+    thread.join()
+    saved = RunFolder.open(plan.path).steps()[-1]
+    assert 0 < saved < LONG
+    compare(long, cluster="local")
+    assert read_run(plan).finished
+    assert f"going on from step {saved}" in (plan.path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("first", [None, signal.SIGTERM])
+def test_a_preempted_job_is_queued_again_and_ends_bitwise_equal(long, first):
+    """SIGUSR2 alone, as before a time limit, or after SIGTERM, as in a preemption."""
+
+    def preempt(job):
+        if first is not None:
+            job.send_signal(first)
+        job.send_signal(signal.SIGUSR2)
+
+    whole = apply_overrides(long, ["name=whole"])
+    compare(whole)
+    (plan,) = expand(long)
+    thread = during(plan, preempt)
+    compare(long, cluster="local")
+    thread.join()
+    assert "going on from step" in (plan.path / "log.txt").read_text()
+    assert weights(long) == weights(whole)
+    assert finals(long) == finals(whole)
+
+
+def test_a_job_that_outlives_its_study_is_not_run_twice(long):
+    """The study's process is killed; the next one's job waits for the lock of the run folder."""
+    (plan,) = expand(long)
+    config = study_path(long).parent / "long.yaml"
+    config.write_text(to_yaml(long))
+    command = [sys.executable, "-m", "flowdopr", "compare", str(config), "--cluster", "local"]
+    with subprocess.Popen(command) as first:
+        job_of(plan)
+        first.kill()
+    compare(long, cluster="local")
+    assert read_run(plan).finished
+    assert "going on from step" not in (plan.path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ("{timeout_mim: 5}", "timeout_mim"),
+        ("{slurm_partitoin: gpu}", "partitoin"),
+        ("{tasks_per_node: 2}", "tasks_per_node: a run is one process"),
+        ("{timeout_min: soon}", "timeout_min"),
+    ],
+)
+def test_a_wrong_parameter_is_refused_in_one_line(quick, parameters, words):
+    config = apply_overrides(quick, [f"compare.cluster={parameters}"])
+    with pytest.raises(ConfigError, match=rf"^compare\.cluster.*{words}") as caught:
+        compare(config, cluster="local")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_slurm_or_submitit_one_line_says_so(quick, tmp_path, monkeypatch, capsys):
+    config = tmp_path / "quick.yaml"
+    config.write_text(to_yaml(quick))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run_command(["compare", str(config), "--cluster", "slurm"]) == 2
+    assert "sbatch and srun are not on the PATH" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert run_command(["compare", str(config), "--cluster", "slurm"]) == 2
+    assert "pip install 'flowdopr[slurm]'" in capsys.readouterr().err
