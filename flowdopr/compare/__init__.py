@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from flowdopr.compare.cards import read_run
 from flowdopr.compare.cluster import Cluster, ClusterExecutor
 from flowdopr.compare.execute import Executor
@@ -23,8 +25,9 @@ from flowdopr.compare.results import RunResult, read_result
 from flowdopr.compare.worker import train_and_evaluate
 from flowdopr.config import Config, ConfigError, apply_overrides, to_yaml
 from flowdopr.disk import locked, write_text
-from flowdopr.evaluate import trained_classifier
-from flowdopr.latents import build_pixel_datasets
+from flowdopr.evaluate.images import build_extractor
+from flowdopr.latents import build_datasets, build_pixel_datasets
+from flowdopr.runs import RunFolder
 from flowdopr.terminal import print_line, telling
 from flowdopr.train import Interrupted
 
@@ -131,7 +134,7 @@ def _execute(
     with locked(folder, "wait for it; --report-only shows what is there"):
         write_text(study_file, to_yaml(config))
         executor = _executor(config, cluster)
-        _train_classifiers(plans)
+        _prepare(config, plans)
         with Display(done + len(plans), done) as display, telling(display):
             executor.execute(plans, display)
     if executor.signum:
@@ -155,11 +158,20 @@ def _executor(config: Config, cluster: Cluster | None) -> Executor:
     )
 
 
-def _train_classifiers(plans: Sequence[RunPlan]) -> None:
-    """Train the feature extractor of each data set before any worker needs it."""
-    chosen = [plan.config for plan in plans if plan.config.evaluate.extractor.name == "classifier"]
-    for config in {config.data.model_dump_json(): config for config in chosen}.values():
-        print_line(f"feature extractor for {config.data.name}")
-        trained = trained_classifier(build_pixel_datasets(config))
-        if trained.warning:
-            print_line(f"warning: {trained.warning}")
+def _prepare(config: Config, plans: Sequence[RunPlan]) -> None:
+    """Find out before any run starts, and not after its training, whether the study's data and
+    feature extractors are there; the classifiers are trained now."""
+    fingerprint = build_datasets(config).info.fingerprint
+    for path in sorted(study_path(config).glob("*/config.yaml")):
+        if RunFolder.open(path.parent).dataset.fingerprint != fingerprint:
+            raise ConfigError(
+                f"{path.parent}: the images in {config.data.root} are not those this run was "
+                "trained on; give those, or begin a study anew by name=NEW"
+            )
+    configs = [plan.config for plan in plans]
+    kinds = {(one.data.model_dump_json(), one.evaluate.extractor.name): one for one in configs}
+    for one in kinds.values():
+        print_line(f"feature extractor for {one.data.name}")
+        extractor = build_extractor(one, build_pixel_datasets(one), torch.device("cpu"))
+        if extractor.warning:
+            print_line(f"warning: {extractor.warning}")

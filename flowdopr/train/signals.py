@@ -29,12 +29,13 @@ class TrainingFailed(RuntimeError):
 class StopSignal:
     """Within its block, the first SIGINT or SIGTERM only sets `received`; the second interrupts.
 
-    SIGUSR2, which a cluster sends before it ends a job, never interrupts: SIGTERM may come before
-    it. It does nothing outside the main thread, where Python allows no signal handlers.
+    SIGUSR2, which a cluster sends before it ends a job, never interrupts, and stands where SIGTERM
+    comes with it. All this does nothing outside the main thread, where Python allows no signal
+    handlers.
     """
 
-    NAMES = ("SIGINT", "SIGTERM", "SIGUSR2")
-    SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+    URGENT = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (*URGENT, *([signal.SIGUSR2] if hasattr(signal, "SIGUSR2") else []))
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -50,6 +51,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number in (signal.SIGINT, signal.SIGTERM):
+        if self.received in self.URGENT and number in self.URGENT:
             raise KeyboardInterrupt
-        self.received = number
+        if self.received is None or number not in self.URGENT:
+            self.received = number

@@ -76,6 +76,7 @@ def test_jobs_give_the_numbers_of_processes(quick):
     assert not any(job_file(plan).exists() for plan in expand(again))
 
 
+@pytest.mark.slow
 def test_a_failing_run_fails_alone(quick):
     wild = "{name: wild, lrs: [1e-3], set: {sample.guidance.scale: 1e300}}"
     config = apply_overrides(quick, [f"compare.arms=[{{name: good, lrs: [1e-3]}}, {wild}]"])
@@ -86,6 +87,7 @@ def test_a_failing_run_fails_alone(quick):
     assert "images 0 to 39 are not" in bad.failure.read_text()
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on(long):
     (plan,) = expand(long)
     thread = during(plan, lambda job: os.kill(os.getpid(), signal.SIGINT))
@@ -99,6 +101,7 @@ def test_an_interrupted_study_goes_on(long):
     assert f"going on from step {saved}" in (plan.path / "log.txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [None, signal.SIGTERM])
 def test_a_preempted_job_is_queued_again_and_ends_bitwise_equal(long, first):
     """SIGUSR2 alone, as before a time limit, or after SIGTERM, as in a preemption."""
@@ -119,6 +122,7 @@ def test_a_preempted_job_is_queued_again_and_ends_bitwise_equal(long, first):
     assert finals(long) == finals(whole)
 
 
+@pytest.mark.slow
 def test_a_job_that_outlives_its_study_is_not_run_twice(long):
     """The study's process is killed; the next one's job waits for the lock of the run folder."""
     (plan,) = expand(long)

@@ -2,12 +2,14 @@
 are there are used again."""
 
 import json
+import re
 
 import pytest
 
+from flowdopr.cli import run_command
 from flowdopr.compare import compare
 from flowdopr.compare.plan import expand
-from flowdopr.config import apply_overrides
+from flowdopr.config import ConfigError, apply_overrides, to_yaml
 from flowdopr.evaluate import classifier
 
 MEASURED = (
@@ -75,3 +77,46 @@ def test_an_arm_against_itself_is_level(small, capsys):
     assert headline.startswith("one and other share the lowest mean FD, ")
     assert "The mean one-step loss of all is the same" in headline
     assert "warning" not in capsys.readouterr().err.lower()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["compare.seeds=[]"], r"compare\.seeds: must have at least 1 item"),
+        (["evaluate.metrics=[fd, fdd]"], r"evaluate\.metrics.*did you mean 'fd'"),
+        (["evaluate.fid_num_images=1"], r"evaluate\.fid_num_images: must be greater"),
+        (["evaluate.extractor=dinov2"], r"evaluate\.extractor\.weights: missing"),
+        (
+            ["evaluate.extractor=inception", "evaluate.extractor.weights=no.pth"],
+            r"evaluate\.extractor\.weights: there is no file 'no\.pth'",
+        ),
+        (["data.name=folder", "data.root=nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_refused_before_any_run(small, tmp_path, capsys, changes, words):
+    config = tmp_path / "small.yaml"
+    config.write_text(to_yaml(small))
+    assert run_command(["compare", str(config), *changes]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("flowdopr: ")
+    assert re.search(words, line)
+    assert not any(plan.path.exists() for plan in expand(small))
+
+
+@pytest.mark.slow
+def test_changed_images_and_edited_configs_are_refused(small, tmp_path, write_images, capsys):
+    images = write_images(tmp_path / "images", {"cat": 30, "dog": 30})
+    data = ["data.name=folder", f"data.root={images}", "data.image_size=8"]
+    config = apply_overrides(small, [*data, f"{SAME_ARMS}]", "compare.seeds=[0]"])
+    compare(config)
+    plan = expand(config)[0]
+    write_images(images, {"cat": 31})
+    more = apply_overrides(config, ["compare.seeds=[0, 1]"])
+    with pytest.raises(ConfigError, match=r"one-lr0\.001-s0: the images in .* are not those"):
+        compare(more)
+    assert not any(plan.path.exists() for plan in expand(more) if plan.seed == 1)
+    text = (plan.path / "config.yaml").read_text()
+    (plan.path / "config.yaml").write_text(text.replace("depth: 1", "depth: 2"))
+    with pytest.raises(ConfigError, match=r"model\.depth was 2, now 1") as caught:
+        compare(config)
+    assert "\n" not in str(caught.value)
