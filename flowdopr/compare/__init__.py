@@ -25,7 +25,7 @@ from flowdopr.compare.results import RunResult, read_result
 from flowdopr.compare.worker import train_and_evaluate
 from flowdopr.config import Config, ConfigError, apply_overrides, to_yaml
 from flowdopr.disk import locked, write_text
-from flowdopr.evaluate.images import build_extractor
+from flowdopr.evaluate.real import build_extractor
 from flowdopr.latents import build_datasets, build_pixel_datasets
 from flowdopr.runs import RunFolder
 from flowdopr.terminal import print_line, telling
@@ -74,18 +74,9 @@ def compare(
     from flowdopr.compare.study import build_study
     from flowdopr.compare.widen import widened
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "compare starts the processes of its runs itself: run it without accelerate launch or "
-            "torchrun, and set compare.workers"
-        )
     if workers is not None:
         config = apply_overrides(config, [f"compare.workers={workers}"])
-    if (study_path(config) / "config.yaml").exists():
-        raise ConfigError(
-            f"{study_path(config)}: a training run is here; choose another folder for the study by "
-            "name=NEW"
-        )
+    _check_place(config)
     failed: list[str] = []
     results = partial(_results, config, failed, report_only=report_only, cluster=cluster)
     runs = results(expand(config))
@@ -105,6 +96,20 @@ def compare(
             f"{study.folder}: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}"
         )
     return study.folder
+
+
+def _check_place(config: Config) -> None:
+    """Refuse a launch of several processes, and a study folder that is a run's."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "compare starts the processes of its runs itself: run it without accelerate launch or "
+            "torchrun, and set compare.workers"
+        )
+    if (study_path(config) / "config.yaml").exists():
+        raise ConfigError(
+            f"{study_path(config)}: a training run is here; choose another folder for the study by "
+            "name=NEW"
+        )
 
 
 def _results(
@@ -172,6 +177,6 @@ def _prepare(config: Config, plans: Sequence[RunPlan]) -> None:
     kinds = {(one.data.model_dump_json(), one.evaluate.extractor.name): one for one in configs}
     for one in kinds.values():
         print_line(f"feature extractor for {one.data.name}")
-        extractor = build_extractor(one, build_pixel_datasets(one), torch.device("cpu"))
+        extractor = build_extractor(one.evaluate, build_pixel_datasets(one), torch.device("cpu"))
         if extractor.warning:
             print_line(f"warning: {extractor.warning}")

@@ -13,6 +13,7 @@ that advantage is taken out, and what is left is what the loss does not see.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -101,7 +102,7 @@ def shared_losses(first: RunResult, second: RunResult) -> tuple[float, float] | 
     if one is None or other is None:
         return None
     low, high = _common_range(one[0], other[0])
-    return (low, high) if low < high else None
+    return (math.exp(low), math.exp(high)) if low < high else None
 
 
 def at_equal_time(first: RunResult, second: RunResult) -> float | None:
