@@ -175,7 +175,9 @@ def _notes(
     metric: str, runs: Sequence[RunResult], arms: Sequence[ArmSummary], comparisons: Comparisons
 ) -> list[str]:
     notes = [*beyond_optimizer(arms), _budget(runs, arms), *_choice_notes(metric, arms)]
-    notes += _correlation_note(metric, arms) + _nfe_notes(metric, arms) + _bias_note(metric, arms)
+    notes += (
+        _correlation_note(metric, arms) + _better_notes(metric, arms) + _bias_note(metric, arms)
+    )
     paired = {(pair[0].first, pair[0].second) for pair in comparisons.pairs}
     notes += [
         f"{first.name} over {second.name}: no ratio, because in no seed both have a positive "
@@ -183,11 +185,6 @@ def _notes(
         for first, second in matched_pairs(arms)
         if first.tuned and second.tuned and (first.name, second.name) not in paired
     ]
-    if any(len(arm.trials) > 1 for arm in arms) and not any(run.plan.tuning for run in runs):
-        notes.append(
-            f"{_searched(arms).capitalize()} were chosen on the seeds that are reported, which "
-            "flatters every arm."
-        )
     states = {"failed": "failed, which no mean includes", "unfinished": "not finished"}
     for status, words in states.items():
         names = [run.plan.name for run in runs if run.status == status]
@@ -211,22 +208,30 @@ def _correlation_note(metric: str, arms: Sequence[ArmSummary]) -> list[str]:
     ]
 
 
-def _nfe_notes(metric: str, arms: Sequence[ArmSummary]) -> list[str]:
-    """Where another number of model calls, or another solver, draws better than in the table."""
+def _better_notes(metric: str, arms: Sequence[ArmSummary]) -> list[str]:
+    """Where other model calls, another solver or other weights draw better than in the table."""
     notes = []
     for arm in arms:
-        values: dict[tuple[str, float], list[float]] = {}
+        values: dict[str, list[float]] = {}
         for run in arm.reported.runs:
-            for one in run.by_nfe:
-                if one.nfe is not None and one.fd is not None:
-                    values.setdefault((one.solver, one.nfe), []).append(one.fd)
-        means = {key: mean(found) for key, found in values.items()}
+            calls = [
+                (f"{one.nfe:g} model calls of {one.solver}", one) for one in run.by_nfe if one.nfe
+            ]
+            ends = [
+                (f"the weights {name}", curve[-1])
+                for name, curve in run.by_weights.items()
+                if curve
+            ]
+            for words, one in (*calls, *ends):
+                if one.fd is not None:
+                    values.setdefault(words, []).append(one.fd)
+        means = {words: mean(found) for words, found in values.items()}
         own = arm.reported.spread("fd")
         best = min(means, key=means.__getitem__, default=None)
         if best is not None and own is not None and means[best] < NOTABLY * own.mean:
             notes.append(
-                f"{arm.name}: {metric} is lower with {best[1]:g} model calls of {best[0]}, "
-                f"{number(means[best], 3)}, than in the table."
+                f"{arm.name}: {metric} is lower with {best}, {number(means[best], 3)}, than in the "
+                "table."
             )
     return notes
 
@@ -255,9 +260,9 @@ def _searched(arms: Sequence[ArmSummary]) -> str:
 
 def _budget(runs: Sequence[RunResult], arms: Sequence[ArmSummary]) -> str:
     tuning = {run.plan.seed for run in runs if run.plan.tuning}
-    seeds = count(len(tuning), "tuning seed")
     if not tuning:
-        seeds = count(len({run.plan.seed for run in runs}), "seed")
+        return "Each arm has one trial, which its config gives: this study tuned nothing."
+    seeds = count(len(tuning), "tuning seed")
     sizes, thing = {arm.name: len(arm.trials) for arm in arms}, _searched(arms).removesuffix("s")
     if len(set(sizes.values())) <= 1:
         grid = count(next(iter(sizes.values()), 0), thing)

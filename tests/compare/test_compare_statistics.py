@@ -100,7 +100,7 @@ def test_verdict_with_few_seeds_is_an_observation():
     assert pair.startswith("dopr-adamw over adamw: FD at equal steps 0.600 (0.")
     assert pair.endswith("one-step loss 1.25 (1.25 to 1.25). 2 seeds: too few for a claim.")
     assert said.notes == [
-        "Every arm had the same tuning budget: 1 learning rate × 2 seeds.",
+        "Each arm has one trial, which its config gives: this study tuned nothing.",
         "Rank correlation of the one-step loss with FD at the ends of runs: −0.89 over all runs.",
     ]
 
@@ -282,13 +282,13 @@ def test_tuning_seeds_choose_the_rate_and_other_seeds_report_it():
     assert len(arm.every_trial) == 3
     notes = verdict([*tuning, *reports]).notes
     assert notes[0] == "Every arm had the same tuning budget: 2 learning rates × 2 tuning seeds."
-    assert not any("flatters" in note for note in notes)
 
 
 def test_a_grid_of_settings_makes_trials_of_an_arm():
     def of_trial(lr, damping, fd):
         run = result("a", lr, 0, fd)
-        return replace(run, plan=replace(run.plan, searched={"optimizer.dopr.damping": damping}))
+        searched = {"optimizer.dopr.damping": damping}
+        return replace(run, plan=replace(run.plan, searched=searched, tuning=True))
 
     runs = [
         of_trial(lr, damping, lr + abs(damping - 1)) for lr in (1, 2, 4) for damping in (0.1, 1, 2)
@@ -296,8 +296,7 @@ def test_a_grid_of_settings_makes_trials_of_an_arm():
     (arm,) = summarise(runs)
     assert arm.chosen.trial == "lr1-damping1"
     notes = " ".join(verdict(runs).notes)
-    assert "the same tuning budget: 9 trials × 1 seed" in notes
-    assert "Trials were chosen on the seeds" in notes
+    assert "the same tuning budget: 9 trials × 1 tuning seed" in notes
     assert "the chosen learning rate 1 is at the edge" in notes
     assert "damping 1 is at the edge" not in notes
 
@@ -324,10 +323,15 @@ def test_another_number_of_model_calls_that_draws_better_is_named():
     assert words in verdict(better).notes
     level = [evaluated(seed, (2, 3.99), (20, 4.0)) for seed in (0, 1)]
     assert not any("model calls" in note for note in verdict(level).notes)
+    raw = {"raw": (Evaluation(5, fd=1.0), Evaluation(10, fd=3.0))}
+    other = [replace(run, by_weights=raw) for run in level]
+    assert "a: FD is lower with the weights raw, 3.00, than in the table." in verdict(other).notes
 
 
 def test_unequal_budgets_and_grid_edges_are_said():
     runs = [result("a", lr, 0, lr) for lr in (0.1, 0.2, 0.3)] + [result("b", 0.1, 0, None)]
+    assert "this study tuned nothing" in verdict(runs[-1:]).notes[0]
+    runs = [replace(run, plan=replace(run.plan, tuning=True)) for run in runs]
     notes = " ".join(verdict(runs).notes)
     assert "not equal: a 3 learning rates and b 1 learning rate" in notes
     assert "edge of its grid" in notes
