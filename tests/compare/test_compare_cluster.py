@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
+from slurm import install
 
 from flowdopr.cli import run_command
 from flowdopr.compare import StudyFailed, compare, execute
@@ -68,6 +70,7 @@ def weights(config):
     return RunFolder.open(plan.path).weights_file(LONG, "raw").read_bytes()
 
 
+@pytest.mark.slow
 def test_jobs_give_the_numbers_of_processes(quick):
     compare(quick)
     again = apply_overrides(quick, ["name=again"])
@@ -135,6 +138,59 @@ def test_a_job_that_outlives_its_study_is_not_run_twice(long):
     compare(long, cluster="local")
     assert read_run(plan).finished
     assert "going on from step" not in (plan.path / "log.txt").read_text()
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """The folder of commands that behave as SLURM's."""
+    install(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'slurm'}:{os.environ['PATH']}")
+    return tmp_path / "slurm"
+
+
+def wait_for(file):
+    while not file.exists():
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_slurm_queues_a_run_again_and_the_next_study_watches_its_job_on(long, slurm):
+    """The job is preempted, and the study's process killed; the next one submits nothing."""
+    (plan,) = expand(long)
+    config = study_path(long).parent / "long.yaml"
+    config.write_text(to_yaml(long))
+    command = [sys.executable, "-m", "flowdopr", "compare", str(config), "--cluster", "slurm"]
+    with subprocess.Popen(command) as first:
+        while last_step(plan.path) < 2:
+            time.sleep(0.05)
+        os.kill(int((slurm / "1.pid").read_text()), signal.SIGUSR2)
+        wait_for(slurm / "1.requeued")
+        first.kill()
+    compare(long, cluster="slurm")
+    assert read_run(plan).finished
+    assert "going on from step" in (plan.path / "log.txt").read_text()
+    assert not (slurm / "2.script").exists()
+
+
+@pytest.mark.slow
+def test_slurms_jobs_save_when_the_study_is_stopped(long, slurm):
+    (plan,) = expand(long)
+
+    def interrupt():
+        while last_step(plan.path) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    parameters = "compare.cluster={timeout_min: 120, slurm_partition: gpu}"
+    with pytest.raises(Interrupted):
+        compare(apply_overrides(long, [parameters]), cluster="slurm")
+    thread.join()
+    script = Path((slurm / "1.script").read_text()).read_text()
+    for flag in ("--partition=gpu", "--time=120", "--job-name=tiny", "--signal=USR2@90"):
+        assert f"#SBATCH {flag}\n" in script
+    assert 0 < RunFolder.open(plan.path).steps()[-1] < LONG
 
 
 @pytest.mark.parametrize(
