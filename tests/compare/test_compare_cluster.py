@@ -70,6 +70,7 @@ def weights(config):
     return RunFolder.open(plan.path).weights_file(LONG, "raw").read_bytes()
 
 
+@pytest.mark.slow
 def test_jobs_give_the_numbers_of_processes(quick):
     compare(quick)
     again = apply_overrides(quick, ["name=again"])
