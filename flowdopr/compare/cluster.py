@@ -12,9 +12,11 @@ has ended well if its folder says so. What a signal means to a job:
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +32,8 @@ from flowdopr.config import ConfigError
 Cluster = Literal["slurm", "local"]
 TIMEOUTS = 1000
 """How often a job may reach its time limit: each time, the run gets on."""
+ASKS_EVERY = 5.0
+"""Seconds between questions to SLURM once the study is being stopped."""
 ONE_PROCESS = ("nodes", "tasks_per_node", "slurm_ntasks_per_node")
 """Parameters that would let several processes train the same run."""
 
@@ -62,14 +66,20 @@ class JobWorker:
 
     def __init__(self, plan: RunPlan, job: Any, cluster: Cluster) -> None:
         self.plan, self.job, self.cluster = plan, job, cluster
+        self.asks_again = math.inf
+        """When SLURM is asked next; submitit itself asks ever more seldom, up to ten minutes."""
 
     @property
     def exitcode(self) -> int | None:
-        if not self.job.done():
+        asks = time.monotonic() > self.asks_again
+        if asks:
+            self.asks_again = time.monotonic() + ASKS_EVERY
+        if not self.job.done(force_check=asks):
             return None
         return 0 if read_run(self.plan).finished else 1
 
     def stop(self, signum: int) -> None:
+        self.asks_again = 0.0
         if self.cluster == "slurm":
             for option in ("--state=PENDING", "--signal=INT"):
                 subprocess.call(["scancel", option, self.job.job_id])
@@ -133,7 +143,7 @@ class ClusterExecutor(Executor):
     def _worker(self, plan: RunPlan, slot: int) -> JobWorker:
         job = self._running(plan)
         if job is None:
-            plan.log.touch()
+            plan.log.write_bytes(b"")  # of an earlier job
             job = self.jobs.submit(Job(self.work), plan)
             job_file(plan).write_text(job.job_id)
         return JobWorker(plan, job, self.cluster)
