@@ -44,6 +44,9 @@ def forecast(config: Config, *, workers: int | None = None) -> str:
             f"{arm.name}: {trials}, {count(len(planned), 'run')} of {_lengths(planned)} steps; "
             f"left: {count(len(left), 'run')}, {steps:,} steps"
         )
+    if study.widen:
+        most = study.widen * len(study.arms) * len(study.tuning_seeds)
+        lines.append(f"Wider grids may add up to {count(most, 'tuning run')}.")
     if unknown:
         lines.append("Training time: not known before runs of the study have logged steps.")
     else:

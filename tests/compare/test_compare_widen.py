@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from flowdopr.compare.forecast import forecast
 from flowdopr.compare.plan import expand
 from flowdopr.compare.results import Evaluation, RunResult
 from flowdopr.compare.statistics import summarise
@@ -45,3 +46,8 @@ def test_an_arm_without_a_finished_run_does_not_widen(study):
         [replace(run, status="failed") for run in results(study, {"a": [1, 2, 3], "b": [1, 2, 3]})]
     )
     assert widened(apply_overrides(study, [ARMS, "compare.tuning_seeds=[7]"]), arms) == []
+
+
+def test_a_dry_run_says_what_a_wider_grid_may_add(study):
+    tuned = apply_overrides(study, [ARMS, "compare.tuning_seeds=[7, 8]", "compare.widen=2"])
+    assert "Wider grids may add up to 8 tuning runs." in forecast(tuned).splitlines()
