@@ -1,4 +1,4 @@
-"""Compare optimizers: run every arm x learning rate x seed, then report the results."""
+"""Compare optimizers: run every arm x trial x seed, then report the results."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def compare(
     """Run the unfinished runs of the study in `config.compare`, then write its report.
 
     Finished runs are skipped, and stopped runs are continued. The report is made from the run
-    folders alone. Prints the verdict and the paths of the report's files.
+    folders alone. Prints the verdict and the paths of the report's files. A script of your own must
+    call it under `if __name__ == "__main__":`, because the processes of the runs import that script.
 
     Args:
         workers: runs at the same time, in place of `compare.workers`.
