@@ -52,8 +52,8 @@ def compare(
     """Run the unfinished runs of the study in `config.compare`, then write its report.
 
     Finished runs are skipped, and stopped runs are continued. The report is made from the run
-    folders alone. Prints the verdict and the paths of the report's files. A script of your own must
-    call it under `if __name__ == "__main__":`, because the processes of the runs import that script.
+    folders alone. Prints the verdict and the paths of the report's files. A script of your own
+    must call it under `if __name__ == "__main__":`, because the processes of the runs import it.
 
     Args:
         workers: runs at the same time, in place of `compare.workers`.
