@@ -65,7 +65,6 @@ def wanted_cards(plan: RunPlan) -> WantedCards:
             CardRequest(step, (*FD_ONLY, f"evaluate.weights={weights}")) for step in steps
         )
         for weights in plan.weights
-        if weights != plan.config.evaluate.weights
     }
     if plan.shorter:
         return WantedCards(CardRequest(last, FD_ONLY), (), (), (), by_weights)

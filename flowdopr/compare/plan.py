@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flowdopr.config import ArmConfig, CompareConfig, Config, ConfigError, apply_overrides
+from flowdopr.runs import file_of
 
 SET_BY_STUDY = {
     "name": "name",
@@ -118,7 +119,8 @@ def expand(config: Config) -> list[RunPlan]:
     Raises:
         ConfigError: no `compare` section, no FD among the metrics, an arm's overrides are wrong
             (the message names the arm), `nfe_steps` for a solver that ignores them, lengths that
-            cannot share checkpoints, or two runs would share a folder.
+            cannot share checkpoints, weights that an arm's runs do not have, or two runs would
+            share a folder.
     """
     study = study_settings(config)
     if "fd" not in config.evaluate.metrics:
@@ -153,7 +155,8 @@ def expand(config: Config) -> list[RunPlan]:
             "trials, whose values agree in six digits or but for signs"
         )
     for plan in plans:
-        _check_lengths(plan, study)
+        _check_lengths(plan, config)
+        _check_weights(plan)
     return plans
 
 
@@ -195,20 +198,47 @@ def _run_name(plan: RunPlan) -> str:
     return f"{plan.arm}-{plan.trial}-s{plan.seed}"
 
 
-def _check_lengths(plan: RunPlan, study: CompareConfig) -> None:
+def _check_weights(plan: RunPlan) -> None:
+    """Check that checkpoints of this run have all weights that are evaluated, each under one name.
+
+    Raises:
+        ConfigError: they lack some, or two names are of the same weights.
+    """
+    config = plan.config
+    found: dict[str, str] = {}
+    for weights in (config.evaluate.weights, *plan.weights):
+        posthoc = weights.startswith("posthoc-") and config.train.ema_lengths
+        try:
+            file = weights if posthoc else file_of(config, weights)
+        except ConfigError as error:
+            raise ConfigError(
+                f"compare.weights, evaluate.weights: in arm '{plan.arm}' {error}; choose among "
+                "these, or add an average to train.ema_decays"
+            ) from None
+        if file in found:
+            raise ConfigError(
+                f"compare.weights: in arm '{plan.arm}' {weights} and {found[file]} are the same "
+                "weights, and evaluate.weights counts, too; remove one"
+            )
+        found[file] = weights
+
+
+def _check_lengths(plan: RunPlan, config: Config) -> None:
     """Check that the shorter runs of `compare.train_steps` can be made of this run.
 
     Raises:
-        ConfigError: they are not shorter, or there is no checkpoint where they begin to cool down.
+        ConfigError: they are not shorter, too short for the warm-up, or there is no checkpoint
+            where they begin to cool down.
     """
     train = plan.config.train
-    for steps in study.train_steps:
+    for steps in study_settings(config).train_steps:
         where = f"compare.train_steps: in arm '{plan.arm}' {steps}"
         if steps >= train.steps:
             raise ConfigError(
                 f"{where} is not less than train.steps {train.steps}, which the longest run has; "
                 "remove it, or raise train.steps"
             )
+        variant(plan, steps=steps, study=config.name)
         if train.cooldown_steps is None:
             continue
         every, start = train.checkpoint_every, steps - train.cooldown_steps

@@ -316,6 +316,10 @@ class CompareConfig(Section):
         names = [arm.name for arm in self.arms]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"compare.arms: the name '{twice[0]}' is given twice")
+        for key in ("train_steps", "evaluation_seeds", "nfe_steps", "nfe_solvers"):
+            values = getattr(self, key)
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise ValueError(f"compare.{key}: {twice[0]} is given twice; remove one")
         trials = {arm.name: arm.trials for arm in self.arms}
         if len(set(trials.values())) > 1:
             each = ", ".join(f"'{name}' {number}" for name, number in trials.items())

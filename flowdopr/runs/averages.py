@@ -72,6 +72,22 @@ def average_names(config: Config) -> list[str]:
     return [average.name for average in averages_of(config)] or [OWN]
 
 
+def file_of(config: Config, weights: str) -> str:
+    """The name, without its ending, of the file that has these weights in a checkpoint.
+
+    Raises:
+        ConfigError: a run of `config` has no such weights, or combines them of several files.
+    """
+    names = average_names(config)
+    files = {"raw": "model", "ema": names[0], **{name: name for name in names}}
+    if weights not in files:
+        raise ConfigError(
+            f"no weights '{weights}'; there are: {', '.join(files)}"
+            + (", posthoc-LENGTH" if config.train.ema_lengths else "")
+        )
+    return files[weights]
+
+
 def gamma_of(length: float) -> float:
     """The exponent gamma of the power-function average of relative length `length`, from (2).
 

@@ -46,7 +46,7 @@ from flowdopr.disk import (
     writing,
 )
 from flowdopr.models import build_model
-from flowdopr.runs.averages import Average, average_names, combine, posthoc_coefficients
+from flowdopr.runs.averages import Average, combine, file_of, posthoc_coefficients
 from flowdopr.runs.contents import MadeBy, MetricsLine, State
 from flowdopr.runs.provenance import with_earlier
 
@@ -265,14 +265,11 @@ class RunFolder:
         Raises:
             ConfigError: this run has no such weights.
         """
-        names = average_names(self.config)
-        files = {"raw": "model", "ema": names[0], **{name: name for name in names}}
-        if weights not in files:
-            raise ConfigError(
-                f"{self.path}: no weights '{weights}'; there are: {', '.join(files)}"
-                + (", posthoc-LENGTH" if self.config.train.ema_lengths else "")
-            )
-        return self.checkpoint_path(step) / f"{files[weights]}.safetensors"
+        try:
+            name = file_of(self.config, weights)
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {error}") from None
+        return self.checkpoint_path(step) / f"{name}.safetensors"
 
     def _posthoc_weights(
         self, step: int, weights: str, wanted: Mapping[str, Tensor] | None

@@ -90,9 +90,15 @@ def test_reported_runs_are_repeated_with_fewer_steps(study, decay, starts_from):
             ["'a' 1, 'b' 2", "each arm as many"],
         ),
         (["compare.widen=1"], ["compare.widen", "two learning rates"]),
+        (["compare.train_steps=[5]", "train.warmup_steps=6"], ["'a'", "train.warmup_steps 6"]),
+        (["compare.train_steps=[5, 5]"], ["compare.train_steps: 5 is given twice"]),
+        (["compare.evaluation_seeds=[1, 1]"], ["compare.evaluation_seeds: 1 is given twice"]),
+        (["compare.weights=[raw, ema-0.5]"], ["'a'", "no weights 'ema-0.5'; there are: raw, ema"]),
+        (["evaluate.weights=posthoc-0.1"], ["'a'", "no weights 'posthoc-0.1'"]),
+        (["compare.weights=[ema-0.9]"], ["'a'", "ema-0.9 and ema are the same"]),
     ],
 )
-def test_lengths_and_budgets_that_cannot_be_compared_are_refused(study, overrides, words):
+def test_what_cannot_be_compared_is_refused_before_any_run(study, overrides, words):
     with pytest.raises(ConfigError) as caught:
         expand(apply_overrides(arms(study, "[{name: a, lrs: [1e-3]}]"), overrides))
     message = str(caught.value)
