@@ -25,6 +25,10 @@ from flowdopr.train import StopSignal
 
 POLL_SECONDS = 0.3
 MAX_REASON_LINES = 15
+NOTHING_PRINTED = (
+    "the run printed nothing; a script that calls compare must do so under "
+    "if __name__ == '__main__':"
+)
 FORKSERVER = "forkserver"
 
 
@@ -139,9 +143,12 @@ class Executor:
 
     def _worker(self, plan: RunPlan, slot: int) -> Worker:
         watched, alive = self.processes.Pipe(duplex=False)
-        threads, gpu = max(1, usable_cores() // self.max_workers), gpu_of(slot)
+        threads, environment = max(1, usable_cores() // self.max_workers), os.environ | gpu_of(slot)
+        plan.log.write_bytes(b"")  # of an earlier process; this one may die before it prints
         process = self.processes.Process(
-            target=run_in_process, args=(self.work, plan, threads, gpu, watched), name=plan.name
+            target=run_in_process,
+            args=(self.work, plan, threads, dict(environment), watched),
+            name=plan.name,
         )
         process.start()
         watched.close()
@@ -165,7 +172,7 @@ class Executor:
             elif self.signum:
                 display.ended(plan.name, "stopped", stopped=True)
             else:
-                reason = failure_reason(plan.log) or f"exit code {code}, and nothing was printed"
+                reason = failure_reason(plan.log) or f"exit code {code}: {NOTHING_PRINTED}"
                 plan.failure.write_text(reason + "\n", encoding="utf-8")
                 self.failed.append(plan.name)
                 display.ended(plan.name, f"failed with exit code {code}; see {plan.log}\n{reason}")

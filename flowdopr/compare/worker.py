@@ -53,7 +53,8 @@ def run_in_process(
 
     Args:
         threads: of this process, for all libraries.
-        environment: variables to set before the first use of a GPU.
+        environment: variables of the study's process, which this one may have been forked
+            without, and those that give it a GPU.
         study: a pipe whose other end the study's process holds.
     """
     if hasattr(os, "setsid"):

@@ -63,6 +63,10 @@ def tell_the_threads(plan):
     print(os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
+def tell_a_variable(plan):
+    print(os.environ["OF_THE_STUDY"])
+
+
 def wait_for_a_signal(plan):
     def leave(number, frame):
         mark(plan, "saved")
@@ -134,6 +138,28 @@ def test_a_worker_stops_when_its_study_dies(study, tmp_path):
     while marked(plan) != "saved" and time.monotonic() < deadline:
         time.sleep(0.05)
     assert marked(plan) == "saved"
+
+
+def test_a_run_that_dies_before_it_prints_fails_with_a_likely_reason(study, tmp_path):
+    script = tmp_path / "script.py"  # its processes import it, and fail because they start others
+    script.write_text(f"""
+from flowdopr.compare.execute import Executor
+from flowdopr.compare.plan import expand
+from flowdopr.compare.progress import Display
+from flowdopr.config import load_config
+plans = expand(load_config({str(tmp_path / "study.yaml")!r}))[:1]
+with Display(1, 0) as display:
+    Executor(print, workers=1).execute(plans, display)
+""")
+    subprocess.run([sys.executable, script], check=True)
+    assert "__main__" in expand(study)[0].failure.read_text()
+
+
+def test_a_worker_has_the_variables_that_are_set_now(run, study, monkeypatch):
+    for value in ("one", "other"):
+        monkeypatch.setenv("OF_THE_STUDY", value)
+        run(tell_a_variable)
+        assert expand(study)[0].log.read_text() == f"{value}\n"
 
 
 def test_a_run_that_is_tried_again_is_no_longer_failed(run, study):
