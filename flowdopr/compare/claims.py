@@ -65,13 +65,18 @@ class Claim:
         )
 
     def smallest_seen(self, claims: int) -> float | None:
-        """The ratio above 1 from which on the t-test would have seen a difference with this spread
-        of the seeds, at the level that the smallest p-value of so many claims must reach."""
+        """The ratio above 1 from which on a difference would have been shown with this spread of
+        the seeds and this doubt about the tuning, in whichever direction that takes more, at the
+        level that the smallest p-value of so many claims must reach."""
         if self.interval is None:
             return None
         level, freedom = 1 - CONFIDENCE, self.seeds - 1
-        wider = stats.t.isf(level / claims / 2, freedom) / stats.t.isf(level / 2, freedom)
-        return _exp(float(wider) * math.log(self.interval[1] / self.interval[0]) / 2)
+        logs = np.log(list(self.by_seed.values()))
+        error = float(logs.std(ddof=1)) / math.sqrt(self.seeds)
+        more = stats.t.isf(level / claims / 2, freedom) - stats.t.isf(level / 2, freedom)
+        low, high = self.interval
+        reach = math.log(max(high / self.ratio, self.ratio / low))
+        return max(_exp(reach + float(more) * error), 1 + SMALLEST)
 
 
 LogRatios = Mapping[int, Sequence[float]]

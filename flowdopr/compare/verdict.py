@@ -41,7 +41,7 @@ def build_verdict(
     comparisons: Comparisons,
 ) -> Verdict:
     """The verdict on `arms`; `metric` is the name of the rollout metric, FD or FID."""
-    number_of_claims = sum(one.measure != ONE_STEP_LOSS for one in comparisons.all())
+    number_of_claims = sum(one.p_holm is not None for one in comparisons.all())
     sentences = [_pair_sentence(pair, number_of_claims) for pair in comparisons.pairs]
     return Verdict(
         _headline(metric, arms, comparisons), sentences, _notes(metric, runs, arms, comparisons)

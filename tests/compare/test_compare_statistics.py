@@ -239,6 +239,9 @@ def test_a_measure_with_few_seeds_does_not_hide_the_others():
     (pair,) = verdict(timed).pairs
     assert "FD at equal steps is lower (p = " in pair
     assert pair.endswith("FD at equal time: 2 seeds, too few for a claim.")
+    once = [replace(run, curve=()) if run.plan.seed == 1 else run for run in timed]
+    (pair,) = verdict(once).pairs
+    assert "over 1 claim:" in pair  # of one seed, nothing is tested
 
 
 def test_a_pair_without_a_ratio_is_explained():
