@@ -15,15 +15,14 @@ from flowdopr.compare.execute import Executor
 from flowdopr.compare.plan import (
     RunPlan,
     check_overrides,
-    expand,
     reported,
     study_path,
     study_settings,
 )
 from flowdopr.compare.progress import Display
 from flowdopr.compare.results import RunResult, read_result
-from flowdopr.compare.statistics import chosen_trials, summarise
-from flowdopr.compare.widen import widened
+from flowdopr.compare.statistics import chosen_trials
+from flowdopr.compare.widen import searched
 from flowdopr.compare.worker import train_and_evaluate
 from flowdopr.config import Config, ConfigError, apply_overrides, to_yaml
 from flowdopr.disk import locked, write_text
@@ -110,9 +109,7 @@ def _tuned_and_reported(
     Args:
         results: runs what is unfinished of some plans.
     """
-    runs = results(expand(config))
-    for _ in range(study_settings(config).widen):
-        runs += results(widened(config, summarise(runs)))
+    runs = searched(config, results)
     found = {run.plan.name for run in runs}
     plans = reported(config, chosen_trials(runs))
     return runs + results([plan for plan in plans if plan.name not in found])

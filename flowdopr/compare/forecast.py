@@ -8,9 +8,10 @@ from statistics import median
 
 from flowdopr.compare.cards import RunSnapshot, read_run
 from flowdopr.compare.formats import count
-from flowdopr.compare.plan import RunPlan, expand, reported, study_settings
-from flowdopr.compare.results import read_result
+from flowdopr.compare.plan import RunPlan, reported, study_settings
+from flowdopr.compare.results import RunResult, read_result
 from flowdopr.compare.statistics import chosen_trials
+from flowdopr.compare.widen import searched
 from flowdopr.config import Config
 
 
@@ -26,10 +27,12 @@ def forecast(config: Config, *, workers: int | None = None) -> str:
     Raises:
         ConfigError: as `expand` and `read_run`.
     """
-    study, searched = study_settings(config), expand(config)
+    study = study_settings(config)
+    tuning = searched(config, lambda plans: [read_result(read_run(plan)) for plan in plans])
     workers = workers or study.workers
     lines, seconds, unknown = [], 0.0, 0
-    plans = {plan.name: plan for plan in (*searched, *_reported(config, searched))}.values()
+    every = [run.plan for run in tuning] + _reported(config, tuning)
+    plans = {plan.name: plan for plan in every}.values()
     measured = {arm.name: _seconds_per_step(plans, arm.name) for arm in study.arms}
     known = [value for value in measured.values() if value is not None]
     for arm in study.arms:
@@ -39,12 +42,13 @@ def forecast(config: Config, *, workers: int | None = None) -> str:
         per_step = measured[arm.name] or (median(known) if known else None)
         seconds += steps * (per_step or 0.0)
         unknown += steps * (per_step is None)
-        trials = count(arm.trials, "trial")
+        tried = {run.plan.trial for run in tuning if run.plan.arm == arm.name}
+        trials = count(len(tried), "trial")
         lines.append(
             f"{arm.name}: {trials}, {count(len(planned), 'run')} of {_lengths(planned)} steps; "
             f"left: {count(len(left), 'run')}, {steps:,} steps"
         )
-    if study.widen:
+    if study.widen and not all(run.ended for run in tuning):
         most = study.widen * len(study.arms) * len(study.tuning_seeds)
         lines.append(f"Wider grids may add up to {count(most, 'tuning run')}.")
     if unknown:
@@ -55,12 +59,10 @@ def forecast(config: Config, *, workers: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def _reported(config: Config, searched: Sequence[RunPlan]) -> list[RunPlan]:
+def _reported(config: Config, tuning: Sequence[RunResult]) -> list[RunPlan]:
     """The runs that are reported; until an arm's trial is chosen, its first one stands for it."""
-    first = {plan.arm: plan for plan in reversed(searched)}
-    chosen = {
-        plan.arm: plan for plan in chosen_trials([read_result(read_run(one)) for one in searched])
-    }
+    first = {run.plan.arm: run.plan for run in reversed(tuning)}
+    chosen = {plan.arm: plan for plan in chosen_trials(tuning)}
     return reported(config, (first | chosen).values())
 
 

@@ -72,7 +72,7 @@ class RunResult:
     by_weights: dict[str, tuple[Evaluation, ...]] = field(default_factory=dict)
     """Evaluations of all checkpoints, by step, with each further weight average."""
     shorter: tuple[RunResult, ...] = ()
-    """Finished runs of fewer steps, otherwise the same; filled by `with_shorter`."""
+    """The runs of fewer steps, otherwise the same, finished or not; filled by `with_shorter`."""
     floor: Evaluation | None = None
     """The same metrics of real held-out images."""
     num_parameters: int = 0
@@ -99,6 +99,11 @@ class RunResult:
     def done(self) -> bool:
         return self.status == "done"
 
+    @property
+    def ended(self) -> bool:
+        """Whether it is done or has failed."""
+        return self.status in ("done", "failed")
+
     def value(self, metric: Metric) -> float | None:
         """A metric of the last checkpoint; None if it was not evaluated or is not finite."""
         return getattr(self.final, metric) if self.final else None
@@ -115,12 +120,16 @@ def read_result(run: RunSnapshot) -> RunResult:
 
 
 def with_shorter(runs: Sequence[RunResult]) -> list[RunResult]:
-    """The runs of full length, each with its finished shorter ones."""
+    """The runs of full length, each with its shorter ones.
+
+    One whose shorter runs have failed keeps them, so that its checkpoints in the middle of a decay
+    are not compared in place of their ends.
+    """
 
     def belongs(run: RunResult, other: RunResult) -> bool:
         one, two = run.plan, other.plan
         same = (one.arm, one.trial, one.seed) == (two.arm, two.trial, two.seed)
-        return same and two.shorter and other.done
+        return same and two.shorter
 
     return [
         replace(run, shorter=tuple(other for other in runs if belongs(run, other)))

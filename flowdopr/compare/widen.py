@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from flowdopr.compare.plan import RunPlan, study_settings, variant
-from flowdopr.compare.statistics import ArmSummary
+from flowdopr.compare.plan import RunPlan, expand, study_settings, variant
+from flowdopr.compare.results import RunResult
+from flowdopr.compare.statistics import ArmSummary, summarise
 from flowdopr.config import Config
 
 DIGITS = 3  # significant ones of a new learning rate
+
+
+def searched(
+    config: Config, results: Callable[[Sequence[RunPlan]], list[RunResult]]
+) -> list[RunResult]:
+    """The runs that choose each arm's trial, those of wider grids included.
+
+    Args:
+        results: of some plans, which it may run first. If some have not ended, no grid is widened
+            yet, since the best rates are not known.
+    """
+    runs = results(expand(config))
+    for _ in range(study_settings(config).widen):
+        if all(run.ended for run in runs):
+            runs += results(widened(config, summarise(runs)))
+    return runs
 
 
 def widened(config: Config, arms: Sequence[ArmSummary]) -> list[RunPlan]:

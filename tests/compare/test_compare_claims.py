@@ -79,7 +79,8 @@ def test_a_difference_is_shown_only_after_correction_and_if_it_is_larger_than_in
     clear = claim_of([-0.02, -0.0201, -0.0202])
     assert shown(clear)
     assert not clear.shown
-    assert not shown(claim_of([-0.008, -0.0081, -0.0082]))
+    assert not shown(close := claim_of([-0.008, -0.0081, -0.0082]))
+    assert close.smallest_seen(1) == 1.01
 
 
 def test_the_worse_arm_might_have_been_tuned_better():
@@ -93,6 +94,8 @@ def test_the_worse_arm_might_have_been_tuned_better():
     low, high = plain.interval
     assert first_lower.interval == pytest.approx((low * math.exp(-0.5), high * math.exp(0.1)))
     assert claim("FD", "a", "b", values, (0.0, 0.3)).p == 1
+    # Seen at Holm's level for four claims in either direction: by as much more as it might be off.
+    assert first_lower.smallest_seen(4) == pytest.approx(plain.smallest_seen(4) * math.exp(0.5))
 
 
 @pytest.mark.parametrize("sizes", [(1e300, 1e-300), (1e-300, 1e300), (1e300, 1e300)])
@@ -205,6 +208,10 @@ def test_shorter_runs_give_the_points_in_place_of_checkpoints():
     assert found == [(25, 16.0, 25.0), (50, 4.0, 100.0), (100, 1.0, 100.0)]
     other = run([(2.0, 8.0), (1.0, 2.0), (0.5, 0.5)])
     assert at_equal_loss(whole, other) == pytest.approx(math.log(2))
+    failed = RunResult(end(50, 1.0, 4.0).plan, status="failed")
+    (whole,) = with_shorter([long, failed])
+    assert [one.step for one, _ in points_of(whole)] == [100]
+    assert at_equal_loss(whole, other) is None
 
 
 def test_equal_loss_is_a_mean_over_weight_averages():

@@ -196,6 +196,9 @@ def test_a_wider_grid_shorter_runs_and_more_averages(quick):
         if run["shorter"]:
             assert "going on from step 4" in (folder / name / "log.txt").read_text()
             assert name.removesuffix("-steps6") in ends
+    *arms, time = forecast(config).splitlines()
+    assert all("3 trials, 5 runs of 6 to 8 steps; left: 0 runs" in line for line in arms)
+    assert time.startswith("Training time left: 0:00:00")
     before = {path: stamps(folder / path) for path in names}
     compare(config)
     assert {path: stamps(folder / path) for path in names} == before

@@ -8,7 +8,7 @@ from flowdopr.compare.forecast import forecast
 from flowdopr.compare.plan import expand
 from flowdopr.compare.results import Evaluation, RunResult
 from flowdopr.compare.statistics import summarise
-from flowdopr.compare.widen import widened
+from flowdopr.compare.widen import searched, widened
 from flowdopr.config import apply_overrides
 
 ARMS = "compare.arms=[{name: a, lrs: [1e-3, 2e-3, 8e-3]}, {name: b, lrs: [1e-3, 2e-3, 8e-3]}]"
@@ -51,3 +51,13 @@ def test_an_arm_without_a_finished_run_does_not_widen(study):
 def test_a_dry_run_says_what_a_wider_grid_may_add(study):
     tuned = apply_overrides(study, [ARMS, "compare.tuning_seeds=[7, 8]", "compare.widen=2"])
     assert "Wider grids may add up to 8 tuning runs." in forecast(tuned).splitlines()
+
+
+def test_no_grid_is_widened_before_its_runs_have_ended(study):
+    config = apply_overrides(study, [ARMS, "compare.tuning_seeds=[7]", "compare.widen=3"])
+
+    def ended(plans, status="done"):
+        return [RunResult(plan, status, final=Evaluation(8, fd=1 / plan.lr)) for plan in plans]
+
+    assert len(searched(config, ended)) == 6 + 3 * 2
+    assert len(searched(config, lambda plans: ended(plans, "not started"))) == 6
