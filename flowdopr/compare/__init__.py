@@ -28,6 +28,7 @@ from flowdopr.config import Config, ConfigError, apply_overrides, to_yaml
 from flowdopr.disk import locked, write_text
 from flowdopr.evaluate import RealImages
 from flowdopr.latents import build_datasets, build_pixel_datasets
+from flowdopr.processes import device_of, this_process
 from flowdopr.runs import RunFolder
 from flowdopr.terminal import print_line, telling
 from flowdopr.train import Interrupted
@@ -176,11 +177,13 @@ def _prepare(config: Config, plans: Sequence[RunPlan]) -> None:
                 f"{path.parent}: the images in {config.data.root} are not those this run was "
                 "trained on; give those, or begin a study anew by name=NEW"
             )
-    configs = [plan.config for plan in plans]
+    configs, device = [plan.config for plan in plans], device_of(this_process())
     kinds = {(one.data.model_dump_json(), one.evaluate.extractor.name): one for one in configs}
     for one in kinds.values():
         print_line(f"feature extractor for {one.data.name}")
-        real = RealImages(build_pixel_datasets(one), one.evaluate, torch.device("cpu"))
+        real = RealImages(build_pixel_datasets(one), one.evaluate, device)
         if real.extractor.warning:
             print_line(f"warning: {real.extractor.warning}")
         real.prepare()
+        del real
+    torch.cuda.empty_cache()  # for the runs, which share the GPU with this process
