@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from flowdopr.compare.cards import read_run
 from flowdopr.compare.plan import RunPlan
+from flowdopr.disk import locked
 from flowdopr.evaluate import Evaluator
 from flowdopr.exits import LESS_MEMORY, exit_code, is_out_of_memory, one_line
 from flowdopr.runs import RunFolder, start_from
@@ -38,8 +39,10 @@ def train_and_evaluate(plan: RunPlan) -> None:
     A run that shares its first steps with a longer one takes them over, if that is there.
     """
     longer = plan.path.parent / (plan.starts_from or "")
-    if plan.starts_from and not read_run(plan).steps and (longer / "config.yaml").exists():
-        start_from(RunFolder.open(longer), plan.config)
+    if plan.starts_from and (longer / "config.yaml").exists():
+        with locked(plan.path, "wait for it", patience=PATIENCE_SECONDS):
+            if not read_run(plan).steps:
+                start_from(RunFolder.open(longer), plan.config)
     train(plan.config, resume=True, patience=PATIENCE_SECONDS)
     evaluator = Evaluator(plan.path)
     for request in read_run(plan).missing:

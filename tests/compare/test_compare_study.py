@@ -12,13 +12,14 @@ import time
 
 import pytest
 
-from flowdopr.compare import StudyFailed, compare, execute
+from flowdopr.compare import StudyFailed, compare, execute, worker
 from flowdopr.compare.cards import read_run
 from flowdopr.compare.forecast import forecast
-from flowdopr.compare.plan import expand, study_path
+from flowdopr.compare.plan import expand, reported, study_path
 from flowdopr.compare.progress import last_step
 from flowdopr.compare.results import read_result
 from flowdopr.config import ConfigError, apply_overrides
+from flowdopr.disk import locked
 from flowdopr.evaluate import classifier
 from flowdopr.runs import RunFolder
 from flowdopr.train import Interrupted, train
@@ -202,6 +203,17 @@ def test_a_wider_grid_shorter_runs_and_more_averages(quick):
     before = {path: stamps(folder / path) for path in names}
     compare(config)
     assert {path: stamps(folder / path) for path in names} == before
+
+
+def test_a_shorter_run_takes_nothing_over_while_another_process_works_on_it(quick, monkeypatch):
+    monkeypatch.setattr(worker, "PATIENCE_SECONDS", 0.0)
+    cooldown = ["train.lr_decay=cooldown", "train.cooldown_steps=2", "train.checkpoint_every=4"]
+    config = apply_overrides(quick, [*cooldown, "compare.train_steps=[6]"])
+    long, short, *_ = reported(config, expand(config))
+    train(long.config)
+    with locked(short.path, ""), pytest.raises(ValueError, match="is at work here"):
+        worker.train_and_evaluate(short)
+    assert not (short.path / "config.yaml").exists()
 
 
 def test_optimizers_of_other_packages_are_arms_and_pair_by_their_class(quick):
