@@ -112,7 +112,7 @@ def _subtitle(study: Study) -> str:
 
 
 def _settings(study: Study) -> dict[str, str]:
-    config, train = study.config, study.config.train
+    config, train, compare = study.config, study.config.train, study_settings(study.config)
     chosen = {"name": config.model.name} | config.model.model_dump(exclude_defaults=True)
     evaluated = next((run for run in study.runs if run.final), None)
     shown = {
@@ -127,8 +127,10 @@ def _settings(study: Study) -> dict[str, str]:
             + [f"power-function {length:g}" for length in train.ema_lengths]
         )
         or "the optimizer's own",
-        "seeds": ", ".join(map(str, sorted({run.plan.seed for run in study.runs}))),
+        "seeds": ", ".join(map(str, compare.seeds)),
     }
+    if compare.tuning_seeds:
+        shown["tuning seeds"] = ", ".join(map(str, compare.tuning_seeds))
     if evaluated is not None:
         shown |= {"sampling": evaluated.sampling, "feature space": evaluated.extractor}
     launches = sorted(time for run in study.runs for time in run.launched)

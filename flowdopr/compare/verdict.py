@@ -97,7 +97,8 @@ def _ranking_sentence(
     if words["level"]:
         sentence += f", but {are} not told apart from {listing(words['level'])}"
     if words["better"]:
-        sentence += f"; paired by seed, {listing(words['better'])} is shown to be lower"
+        verb = "is" if len(words["better"]) == 1 else "are"
+        sentence += f"; paired by seed, {listing(words['better'])} {verb} shown to be lower"
     return sentence + "."
 
 

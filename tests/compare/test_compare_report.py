@@ -151,6 +151,7 @@ def test_what_was_trained_on_what_and_when_is_on_the_page(finished):
         "parameters": f"{parameters:,}",
         "data": "digits: 8 × 8 images of 1 channel, 1,600 to train on, 197 held out, 10 classes",
         "generated images": "40",
+        "seeds": "0, 1",
         "runs launched": "2026-03-14 15:09 UTC",
     }.items():
         assert f"<dt>{name}</dt><dd>{value}</dd>" in page
@@ -220,9 +221,9 @@ def test_the_report_is_a_pure_function_of_the_run_folders(finished):
 
 def test_steps_measured_beside_other_runs_are_said_to_be(finished):
     page = (compare(finished, report_only=True) / "report.html").read_text()
-    assert "Up to 2 runs shared the machine" in page
+    assert "Up to 2 runs were made at a time" in page
     page = (compare(finished, report_only=True, workers=1) / "report.html").read_text()
-    assert "shared the machine" not in page
+    assert "made at a time" not in page
 
 
 def test_the_hardware_and_commit_of_every_part_are_shown(study):
