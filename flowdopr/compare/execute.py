@@ -10,7 +10,9 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +42,24 @@ def _processes() -> Any:
     context = multiprocessing.get_context(FORKSERVER)
     context.set_forkserver_preload([run_in_process.__module__])
     return context
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Within the block no signal that stops a study is delivered.
+
+    The process that forks inherits this, and only a run lets the signals in again. Ctrl-C reaches
+    all processes of a terminal; without the one that forks, no run would be known to have ended.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # started within the block, it would let the signals in
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopSignal.SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Worker(Protocol):
@@ -150,7 +170,8 @@ class Executor:
             args=(self.work, plan, threads, dict(environment), watched),
             name=plan.name,
         )
-        process.start()
+        with _signals_held_back():
+            process.start()
         watched.close()
         return LocalWorker(plan, process, alive)
 

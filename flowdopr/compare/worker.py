@@ -25,7 +25,7 @@ from flowdopr.disk import locked
 from flowdopr.evaluate import Evaluator
 from flowdopr.exits import LESS_MEMORY, exit_code, is_out_of_memory, one_line
 from flowdopr.runs import RunFolder, start_from
-from flowdopr.train import Interrupted, train
+from flowdopr.train import Interrupted, StopSignal, train
 
 PATIENCE_SECONDS = 60.0
 """How long to wait for an earlier worker of the same run, which may still be saving."""
@@ -64,6 +64,8 @@ def run_in_process(
         os.setsid()  # Ctrl-C reaches this process only through the study's, not twice
     os.environ |= environment
     print_into(plan.log)
+    if hasattr(signal, "pthread_sigmask"):  # the study's process has held these back
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, StopSignal.SIGNALS)
     threading.Thread(target=stop_when_closed, args=(study,), daemon=True).start()
     torch.set_num_threads(threads)
     with threadpool_limits(threads):

@@ -10,6 +10,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from threadpoolctl import threadpool_info
@@ -160,6 +161,37 @@ def test_a_worker_has_the_variables_that_are_set_now(run, study, monkeypatch):
         monkeypatch.setenv("OF_THE_STUDY", value)
         run(tell_a_variable)
         assert expand(study)[0].log.read_text() == f"{value}\n"
+
+
+def test_ctrl_c_while_the_first_run_starts_stops_the_study(study, tmp_path):
+    """It reaches all processes of the terminal, here of a session of their own."""
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from flowdopr.compare.execute import Executor
+        from flowdopr.compare.plan import expand
+        from flowdopr.compare.progress import Display
+        from flowdopr.config import load_config
+        from test_compare_execute import wait_for_a_signal
+        plans = expand(load_config({str(tmp_path / "study.yaml")!r}))
+        executor = Executor(wait_for_a_signal, workers=2)
+        with Display(4, 0) as display:
+            executor.execute(plans, display)
+        print(executor.signum, executor.failed)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as started:
+        own, deadline = psutil.Process(started.pid), time.monotonic() + 60
+        while time.monotonic() < deadline and not any(
+            "forkserver" in " ".join(child.cmdline()) for child in own.children()
+        ):
+            time.sleep(0.05)
+        time.sleep(0.5)  # it imports torch now
+        os.killpg(started.pid, signal.SIGINT)
+        assert started.communicate(timeout=60)[0].split("\n")[0] == f"{signal.SIGINT:d} []"
+    assert started.returncode == 0
 
 
 def test_a_run_that_is_tried_again_is_no_longer_failed(run, study):
