@@ -56,8 +56,11 @@ def test_a_dry_run_says_what_a_wider_grid_may_add(study):
 def test_no_grid_is_widened_before_its_runs_have_ended(study):
     config = apply_overrides(study, [ARMS, "compare.tuning_seeds=[7]", "compare.widen=3"])
 
-    def ended(plans, status="done"):
-        return [RunResult(plan, status, final=Evaluation(8, fd=1 / plan.lr)) for plan in plans]
+    def ended(plans):
+        return [RunResult(plan, final=Evaluation(8, fd=1 / plan.lr)) for plan in plans]
+
+    def not_started(plans):
+        return [RunResult(plan, "not started") for plan in plans]
 
     assert len(searched(config, ended)) == 6 + 3 * 2
-    assert len(searched(config, lambda plans: ended(plans, "not started"))) == 6
+    assert len(searched(config, not_started)) == 6
