@@ -285,7 +285,7 @@ class CompareConfig(Section):
     tuning_seeds: tuple[CountOrZero, ...] = ()
     """Seeds of the runs that choose each arm's trial, which alone is then run with `seeds`.
     Needed as soon as arms have several trials."""
-    widen: CountOrZero = 0
+    widen: Annotated[int, Field(ge=0, le=5)] = 0
     """Rounds in which every arm tries one more learning rate, while the best one of any arm lies at
     the edge of those tried: beyond that edge or, for an arm whose best lies inside, between it and
     the better of its neighbours. So all arms keep the same number of trials."""
