@@ -30,7 +30,7 @@ class StopSignal:
     """Within its block, the first SIGINT or SIGTERM only sets `received`; the second interrupts.
 
     SIGUSR2, which a cluster sends before it ends a job, never interrupts, and stands where SIGTERM
-    comes with it. All this does nothing outside the main thread, where Python allows no signal
+    comes with it, but not against SIGINT. All this does nothing outside the main thread, where Python allows no signal
     handlers.
     """
 
@@ -53,5 +53,7 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received in self.URGENT and number in self.URGENT:
             raise KeyboardInterrupt
-        if self.received is None or number not in self.URGENT:
+        preempted = self.received == signal.SIGTERM and number not in self.URGENT
+        by_the_user = self.received not in self.URGENT and number == signal.SIGINT
+        if self.received is None or preempted or by_the_user:
             self.received = number

@@ -20,6 +20,9 @@ INT, TERM, USR2 = signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR2", None
         ([TERM, USR2], USR2),  # a preemption, in whichever order they arrive
         ([USR2, TERM], USR2),
         ([USR2, USR2], USR2),
+        ([USR2, INT], INT),  # the user stops a job that would be queued again
+        ([INT, USR2], INT),
+        ([USR2, INT, INT], None),
     ],
 )
 def test_the_first_signal_waits_for_the_step_and_a_second_urgent_one_does_not(sent, received):
