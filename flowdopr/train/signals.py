@@ -30,8 +30,8 @@ class StopSignal:
     """Within its block, the first SIGINT or SIGTERM only sets `received`; the second interrupts.
 
     SIGUSR2, which a cluster sends before it ends a job, never interrupts, and stands where SIGTERM
-    comes with it, but not against SIGINT. All this does nothing outside the main thread, where Python allows no signal
-    handlers.
+    comes with it, but not against SIGINT. All this does nothing outside the main thread, where
+    Python allows no signal handlers.
     """
 
     URGENT = (signal.SIGINT, signal.SIGTERM)
