@@ -86,12 +86,14 @@ def at_equal_loss(first: RunResult, second: RunResult) -> float | None:
         (loss_curve(points_of(first, weights)), loss_curve(points_of(second, weights)))
         for weights in averages
     ]
-    found = [
-        _common(one, other, lambda low, high: np.linspace(low, high, POINTS))
-        for one, other in curves
-    ]
+    found = [over_shared_losses(one, other) for one, other in curves]
     known = [value for value in found if value is not None]
     return float(np.mean(known)) if known else None
+
+
+def over_shared_losses(one: Curve | None, other: Curve | None) -> float | None:
+    """Mean log(FD of one / FD of other) over the losses that both curves hold; None without any."""
+    return _common(one, other, lambda low, high: np.linspace(low, high, POINTS))
 
 
 def shared_losses(first: RunResult, second: RunResult) -> tuple[float, float] | None:
