@@ -17,8 +17,6 @@ it). At steps spaced by factors of two the network, with averaged weights, is me
 
 Each arm tries the same number of learning rates on a tuning seed; the one of the lowest `spectrum`
 is repeated on the reported seeds. Finished runs in the results file are not repeated.
-
-Shapes: x (B, D); t (B,); moments and velocities along directions have the directions last.
 """
 
 import argparse
@@ -26,24 +24,32 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from known_answer_task import (
+    LAWS,
+    SETTINGS,
+    Evaluation,
+    Target,
+    VelocityMLP,
+    path_points,
+    second_moments,
+)
 
 from flowdopr.disk import to_json
-from flowdopr.flow import FlowMatching, TimeSampler, solve, time_grid
+from flowdopr.flow import FlowMatching, TimeSampler
 from flowdopr.optim import build_optimizer
 from flowdopr.runs.averages import Average
 from flowdopr.train.ema import EMA
+from flowdopr.train.schedule import derive_seed
 
-BATCH, WARMUP, FREQUENCIES, EVALUATED, GROUPS, TIME_BINS = 256, 20, 8, 4096, 8, 10
+BATCH, WARMUP = 256, 20
+DIVERGED = 1e3  # the loss starts near 1
 TUNING_SEED = 100
-LAWS = {"uniform": TimeSampler(), "late": TimeSampler(shift=0.1)}
 LATE_STATISTICS = TimeSampler("logit_normal", mean=2.0)
-BANDS = {"early": (0.0, 0.1), "all": (0.0, 1.0), "late": (0.9, 1.0)}
 
 # cov_decay as docs/optim.md advises for runs of a few thousand steps.
 DOPR = {
@@ -54,30 +60,8 @@ DOPR = {
 LEARNING_RATES = {
     "adamw": (1e-3, 2e-3, 4e-3, 8e-3),
     "muon": (2.5e-3, 5e-3, 1e-2, 2e-2),
-    "soap": (1e-3, 2e-3, 4e-3, 8e-3),
+    "soap": (2e-3, 4e-3, 8e-3, 1.6e-2),
     "kfac": (1e-2, 3e-2, 1e-1, 3e-1),
-}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The data and the law of training times."""
-
-    name: str
-    condition: float
-    components: int = 1
-    law: str = "uniform"
-
-
-SETTINGS = {
-    one.name: one
-    for one in (
-        Setting("gaussian-1e4", 1e4),
-        Setting("gaussian-1e4-late", 1e4, law="late"),
-        Setting("mixture-1e4", 1e4, components=4),
-        Setting("gaussian-1e2", 1e2),
-        Setting("gaussian-1", 1.0),
-    )
 }
 
 
@@ -103,193 +87,6 @@ class Plan:
         return f"DoPr-{self.gp} ({self.dopr}{late})" if self.dopr else self.gp
 
 
-class Target:
-    """The data: equally likely Gaussians of one covariance R diag(variances) R^T, with the means
-    `means` (K, D) along the columns of R (D, D), all drawn from `seed` in float64."""
-
-    def __init__(self, setting: Setting, dim: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        normal = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
-        self.rotation = torch.linalg.qr(normal)[0]
-        lowest = -math.log10(setting.condition)
-        self.variances = torch.logspace(0, lowest, dim, dtype=torch.float64)
-        shape = (setting.components, dim)
-        means = torch.randn(shape, generator=generator, dtype=torch.float64)
-        self.means = 2 * self.variances.sqrt() * (means - means.mean(0))
-
-    @property
-    def covariance(self) -> Tensor:
-        """(D, D) of the data, whose mean is 0, along the columns of R."""
-        return torch.diag(self.variances) + self.means.T @ self.means / len(self.means)
-
-    def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count, D) float32."""
-        chosen = torch.randint(len(self.means), (count,), generator=generator)
-        noise = torch.randn(count, len(self.variances), generator=generator)
-        along = self.means[chosen].float() + self.variances.sqrt().float() * noise
-        return along @ self.rotation.T.float()
-
-    def along(self, x: Tensor) -> Tensor:
-        """`x` in the coordinates of R's columns."""
-        return x @ self.rotation.to(x)
-
-    def __call__(self, x: Tensor, t: Tensor, y: None = None) -> Tensor:
-        """The exact velocity E[x_1 - x_0 | x_t = x] of the linear path.
-
-        Given component j, x_t is normal with mean t m_j and, along direction k, the variance
-        s_k = (1-t)^2 + t^2 lambda_k, and the velocity along k is
-        m_jk + (t lambda_k - (1-t)) / s_k (x_k - t m_jk). Components are weighted by their
-        posterior probabilities.
-        """
-        variances, means, t = self.variances.to(x), self.means.to(x), t.reshape(-1, 1)
-        total = (1 - t) ** 2 + t**2 * variances
-        away = self.along(x)[:, None] - t[:, :, None] * means  # (B, K, D)
-        weights = (-away.square() / total[:, None] / 2).sum(2).softmax(1)
-        gain = (t * variances - (1 - t)) / total
-        velocity = (weights[:, :, None] * (means + gain[:, None] * away)).sum(1)
-        return velocity @ self.rotation.T.to(x)
-
-
-class VelocityMLP(nn.Module):
-    """Three linear layers, the two hidden ones scaled and shifted by linear functions of features
-    of the time: sines and cosines of t and of the logarithm of 1.01 - t."""
-
-    num_classes = 0
-
-    def __init__(self, dim: int, width: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(dim, width), nn.Linear(width, width)])
-        self.readout = nn.Linear(width, dim)
-        self.modulations = nn.ModuleList([nn.Linear(4 * FREQUENCIES, 2 * width) for _ in range(2)])
-        for layer in self.modulations:
-            layer.fused_blocks = 2
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor, t: Tensor, y: None = None) -> Tensor:
-        times = torch.stack([t, (1.01 - t).log() / math.log(0.01)], 1)
-        phases = (math.pi / 2 * times[:, :, None] * torch.arange(1, FREQUENCIES + 1)).flatten(1)
-        features = torch.cat([phases.sin(), phases.cos()], 1)
-        for layer, modulation in zip(self.layers, self.modulations, strict=True):
-            scale, shift = modulation(features).chunk(2, 1)
-            x = nn.functional.silu(layer(x) * (1 + scale) + shift)
-        return self.readout(x)
-
-
-@dataclass
-class Evaluation:
-    """Fixed points of the path, noise with exactly the mean 0 and covariance 1, and what rollouts
-    of the exact velocity from it are."""
-
-    target: Target
-    seed: int
-    x_t: Tensor = field(init=False)
-    t: Tensor = field(init=False)
-    exact: Tensor = field(init=False)
-    noise: Tensor = field(init=False)
-    exact_moments: tuple[Tensor, Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(self.seed)
-        self.x_t, self.t = path_points(self.target, EVALUATED, TimeSampler(), generator)
-        self.exact = self.target(self.x_t, self.t)
-        z = torch.randn(EVALUATED // 2, self.x_t.shape[1], generator=generator).double()
-        z = z - z.mean(0)
-        root = torch.linalg.cholesky(z.T @ z / len(z))
-        self.noise = torch.linalg.solve_triangular(root, z.T, upper=False).T.float()
-        self.exact_moments = self.rollout_moments(self.target)
-
-    def rollout_moments(self, model: Any) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of rollouts (midpoint, 50 steps), along the columns of R."""
-        grid = time_grid("uniform", 50)
-        x_1 = solve(lambda x, t: model(x, t.expand(len(x))), self.noise, grid).x_1
-        along = self.target.along(x_1.double())
-        return along.mean(0), along.T.cov(correction=0)
-
-    @torch.no_grad()
-    def measure(self, model: Any) -> dict[str, Any]:
-        """The measures of the module's docstring; by direction in groups of neighbours."""
-        error = self.target.along(model(self.x_t, self.t) - self.exact).double().square()
-        bins = (self.t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-        by_cell = torch.stack([grouped(error[bins == b].mean(0)) for b in range(TIME_BINS)])
-        mean, covariance = self.rollout_moments(model)
-        logs = (covariance.diag() / self.exact_moments[1].diag()).log()
-        return {
-            "excess": error.mean().item(),
-            "excess_by_direction": rounded(grouped(error.mean(0))),
-            "excess_by_time": rounded(by_cell.mean(1)),
-            "excess_late_by_direction": rounded(by_cell[-1]),
-            "spectrum": logs.abs().mean().item(),
-            "lowest": logs[-math.ceil(len(logs) / 3) :].abs().mean().item(),
-            "ratio_by_direction": rounded(grouped(logs).exp()),
-            "w2": gaussian_w2(mean, covariance, self.target.covariance),
-        }
-
-
-def path_points(
-    target: Target, count: int, law: TimeSampler, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """x_t (count, D) and t (count,) of fresh samples."""
-    objective = FlowMatching(time_sampler=law)
-    x_1 = target.sample(count, generator)
-    draw = objective.draw(count, x_1.shape[1:], generator=generator)
-    return objective.path.sample(draw.x_0, x_1, draw.t).x_t, draw.t
-
-
-def grouped(values: Tensor) -> Tensor:
-    """Means over up to GROUPS groups of neighbouring directions."""
-    return torch.stack([part.mean() for part in values.tensor_split(min(GROUPS, len(values)))])
-
-
-def rounded(values: Tensor) -> list[float]:
-    return [float(f"{value:.4g}") for value in values.tolist()]
-
-
-def gaussian_w2(mean: Tensor, covariance: Tensor, wanted: Tensor) -> float:
-    """Wasserstein distance of order 2 of N(mean, covariance) and N(0, wanted)."""
-    root = torch.linalg.cholesky(wanted)
-    cross = torch.linalg.eigvalsh(root.T @ covariance @ root).clamp(min=0).sqrt().sum()
-    square = mean.square().sum() + covariance.trace() + wanted.trace() - 2 * cross
-    return math.sqrt(max(square.item(), 0.0))
-
-
-@torch.no_grad()
-def layer_inputs(model: VelocityMLP, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
-    """The inputs (B, ...) of every layer that is not a modulation, in float64."""
-    inputs: dict[str, Tensor] = {}
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda _, args, name=name: inputs.update({name: args[0].double()})
-        )
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and "modulations" not in name
-    ]
-    model(x_t, t)
-    for handle in handles:
-        handle.remove()
-    return inputs
-
-
-def second_moments(model: VelocityMLP, target: Target, seed: int) -> dict[str, dict[str, Any]]:
-    """For each layer and band of times: condition number and effective rank (the exponential of
-    the eigenvalues' entropy) of the second moment of the layer's inputs."""
-    found: dict[str, dict[str, Any]] = {}
-    for band, (start, end) in BANDS.items():
-        generator = torch.Generator().manual_seed(seed)
-        x_1 = target.sample(EVALUATED, generator)
-        x_0 = torch.randn(x_1.shape, generator=generator)
-        t = start + (end - start) * TimeSampler()(EVALUATED, generator)
-        x_t = FlowMatching().path.sample(x_0, x_1, t).x_t
-        for name, z in layer_inputs(model, x_t, t).items():
-            values = torch.linalg.eigvalsh(z.T @ z / len(z)).clamp(min=1e-12)
-            shares = values / values.sum()
-            rank = (-(shares * shares.log()).sum()).exp()
-            condition, rank = rounded(torch.stack([values[-1] / values[0], rank]))
-            numbers = {"condition": condition, "effective_rank": rank}
-            found.setdefault(name, {})[band] = numbers
-    return found
-
-
 def checkpoints(steps: int) -> list[int]:
     """`steps` divided by powers of two, down to 25 or so."""
     count = max(1, int(math.log2(max(steps / 25, 1))) + 1)
@@ -297,18 +94,19 @@ def checkpoints(steps: int) -> list[int]:
 
 
 def train(plan: Plan) -> dict[str, Any]:
-    """Train and measure one run; its curve ends where the loss is no longer finite."""
+    """Train and measure one run; its curve ends where training or the rollouts diverge."""
     setting = SETTINGS[plan.setting]
-    target = Target(setting, plan.dim, plan.seed)
-    evaluation = Evaluation(target, plan.seed + 1)
-    torch.manual_seed(plan.seed)
+    target = Target(setting, plan.dim, derive_seed(plan.seed, 0))
+    evaluation = Evaluation(target, derive_seed(plan.seed, 1))
+    torch.manual_seed(derive_seed(plan.seed, 2))
     model = VelocityMLP(plan.dim, plan.width)
     objective = FlowMatching(time_sampler=LAWS[setting.law])
     dopr = DOPR[plan.dopr] if plan.dopr else None
     optimizer = build_optimizer(model, plan.gp, plan.lr, dopr=dopr)
     ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, (k + 1) / WARMUP))
     ema = EMA(model, [Average(length=0.1)])
-    generator = torch.Generator().manual_seed(plan.seed + 2)
+    generator = torch.Generator().manual_seed(derive_seed(plan.seed, 3))
+    statistics = torch.Generator().manual_seed(derive_seed(plan.seed, 4))
     seconds, curve, wanted = 0.0, [], checkpoints(plan.steps)
     for step in range(1, plan.steps + 1):
         began = time.perf_counter()
@@ -316,12 +114,12 @@ def train(plan: Plan) -> dict[str, Any]:
         if plan.late_statistics:
             # DoPr gathers the inputs of forwards in train mode with gradients: this one's alone.
             model.train()
-            model(*path_points(target, BATCH, LATE_STATISTICS, generator))
+            model(*path_points(target, BATCH, LATE_STATISTICS, statistics))
             model.eval()
         x_1 = target.sample(BATCH, generator)
         draw = objective.draw(BATCH, (plan.dim,), generator=generator)
         loss = objective(model, x_1, None, draw).mean()
-        if not loss.isfinite():
+        if not loss < DIVERGED:
             break
         loss.backward()
         optimizer.step()
@@ -330,24 +128,27 @@ def train(plan: Plan) -> dict[str, Any]:
         seconds += time.perf_counter() - began
         if step in wanted:
             with ema.applied(model):
-                curve.append({"step": step, **evaluation.measure(model)})
+                measures = evaluation.measure(model)
+            if measures is None:
+                break
+            curve.append({"step": step, **measures})
+    done = curve and curve[-1]["step"] == plan.steps
     with ema.applied(model):
-        layers = second_moments(model, target, plan.seed + 3)
-    exact = evaluation.measure(target)["w2"]
+        layers = second_moments(model, target, derive_seed(plan.seed, 5)) if done else None
     return {
         "plan": asdict(plan),
         "curve": curve,
         "layers": layers,
-        "exact_w2": exact,
+        "exact_w2": (evaluation.measure(target) or {})["w2"],
         "seconds_per_step": seconds / plan.steps,
     }
 
 
 def score(run: dict[str, Any]) -> float:
-    """The measure by which learning rates are chosen: `spectrum` after the last step."""
+    """The measure by which learning rates are chosen: `spectrum` after the last step; infinite for
+    a run that diverged."""
     reached = run["curve"] and run["curve"][-1]["step"] == run["plan"]["steps"]
-    value = run["curve"][-1]["spectrum"] if reached else math.inf
-    return value if math.isfinite(value) else math.inf
+    return run["curve"][-1]["spectrum"] if reached else math.inf
 
 
 class Results:

@@ -18,7 +18,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from known_answer import BANDS, LEARNING_RATES, TUNING_SEED, Plan, Results, score
+from known_answer import LEARNING_RATES, TUNING_SEED, Plan, Results, score
+from known_answer_task import BANDS
 
 from flowdopr.compare.claims import Claim, claim, holm
 from flowdopr.compare.matched import loss_curve, over_shared_losses

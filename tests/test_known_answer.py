@@ -1,5 +1,6 @@
 """The task with a known answer: exact velocities, the theory against the real optimizers, a run."""
 
+import importlib
 import json
 import sys
 
@@ -13,31 +14,33 @@ from flowdopr.flow import EmpiricalVelocity, TimeSampler, solve, time_grid
 from flowdopr.optim import build_optimizer
 
 
-@pytest.fixture(scope="module", autouse=True)
-def scripts():
+@pytest.fixture(scope="module")
+def script():
+    """Imports a script by its name, as it imports the others."""
     sys.path.insert(0, str(SCRIPTS))
-    yield
+    yield importlib.import_module
     sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture
-def study():
-    import known_answer
-
-    return known_answer
+def task(script):
+    return script("known_answer_task")
 
 
 @pytest.fixture
-def theory():
-    import known_answer_theory
+def theory(script):
+    return script("known_answer_theory")
 
-    return known_answer_theory
+
+@pytest.fixture
+def study(script):
+    return script("known_answer")
 
 
 @pytest.mark.parametrize("components", [1, 3])
-def test_the_exact_velocity_is_that_of_the_score(study, components):
+def test_the_exact_velocity_is_that_of_the_score(task, components):
     """On the linear path v = (x + (1-t) score) / t, with the score of the density of x_t."""
-    target = study.Target(study.Setting("", 100.0, components), 5, 0)
+    target = task.Target(task.Setting("", 100.0, components), 5, 0)
     x = torch.randn(20, 5, dtype=torch.float64, requires_grad=True)
     t = torch.linspace(0.05, 1, 20, dtype=torch.float64)
     rotation = target.rotation
@@ -53,16 +56,16 @@ def test_the_exact_velocity_is_that_of_the_score(study, components):
     torch.testing.assert_close(target(x, t), expected.detach(), rtol=1e-9, atol=1e-9)
 
 
-def test_a_mixture_of_points_is_the_oracle_of_a_data_set(study):
-    target = study.Target(study.Setting("", 1.0, 4), 3, 0)
+def test_a_mixture_of_points_is_the_oracle_of_a_data_set(task):
+    target = task.Target(task.Setting("", 1.0, 4), 3, 0)
     target.variances *= 1e-14
     points = target.means @ target.rotation.T
     x, t = torch.randn(50, 3, dtype=torch.float64), torch.rand(50, dtype=torch.float64) * 0.95
     torch.testing.assert_close(target(x, t), EmpiricalVelocity(points)(x, t), rtol=1e-8, atol=1e-8)
 
 
-def test_samples_and_rollouts_have_the_moments_of_the_data(study):
-    target = study.Target(study.Setting("", 10.0, 3), 4, 0)
+def test_samples_and_rollouts_have_the_moments_of_the_data(task):
+    target = task.Target(task.Setting("", 10.0, 3), 4, 0)
     samples = target.along(target.sample(100_000, torch.Generator().manual_seed(0)).double())
     torch.testing.assert_close(samples.T.cov(), target.covariance, atol=0.03, rtol=0.03)
     noise = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(1))
@@ -71,8 +74,8 @@ def test_samples_and_rollouts_have_the_moments_of_the_data(study):
     torch.testing.assert_close(moments, target.covariance, atol=0.06, rtol=0.06)
 
 
-def test_the_measures_vanish_for_the_exact_velocity_and_grow_without_the_lowest_directions(study):
-    evaluation = study.Evaluation(study.Target(study.SETTINGS["gaussian-1e2"], 8, 0), 0)
+def test_the_measures_vanish_for_the_exact_velocity_and_grow_without_the_lowest_directions(task):
+    evaluation = task.Evaluation(task.Target(task.SETTINGS["gaussian-1e2"], 8, 0), 0)
     exact = evaluation.measure(evaluation.target)
     assert exact["excess"] == exact["spectrum"] == exact["lowest"] == 0
     assert exact["w2"] < 0.01  # only the solver's error, since the noise has exact moments
@@ -93,8 +96,8 @@ def test_the_measures_vanish_for_the_exact_velocity_and_grow_without_the_lowest_
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 0.1), (0, 1), (0.9, 1)])
-def test_the_moments_of_the_theory_are_those_of_points_of_the_path(study, theory, start, end):
-    target = study.Target(study.SETTINGS["gaussian-1e2"], 4, 0)
+def test_the_moments_of_the_theory_are_those_of_points_of_the_path(task, theory, start, end):
+    target = task.Target(task.SETTINGS["gaussian-1e2"], 4, 0)
     generator = torch.Generator().manual_seed(0)
     s, c = theory.moments(target.variances.numpy(), theory.band(start, end))
     x_1 = target.along(target.sample(200_000, generator).double())
@@ -168,14 +171,15 @@ def test_the_second_moment_is_ill_conditioned_at_late_times_only(theory):
     assert "| 10,000 | all t | 2 |" in theory.table()
 
 
-def test_a_tiny_study_runs_resumes_and_is_reported(study, tmp_path, monkeypatch, capsys):
-    import known_answer_report
-
+def test_a_tiny_study_runs_resumes_and_is_reported(
+    script, task, study, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setitem(study.LEARNING_RATES, "adamw", (1e-3, 4e-3))
     sizes = ["--steps", "50", "--dim", "6", "--width", "8", "--seeds", "2"]
     chosen = ["--settings", "gaussian-1e2", "--gps", "adamw", "--dopr", "inverse 1"]
     out = ["--late-statistics", "--out", str(tmp_path)]
-    monkeypatch.setattr(study, "EVALUATED", 64)
+    monkeypatch.setattr(task, "EVALUATED", 64)
+    monkeypatch.setattr(task, "ROLLOUTS", 64)
     monkeypatch.setattr("sys.argv", ["known_answer", *chosen, *sizes, *out])
     study.main()
     path = tmp_path / "runs.jsonl"
@@ -190,8 +194,14 @@ def test_a_tiny_study_runs_resumes_and_is_reported(study, tmp_path, monkeypatch,
     assert curves[0] == curves[1]  # bitwise
 
     monkeypatch.setattr("sys.argv", ["known_answer_report", str(path)])
-    known_answer_report.main()
+    script("known_answer_report").main()
     text = capsys.readouterr().out
     for words in ("DoPr-adamw (inverse 1, late)", "lowest third, same excess", "layers.1"):
         assert words in text
     assert path.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_that_diverges_is_never_chosen(study):
+    run = study.train(study.Plan("gaussian-1", "kfac", "", 1e3, 0, steps=50, dim=6, width=8))
+    assert study.score(run) == float("inf")
+    assert run["layers"] is None
