@@ -61,7 +61,7 @@ LEARNING_RATES = {
     "adamw": (1e-3, 2e-3, 4e-3, 8e-3),
     "muon": (2.5e-3, 5e-3, 1e-2, 2e-2),
     "soap": (2e-3, 4e-3, 8e-3, 1.6e-2),
-    "kfac": (1e-2, 3e-2, 1e-1, 3e-1),
+    "kfac": (5e-2, 1e-1, 2e-1, 4e-1),
 }
 
 
@@ -167,7 +167,7 @@ class Results:
                 file.write(to_json(run, indent=None))
             last = run["curve"][-1] if run["curve"] else {}
             numbers = "  ".join(
-                f"{key} {last.get(key):.4g}" for key in ("excess", "spectrum", "w2")
+                f"{key} {last.get(key, math.nan):.4g}" for key in ("excess", "spectrum", "w2")
             )
             print(
                 f"{plan.setting} {plan.arm} lr {plan.lr:g} seed {plan.seed}: {numbers}", flush=True

@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from known_answer import LEARNING_RATES, TUNING_SEED, Plan, Results, score
 from known_answer_task import BANDS
+from matplotlib.ticker import NullFormatter
 
 from flowdopr.compare.claims import Claim, claim, holm
 from flowdopr.compare.matched import loss_curve, over_shared_losses
@@ -106,7 +107,7 @@ def at_equal_excess(measure: str) -> Ratio:
             loss_curve(
                 [
                     (
-                        Evaluation(p["step"], one_step_loss=math.log(p["excess"]), fd=p[measure]),
+                        Evaluation(p["step"], one_step_loss=p["excess"], fd=p[measure]),
                         None,
                     )
                     for p in one["curve"]
@@ -157,12 +158,21 @@ def spread(values: list[float]) -> str:
 
 def measures_table(arms: list[Arm]) -> Iterator[str]:
     names = ("excess", "spectrum", "lowest", "w2")
-    yield rows("optimizer", "learning rate", "excess", "all directions", "lowest third", "W2", "ms")
-    yield rows(*["---"] * (len(names) + 3))
+    yield rows(
+        "optimizer",
+        "learning rate",
+        "seeds",
+        "excess",
+        "all directions",
+        "lowest third",
+        "W2",
+        "ms",
+    )
+    yield rows(*["---"] * (len(names) + 4))
     for arm in arms:
         seconds = np.median([run["seconds_per_step"] for run in arm.runs.values()])
         cells = (spread(arm.values(name)) for name in names)
-        yield rows(arm.name, arm.rate(), *cells, f"{1e3 * seconds:.1f}")
+        yield rows(arm.name, arm.rate(), len(arm.runs), *cells, f"{1e3 * seconds:.1f}")
 
 
 def claims_table(arms: list[Arm]) -> Iterator[str]:
@@ -217,6 +227,8 @@ def plot(setting: str, arms: list[Arm], path: Path) -> None:
         column[1].invert_xaxis()
         column[2].set(yscale="log", xlabel="directions, by falling variance")
         column[2].axhline(1, color="grey", linewidth=0.8)
+    for axis in axes[:2].flat:
+        axis.xaxis.set_minor_formatter(NullFormatter())
     for axis in axes[:2, 0]:
         axis.set_ylabel("mean |log variance ratio|,\nlowest third")
     axes[2, 0].set_ylabel("variance of rollouts\nover the exact one")

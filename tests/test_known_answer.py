@@ -201,7 +201,8 @@ def test_a_tiny_study_runs_resumes_and_is_reported(
     assert path.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_run_that_diverges_is_never_chosen(study):
-    run = study.train(study.Plan("gaussian-1", "kfac", "", 1e3, 0, steps=50, dim=6, width=8))
+def test_a_run_that_diverges_is_never_chosen(study, tmp_path):
+    plan = study.Plan("gaussian-1", "kfac", "", 1e3, 0, steps=50, dim=6, width=8)
+    run = study.Results(tmp_path / "runs.jsonl").run(plan)
     assert study.score(run) == float("inf")
-    assert run["layers"] is None
+    assert study.Results(tmp_path / "runs.jsonl").runs == {plan: run}
