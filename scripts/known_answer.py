@@ -58,10 +58,10 @@ DOPR = {
     "sandwich 1": {"damping": 1.0, "cov_decay": 0.5, "form": "sandwich"},
 }
 LEARNING_RATES = {
-    "adamw": (1e-3, 2e-3, 4e-3, 8e-3),
-    "muon": (2.5e-3, 5e-3, 1e-2, 2e-2),
-    "soap": (2e-3, 4e-3, 8e-3, 1.6e-2),
-    "kfac": (5e-2, 1e-1, 2e-1, 4e-1),
+    "adamw": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    "muon": (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),
+    "soap": (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    "kfac": (5e-2, 1e-1, 1.5e-1, 2e-1, 3e-1),
 }
 
 
