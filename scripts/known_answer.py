@@ -56,7 +56,19 @@ DOPR = {
     "inverse 0.1": {"damping": 0.1, "cov_decay": 0.5},
     "inverse 1": {"damping": 1.0, "cov_decay": 0.5},
     "sandwich 1": {"damping": 1.0, "cov_decay": 0.5, "form": "sandwich"},
+    # Of which layers does AP help? Others are left to the GP.
+    "inverse 1, input layer": {
+        "damping": 1.0,
+        "cov_decay": 0.5,
+        "rules": ({"pattern": "layers.1|readout|modulations", "mode": "none"},),
+    },
+    "inverse 1, other layers": {
+        "damping": 1.0,
+        "cov_decay": 0.5,
+        "rules": ({"pattern": "layers.0", "mode": "none"},),
+    },
 }
+WHOLE = ("inverse 0.1", "inverse 1", "sandwich 1")
 LEARNING_RATES = {
     "adamw": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "muon": (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),
@@ -205,7 +217,7 @@ def main() -> None:
     add = parser.add_argument
     add("--settings", nargs="+", default=[*SETTINGS], choices=SETTINGS, help="data and time law")
     add("--gps", nargs="+", default=["adamw", "muon"], choices=LEARNING_RATES, help="optimizers")
-    add("--dopr", nargs="*", default=[*DOPR], choices=DOPR, help="form and damping of DoPr")
+    add("--dopr", nargs="*", default=WHOLE, choices=DOPR, help="form and damping of DoPr")
     add("--late-statistics", action="store_true", help="also AP by second moments of late times")
     add("--seeds", type=int, default=3, help="number of reported seeds")
     add("--steps", type=int, default=800, help="training steps of each run")

@@ -220,7 +220,7 @@ def plot(setting: str, arms: list[Arm], path: Path) -> None:
     )
     for column, gp in zip(axes.T, gps, strict=True):
         for arm in arms:
-            if arm.plan.gp == gp and not arm.plan.late_statistics:
+            if arm.plan.gp == gp and arm.plan.dopr in STYLES and not arm.plan.late_statistics:
                 _draw(column, arm)
         column[0].set(title=gp, xscale="log", yscale="log", xlabel="step")
         column[1].set(xscale="log", yscale="log", xlabel="excess error of the velocity")
