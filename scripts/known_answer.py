@@ -32,7 +32,7 @@ import torch
 from known_answer_task import (
     LAWS,
     SETTINGS,
-    Evaluation,
+    KnownAnswer,
     Target,
     VelocityMLP,
     path_points,
@@ -109,7 +109,7 @@ def train(plan: Plan) -> dict[str, Any]:
     """Train and measure one run; its curve ends where training or the rollouts diverge."""
     setting = SETTINGS[plan.setting]
     target = Target(setting, plan.dim, derive_seed(plan.seed, 0))
-    evaluation = Evaluation(target, derive_seed(plan.seed, 1))
+    answer = KnownAnswer(target, derive_seed(plan.seed, 1))
     torch.manual_seed(derive_seed(plan.seed, 2))
     model = VelocityMLP(plan.dim, plan.width)
     objective = FlowMatching(time_sampler=LAWS[setting.law])
@@ -140,7 +140,7 @@ def train(plan: Plan) -> dict[str, Any]:
         seconds += time.perf_counter() - began
         if step in wanted:
             with ema.applied(model):
-                measures = evaluation.measure(model)
+                measures = answer.measure(model)
             if measures is None:
                 break
             curve.append({"step": step, **measures})
@@ -151,7 +151,7 @@ def train(plan: Plan) -> dict[str, Any]:
         "plan": asdict(plan),
         "curve": curve,
         "layers": layers,
-        "exact_w2": (evaluation.measure(target) or {})["w2"],
+        "exact_w2": (answer.measure(target) or {})["w2"],
         "seconds_per_step": seconds / plan.steps,
     }
 

@@ -117,7 +117,7 @@ class VelocityMLP(nn.Module):
 
 
 @dataclass
-class Evaluation:
+class KnownAnswer:
     """Fixed points of the path, noise with exactly the mean 0 and covariance 1, and what rollouts
     of the exact velocity from it are."""
 

@@ -75,17 +75,17 @@ def test_samples_and_rollouts_have_the_moments_of_the_data(task):
 
 
 def test_the_measures_vanish_for_the_exact_velocity_and_grow_without_the_lowest_directions(task):
-    evaluation = task.Evaluation(task.Target(task.SETTINGS["gaussian-1e2"], 8, 0), 0)
-    exact = evaluation.measure(evaluation.target)
+    answer = task.KnownAnswer(task.Target(task.SETTINGS["gaussian-1e2"], 8, 0), 0)
+    exact = answer.measure(answer.target)
     assert exact["excess"] == exact["spectrum"] == exact["lowest"] == 0
     assert exact["w2"] < 0.01  # only the solver's error, since the noise has exact moments
 
     def rigid(x, t):  # the velocity of data that do not vary along the last direction
-        along = evaluation.target.along(evaluation.target(x, t))
-        along[:, -1] = -evaluation.target.along(x)[:, -1] / (1.01 - t)
-        return along @ evaluation.target.rotation.T.float()
+        along = answer.target.along(answer.target(x, t))
+        along[:, -1] = -answer.target.along(x)[:, -1] / (1.01 - t)
+        return along @ answer.target.rotation.T.float()
 
-    found = evaluation.measure(rigid)
+    found = answer.measure(rigid)
     assert found["lowest"] > 2 * found["spectrum"] > 0
     assert found["ratio_by_direction"][:-1] == pytest.approx([1] * 7, abs=1e-3)
     assert found["ratio_by_direction"][-1] < 0.5

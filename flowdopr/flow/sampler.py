@@ -201,7 +201,7 @@ def generate(
     batch_size: int = 256,
     device: torch.device | str | None = None,
     guide_model: Model | None = None,
-    image_shape: tuple[int, int, int] | None = None,
+    image_shape: tuple[int, ...] | None = None,
     sampling: Sampling | None = None,
     **settings: Any,
 ) -> Samples:
@@ -220,7 +220,7 @@ def generate(
         labels: (N,) int64, or None for an unconditional model, together with `num_images`.
         device: where to sample; by default the device of the model's parameters.
         guide_model: second model for autoguidance.
-        image_shape: by default `model.image_shape`.
+        image_shape: of one sample, (C, H, W) or any other; by default `model.image_shape`.
         sampling, settings: a `Sampling`, and any of its fields by name, which take precedence.
 
     Raises:
