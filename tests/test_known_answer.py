@@ -10,7 +10,7 @@ import torch
 from script_modules import SCRIPTS
 from torch import nn
 
-from flowdopr.flow import EmpiricalVelocity, TimeSampler, solve, time_grid
+from flowdopr.flow import EmpiricalVelocity, TimeSampler, generate
 from flowdopr.optim import build_optimizer
 
 
@@ -68,9 +68,8 @@ def test_samples_and_rollouts_have_the_moments_of_the_data(task):
     target = task.Target(task.Setting("", 10.0, 3), 4, 0)
     samples = target.along(target.sample(100_000, torch.Generator().manual_seed(0)).double())
     torch.testing.assert_close(samples.T.cov(), target.covariance, atol=0.03, rtol=0.03)
-    noise = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(1))
-    x_1 = solve(target, noise, time_grid("uniform", 100)).x_1
-    moments = target.along(x_1.double()).T.cov()
+    rollouts = generate(target, None, seed=0, num_images=10_000, image_shape=(4,), steps=100)
+    moments = target.along(rollouts.images.double()).T.cov()
     torch.testing.assert_close(moments, target.covariance, atol=0.06, rtol=0.06)
 
 
