@@ -72,7 +72,7 @@ def orthogonal(w: np.ndarray, lr: float, steps: int) -> np.ndarray:
     return np.sign(w) * np.minimum(steps * lr, np.abs(w))
 
 
-def table(conditions: tuple[float, ...] = (1.0, 1e2, 1e4), dim: int = 64) -> str:
+def table(conditions: tuple[float, ...] = (1e2, 1e4), dim: int = 64) -> str:
     """The ratio of the fastest to the slowest rate of (2) and (3), and the largest gain, to which
     the steps of (4) are proportional, as a table in Markdown."""
     laws = {
