@@ -49,7 +49,8 @@ from flowdopr.train.schedule import derive_seed
 BATCH, WARMUP = 256, 20
 DIVERGED = 1e3  # the loss starts near 1
 TUNING_SEED = 100
-LATE_STATISTICS = TimeSampler("logit_normal", mean=2.0)
+# Laws of times for second moments of AP that are not those of the training batch.
+STATISTICS = {"apart": TimeSampler(), "late": TimeSampler("logit_normal", mean=2.0)}
 
 # cov_decay as docs/optim.md advises for runs of a few thousand steps.
 DOPR = {
@@ -79,8 +80,8 @@ LEARNING_RATES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """One run. `dopr` is a key of DOPR or "". `late_statistics`: AP's second moments are those of
-    inputs at late times, whatever the law of training times."""
+    """One run. `dopr` is a key of DOPR or "". `statistics` is a key of STATISTICS, if AP's second
+    moments are those of another batch than is trained on, or ""."""
 
     setting: str
     gp: str
@@ -90,13 +91,13 @@ class Plan:
     steps: int
     dim: int
     width: int
-    late_statistics: bool = False
+    statistics: str = ""
 
     @property
     def arm(self) -> str:
         """The optimizer's name in tables."""
-        late = ", late" if self.late_statistics else ""
-        return f"DoPr-{self.gp} ({self.dopr}{late})" if self.dopr else self.gp
+        words = ", ".join(word for word in (self.dopr, self.statistics) if word)
+        return f"DoPr-{self.gp} ({words})" if words else self.gp
 
 
 def checkpoints(steps: int) -> list[int]:
@@ -118,15 +119,15 @@ def train(plan: Plan) -> dict[str, Any]:
     ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, (k + 1) / WARMUP))
     ema = EMA(model, [Average(length=0.1)])
     generator = torch.Generator().manual_seed(derive_seed(plan.seed, 3))
-    statistics = torch.Generator().manual_seed(derive_seed(plan.seed, 4))
+    apart = torch.Generator().manual_seed(derive_seed(plan.seed, 4))
     seconds, curve, wanted = 0.0, [], checkpoints(plan.steps)
     for step in range(1, plan.steps + 1):
         began = time.perf_counter()
         optimizer.zero_grad()
-        if plan.late_statistics:
+        if plan.statistics:
             # DoPr gathers the inputs of forwards in train mode with gradients: this one's alone.
             model.train()
-            model(*path_points(target, BATCH, LATE_STATISTICS, statistics))
+            model(*path_points(target, BATCH, STATISTICS[plan.statistics], apart))
             model.eval()
         x_1 = target.sample(BATCH, generator)
         draw = objective.draw(BATCH, (plan.dim,), generator=generator)
@@ -143,6 +144,10 @@ def train(plan: Plan) -> dict[str, Any]:
                 measures = answer.measure(model)
             if measures is None:
                 break
+            if step < plan.steps:  # only the last point has its lists, to keep the file small
+                measures = {
+                    name: value for name, value in measures.items() if isinstance(value, float)
+                }
             curve.append({"step": step, **measures})
     done = curve and curve[-1]["step"] == plan.steps
     with ema.applied(model):
@@ -188,21 +193,22 @@ class Results:
         return self.runs[plan]
 
 
-def arms(gps: Iterable[str], forms: Iterable[str], late_statistics: bool) -> Iterator[dict]:
+def arms(
+    gps: Iterable[str], forms: Iterable[str], statistics: Iterable[str]
+) -> Iterator[dict[str, str]]:
     """The optimizers as fields of a Plan: each GP alone and in DoPr. K-FAC is a DoPr itself."""
     for gp in gps:
         yield {"gp": gp, "dopr": ""}
         for dopr in forms if gp != "kfac" else ():
-            yield {"gp": gp, "dopr": dopr}
-            if late_statistics:
-                yield {"gp": gp, "dopr": dopr, "late_statistics": True}
+            for name in ("", *statistics):
+                yield {"gp": gp, "dopr": dopr, "statistics": name}
 
 
 def study(options: argparse.Namespace, results: Results) -> None:
     """Tune every arm on TUNING_SEED, and repeat its best learning rate on the reported seeds."""
     sizes = {"steps": options.steps, "dim": options.dim, "width": options.width}
     for setting in options.settings:
-        for arm in arms(options.gps, options.dopr, options.late_statistics):
+        for arm in arms(options.gps, options.dopr, options.statistics):
             plans = [
                 Plan(setting, **arm, lr=lr, seed=TUNING_SEED, **sizes)
                 for lr in LEARNING_RATES[arm["gp"]]
@@ -218,7 +224,7 @@ def main() -> None:
     add("--settings", nargs="+", default=[*SETTINGS], choices=SETTINGS, help="data and time law")
     add("--gps", nargs="+", default=["adamw", "muon"], choices=LEARNING_RATES, help="optimizers")
     add("--dopr", nargs="*", default=WHOLE, choices=DOPR, help="form and damping of DoPr")
-    add("--late-statistics", action="store_true", help="also AP by second moments of late times")
+    add("--statistics", nargs="*", default=[], choices=STATISTICS, help="other moments for AP")
     add("--seeds", type=int, default=3, help="number of reported seeds")
     add("--steps", type=int, default=800, help="training steps of each run")
     add("--dim", type=int, default=64, help="dimension of the data")

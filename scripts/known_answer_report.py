@@ -5,8 +5,7 @@
 Prints tables in Markdown and writes the figure beside the results. Ratios are paired by seed, with
 the intervals and Holm's correction of flowdopr/compare/claims.py; those at equal excess are means
 over the excess errors that both runs reached, as in flowdopr/compare/matched.py, evenly spaced in
-the logarithm. Each DoPr arm is compared with its GP alone, and one with statistics of late times
-with the same arm without.
+the logarithm.
 """
 
 import argparse
@@ -76,12 +75,14 @@ def arms_of(results: Results) -> dict[str, list[Arm]]:
 
 
 def pairs(arms: list[Arm]) -> Iterator[tuple[Arm, Arm]]:
-    """Each arm with the one that it is compared with."""
-    known = {(arm.plan.gp, arm.plan.dopr, arm.plan.late_statistics): arm for arm in arms}
+    """Each DoPr arm with its GP, and one with moments of late times also with the same arm whose
+    moments are of a batch apart."""
+    known = {(arm.plan.gp, arm.plan.dopr, arm.plan.statistics): arm for arm in arms}
     for arm in arms:
-        base = (arm.plan.gp, arm.plan.dopr if arm.plan.late_statistics else "", False)
-        if base in known and known[base] is not arm:
-            yield arm, known[base]
+        bases = [(arm.plan.gp, "", "")] if arm.plan.dopr else []
+        if arm.plan.statistics == "late":
+            bases.append((arm.plan.gp, arm.plan.dopr, "apart"))
+        yield from ((arm, known[base]) for base in bases if base in known)
 
 
 Ratio = Callable[[Run, Run], float | None]
@@ -170,9 +171,8 @@ def measures_table(arms: list[Arm]) -> Iterator[str]:
     )
     yield rows(*["---"] * (len(names) + 4))
     for arm in arms:
-        seconds = np.median([run["seconds_per_step"] for run in arm.runs.values()])
         cells = (spread(arm.values(name)) for name in names)
-        yield rows(arm.name, arm.rate(), len(arm.runs), *cells, f"{1e3 * seconds:.1f}")
+        yield rows(arm.name, arm.rate(), len(arm.runs), *cells)
 
 
 def claims_table(arms: list[Arm]) -> Iterator[str]:
@@ -200,8 +200,7 @@ def layers_table(arms: list[Arm]) -> Iterator[str]:
             cells = []
             for band in BANDS:
                 seen = [run["layers"][layer][band] for run in arm.runs.values()]
-                condition = np.exp(np.mean([math.log(one["condition"]) for one in seen]))
-                rank = np.exp(np.mean([math.log(one["effective_rank"]) for one in seen]))
+                condition, rank = np.exp(np.mean(np.log(seen), 0))
                 cells.append(f"{condition:.2g} ({rank:.1f})")
             yield rows(arm.name, layer, *cells)
 
@@ -220,7 +219,7 @@ def plot(setting: str, arms: list[Arm], path: Path) -> None:
     )
     for column, gp in zip(axes.T, gps, strict=True):
         for arm in arms:
-            if arm.plan.gp == gp and arm.plan.dopr in STYLES and not arm.plan.late_statistics:
+            if arm.plan.gp == gp and arm.plan.dopr in STYLES and not arm.plan.statistics:
                 _draw(column, arm)
         column[0].set(title=gp, xscale="log", yscale="log", xlabel="step")
         column[1].set(xscale="log", yscale="log", xlabel="excess error of the velocity")
@@ -253,6 +252,7 @@ def _draw(column: np.ndarray, arm: Arm) -> None:
 
     steps = [point["step"] for point in curves[0]]
     column[0].plot(steps, mean("lowest"), **style)
+    column[0].set_xticks(steps, steps)
     column[1].plot(mean("excess"), mean("lowest"), **style)
     ratios = np.exp(np.mean(np.log([one[-1]["ratio_by_direction"] for one in curves]), 0))
     column[2].plot(range(1, len(ratios) + 1), ratios, **style)

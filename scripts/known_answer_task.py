@@ -157,16 +157,19 @@ class KnownAnswer:
         if not (covariance.isfinite().all() and error.isfinite().all()):
             return None
         logs = (covariance.diag() / self.exact_moments[1].diag()).log()
-        return {
-            "excess": error.mean().item(),
-            "excess_by_direction": rounded(grouped(error.mean(0))),
-            "excess_by_time": rounded(by_cell.mean(1)),
-            "excess_late_by_direction": rounded(by_cell[-1]),
-            "spectrum": logs.abs().mean().item(),
-            "lowest": logs[-math.ceil(len(logs) / 3) :].abs().mean().item(),
-            "ratio_by_direction": rounded(grouped(logs).exp()),
+        numbers = {
+            "excess": error.mean(),
+            "spectrum": logs.abs().mean(),
+            "lowest": logs[-math.ceil(len(logs) / 3) :].abs().mean(),
             "w2": gaussian_w2(mean, covariance, self.target.covariance),
         }
+        lists = {
+            "excess_by_direction": grouped(error.mean(0)),
+            "excess_by_time": by_cell.mean(1),
+            "excess_late_by_direction": by_cell[-1],
+            "ratio_by_direction": grouped(logs).exp(),
+        }
+        return {name: rounded(value) for name, value in (numbers | lists).items()}
 
 
 def path_points(
@@ -184,16 +187,17 @@ def grouped(values: Tensor) -> Tensor:
     return torch.stack([part.mean() for part in values.tensor_split(min(GROUPS, len(values)))])
 
 
-def rounded(values: Tensor) -> list[float]:
-    return [float(f"{value:.4g}") for value in values.tolist()]
+def rounded(values: Tensor) -> Any:
+    """Numbers or lists of four digits, for a small file."""
+    return [rounded(one) for one in values] if values.ndim else float(f"{values.item():.4g}")
 
 
-def gaussian_w2(mean: Tensor, covariance: Tensor, wanted: Tensor) -> float:
+def gaussian_w2(mean: Tensor, covariance: Tensor, wanted: Tensor) -> Tensor:
     """Wasserstein distance of order 2 of N(mean, covariance) and N(0, wanted)."""
     root = torch.linalg.cholesky(wanted)
     cross = torch.linalg.eigvalsh(root.T @ covariance @ root).clamp(min=0).sqrt().sum()
     square = mean.square().sum() + covariance.trace() + wanted.trace() - 2 * cross
-    return math.sqrt(max(square.item(), 0.0))
+    return square.clamp(min=0).sqrt()
 
 
 @torch.no_grad()
@@ -213,10 +217,12 @@ def layer_inputs(model: VelocityMLP, x_t: Tensor, t: Tensor) -> dict[str, Tensor
     return inputs
 
 
-def second_moments(model: VelocityMLP, target: Target, seed: int) -> dict[str, dict[str, Any]]:
+def second_moments(
+    model: VelocityMLP, target: Target, seed: int
+) -> dict[str, dict[str, list[float]]]:
     """For each layer and band of times: condition number and effective rank (the exponential of
     the eigenvalues' entropy) of the second moment of the layer's inputs."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, list[float]]] = {}
     for band, (start, end) in BANDS.items():
         generator = torch.Generator().manual_seed(seed)
         x_1 = target.sample(EVALUATED, generator)
@@ -227,7 +233,6 @@ def second_moments(model: VelocityMLP, target: Target, seed: int) -> dict[str, d
             values = torch.linalg.eigvalsh(z.T @ z / len(z)).clamp(min=1e-12)
             shares = values / values.sum()
             rank = (-(shares * shares.log()).sum()).exp()
-            condition, rank = rounded(torch.stack([values[-1] / values[0], rank]))
-            numbers = {"condition": condition, "effective_rank": rank}
-            found.setdefault(name, {})[band] = numbers
+            numbers = torch.stack([values[-1] / values[0], rank])
+            found.setdefault(name, {})[band] = rounded(numbers)
     return found

@@ -176,7 +176,7 @@ def test_a_tiny_study_runs_resumes_and_is_reported(
     monkeypatch.setitem(study.LEARNING_RATES, "adamw", (1e-3, 4e-3))
     sizes = ["--steps", "50", "--dim", "6", "--width", "8", "--seeds", "2"]
     chosen = ["--settings", "gaussian-1e2", "--gps", "adamw", "--dopr", "inverse 1"]
-    out = ["--late-statistics", "--out", str(tmp_path)]
+    out = ["--statistics", "late", "--out", str(tmp_path)]
     monkeypatch.setattr(task, "EVALUATED", 64)
     monkeypatch.setattr(task, "ROLLOUTS", 64)
     monkeypatch.setattr("sys.argv", ["known_answer", *chosen, *sizes, *out])
