@@ -9,7 +9,8 @@ closed form. A small network learns the velocity from fresh samples by an optimi
 gradient preconditioner, GP) and by the same one in DoPr (activation preconditioning, AP, before
 it). At steps spaced by factors of two the network, with averaged weights, is measured:
 
-    excess      squared distance to the exact velocity at points of the path, by direction and time
+    excess      squared distance to the exact velocity at points of the path at uniform times, by
+                direction and time, and at times of the training's law (`excess_trained`)
     rollout     variance along each direction over that of rollouts of the exact velocity from the
                 same noise with the same solver: the mean of |log ratio| over all directions
                 (`spectrum`) and over the third of the lowest variances (`lowest`)
@@ -110,7 +111,7 @@ def train(plan: Plan) -> dict[str, Any]:
     """Train and measure one run; its curve ends where training or the rollouts diverge."""
     setting = SETTINGS[plan.setting]
     target = Target(setting, plan.dim, derive_seed(plan.seed, 0))
-    answer = KnownAnswer(target, derive_seed(plan.seed, 1))
+    answer = KnownAnswer(target, derive_seed(plan.seed, 1), LAWS[setting.law])
     torch.manual_seed(derive_seed(plan.seed, 2))
     model = VelocityMLP(plan.dim, plan.width)
     objective = FlowMatching(time_sampler=LAWS[setting.law])

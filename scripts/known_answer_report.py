@@ -5,7 +5,7 @@
 Prints tables in Markdown and writes the figure beside the results. Ratios are paired by seed, with
 the intervals and Holm's correction of flowdopr/compare/claims.py; those at equal excess are means
 over the excess errors that both runs reached, as in flowdopr/compare/matched.py, evenly spaced in
-the logarithm.
+the logarithm, with the times of training.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def at_equal_excess(measure: str) -> Ratio:
             loss_curve(
                 [
                     (
-                        Evaluation(p["step"], one_step_loss=p["excess"], fd=p[measure]),
+                        Evaluation(p["step"], one_step_loss=p["excess_trained"], fd=p[measure]),
                         None,
                     )
                     for p in one["curve"]
@@ -158,18 +158,18 @@ def spread(values: list[float]) -> str:
 
 
 def measures_table(arms: list[Arm]) -> Iterator[str]:
-    names = ("excess", "spectrum", "lowest", "w2")
+    names = ("excess", "excess_trained", "spectrum", "lowest", "w2")
     yield rows(
         "optimizer",
         "learning rate",
         "seeds",
         "excess",
+        "excess, trained times",
         "all directions",
         "lowest third",
         "W2",
-        "ms",
     )
-    yield rows(*["---"] * (len(names) + 4))
+    yield rows(*["---"] * (len(names) + 3))
     for arm in arms:
         cells = (spread(arm.values(name)) for name in names)
         yield rows(arm.name, arm.rate(), len(arm.runs), *cells)
@@ -253,7 +253,7 @@ def _draw(column: np.ndarray, arm: Arm) -> None:
     steps = [point["step"] for point in curves[0]]
     column[0].plot(steps, mean("lowest"), **style)
     column[0].set_xticks(steps, steps)
-    column[1].plot(mean("excess"), mean("lowest"), **style)
+    column[1].plot(mean("excess_trained"), mean("lowest"), **style)
     ratios = np.exp(np.mean(np.log([one[-1]["ratio_by_direction"] for one in curves]), 0))
     column[2].plot(range(1, len(ratios) + 1), ratios, **style)
 

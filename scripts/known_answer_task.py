@@ -7,7 +7,7 @@ Shapes: x (B, D); t (B,); moments and velocities along directions have the direc
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from flowdopr.flow import FlowMatching, TimeSampler, solve, time_grid
 
 FREQUENCIES, GROUPS, TIME_BINS = 8, 8, 10
 EVALUATED, ROLLOUTS = 4096, 1024
-LAWS = {"uniform": TimeSampler(), "late": TimeSampler(shift=0.1)}
+UNIFORM = TimeSampler()
+LAWS = {"uniform": UNIFORM, "late": TimeSampler(shift=0.1)}
 BANDS = {"early": (0.0, 0.1), "all": (0.0, 1.0), "late": (0.9, 1.0)}
 
 
@@ -116,28 +117,27 @@ class VelocityMLP(nn.Module):
         return self.readout(x)
 
 
-@dataclass
 class KnownAnswer:
-    """Fixed points of the path, noise with exactly the mean 0 and covariance 1, and what rollouts
-    of the exact velocity from it are."""
+    """Fixed points of the path at uniform times and at times of the training's `law`, noise with
+    exactly the mean 0 and covariance 1, and what rollouts of the exact velocity from it are."""
 
-    target: Target
-    seed: int
-    x_t: Tensor = field(init=False)
-    t: Tensor = field(init=False)
-    exact: Tensor = field(init=False)
-    noise: Tensor = field(init=False)
-    exact_moments: tuple[Tensor, Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(self.seed)
-        self.x_t, self.t = path_points(self.target, EVALUATED, TimeSampler(), generator)
-        self.exact = self.target(self.x_t, self.t)
-        z = torch.randn(ROLLOUTS, self.x_t.shape[1], generator=generator).double()
+    def __init__(self, target: Target, seed: int, law: TimeSampler = UNIFORM) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.target = target
+        self.points = path_points(target, EVALUATED, UNIFORM, generator)
+        z = torch.randn(ROLLOUTS, len(target.variances), generator=generator).double()
         z = z - z.mean(0)
         root = torch.linalg.cholesky(z.T @ z / len(z))
         self.noise = torch.linalg.solve_triangular(root, z.T, upper=False).T.float()
-        self.exact_moments = self.rollout_moments(self.target)
+        self.trained = self.points
+        if law != UNIFORM:
+            self.trained = path_points(target, EVALUATED, law, generator)
+        self.exact_moments = self.rollout_moments(target)
+
+    def squared_errors(self, model: Any, points: tuple[Tensor, Tensor]) -> Tensor:
+        """(EVALUATED, D) of the velocity, along the columns of R."""
+        error = model(*points) - self.target(*points)
+        return self.target.along(error).double().square()
 
     def rollout_moments(self, model: Any) -> tuple[Tensor, Tensor]:
         """Mean and covariance of rollouts (midpoint, 50 steps), along the columns of R."""
@@ -150,8 +150,8 @@ class KnownAnswer:
     def measure(self, model: Any) -> dict[str, Any] | None:
         """The measures that known_answer.py explains; by direction in groups of neighbours. None
         where the rollouts or the error are not finite."""
-        error = self.target.along(model(self.x_t, self.t) - self.exact).double().square()
-        bins = (self.t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+        error = self.squared_errors(model, self.points)
+        bins = (self.points[1] * TIME_BINS).long().clamp(max=TIME_BINS - 1)
         by_cell = torch.stack([grouped(error[bins == b].mean(0)) for b in range(TIME_BINS)])
         mean, covariance = self.rollout_moments(model)
         if not (covariance.isfinite().all() and error.isfinite().all()):
@@ -159,6 +159,7 @@ class KnownAnswer:
         logs = (covariance.diag() / self.exact_moments[1].diag()).log()
         numbers = {
             "excess": error.mean(),
+            "excess_trained": self.squared_errors(model, self.trained).mean(),
             "spectrum": logs.abs().mean(),
             "lowest": logs[-math.ceil(len(logs) / 3) :].abs().mean(),
             "w2": gaussian_w2(mean, covariance, self.target.covariance),
@@ -227,7 +228,7 @@ def second_moments(
         generator = torch.Generator().manual_seed(seed)
         x_1 = target.sample(EVALUATED, generator)
         x_0 = torch.randn(x_1.shape, generator=generator)
-        t = start + (end - start) * TimeSampler()(EVALUATED, generator)
+        t = start + (end - start) * UNIFORM(EVALUATED, generator)
         x_t = FlowMatching().path.sample(x_0, x_1, t).x_t
         for name, z in layer_inputs(model, x_t, t).items():
             values = torch.linalg.eigvalsh(z.T @ z / len(z)).clamp(min=1e-12)
