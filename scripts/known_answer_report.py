@@ -222,9 +222,11 @@ def plot(setting: str, arms: list[Arm], path: Path) -> None:
             if arm.plan.gp == gp and arm.plan.dopr in STYLES and not arm.plan.statistics:
                 _draw(column, arm)
         column[0].set(title=gp, xscale="log", yscale="log", xlabel="step")
+        steps = [point["step"] for point in next(iter(arms[0].runs.values()))["curve"]]
+        column[0].set_xticks(steps, [str(step) for step in steps])
         column[1].set(xscale="log", yscale="log", xlabel="excess error of the velocity")
         column[1].invert_xaxis()
-        column[2].set(yscale="log", xlabel="directions, by falling variance")
+        column[2].set(yscale="log", xlabel="groups of directions, by falling variance")
         column[2].axhline(1, color="grey", linewidth=0.8)
     for axis in axes[:2].flat:
         axis.xaxis.set_minor_formatter(NullFormatter())
@@ -252,7 +254,6 @@ def _draw(column: np.ndarray, arm: Arm) -> None:
 
     steps = [point["step"] for point in curves[0]]
     column[0].plot(steps, mean("lowest"), **style)
-    column[0].set_xticks(steps, steps)
     column[1].plot(mean("excess_trained"), mean("lowest"), **style)
     ratios = np.exp(np.mean(np.log([one[-1]["ratio_by_direction"] for one in curves]), 0))
     column[2].plot(range(1, len(ratios) + 1), ratios, **style)
