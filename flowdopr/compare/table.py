@@ -65,12 +65,13 @@ class Column:
     def text(self, values: Spread | None) -> str:
         return percent(values) if self.metric in SHARES else mean_sd(values, self.digits)
 
-    def best(self, arms: Sequence[ArmSummary]) -> str | None:
-        """The arm of the best mean, where several have one."""
+    def best(self, arms: Sequence[ArmSummary]) -> set[str]:
+        """The arms of the best mean, where several have one; all of those that are level."""
         means = {arm.name: values.mean for arm in arms if (values := self.of(arm))}
         if len(means) < 2:
-            return None
-        return (max if self.rises else min)(means, key=means.__getitem__)
+            return set()
+        best = (max if self.rises else min)(means.values())
+        return {name for name, mean in means.items() if mean == best}
 
 
 TEX = {letter: f"\\{letter}" for letter in "%_&#$"}
@@ -158,7 +159,7 @@ def shown_rows(study: Study, table: Sequence[Row]) -> list[dict[str, Cell]]:
         cells = {"optimizer": Cell(arm.name)}
         cells["learning rate"] = Cell(f"{tried(arm.reported)} (of {len(arm.trials)})")
         for one in columns:
-            cells[one.titled(study)] = Cell(one.text(one.of(arm)), best[one.metric] == arm.name)
+            cells[one.titled(study)] = Cell(one.text(one.of(arm)), arm.name in best[one.metric])
         cells["seeds"] = Cell(f"{row['seeds']}{failed}")
         cells["a step"] = Cell(seconds(row["seconds_per_step"]))
         cells["peak memory"] = Cell(memory(row["peak_memory_bytes"]))
