@@ -143,7 +143,7 @@ def _execute(
     with locked(folder, "wait for it; --report-only shows what is there"):
         write_text(study_file, to_yaml(config))
         executor = _executor(config, cluster)
-        _prepare(config, plans)
+        _prepare(config)
         with Display(done + len(plans), done) as display, telling(display):
             executor.execute(plans, display)
     if executor.signum:
@@ -167,23 +167,21 @@ def _executor(config: Config, cluster: Cluster | None) -> Executor:
     )
 
 
-def _prepare(config: Config, plans: Sequence[RunPlan]) -> None:
+def _prepare(config: Config) -> None:
     """Find out before any run starts, and not after its training, whether the study's data and
-    feature extractors are there; compute now what all runs need of the real images."""
-    fingerprint = build_datasets(config).info.fingerprint
+    feature extractor are there; compute now what all runs need of the real images."""
+    datasets = build_datasets(config)
     for path in sorted(study_path(config).glob("*/config.yaml")):
-        if RunFolder.open(path.parent).dataset.fingerprint != fingerprint:
+        if RunFolder.open(path.parent).dataset.fingerprint != datasets.info.fingerprint:
             raise ConfigError(
                 f"{path.parent}: the images in {config.data.root} are not those this run was "
                 "trained on; give those, or begin a study anew by name=NEW"
             )
-    configs, device = [plan.config for plan in plans], device_of(this_process())
-    kinds = {(one.data.model_dump_json(), one.evaluate.extractor.name): one for one in configs}
-    for one in kinds.values():
-        print_line(f"feature extractor for {one.data.name}")
-        real = RealImages(build_pixel_datasets(one), one.evaluate, device)
-        if real.extractor.warning:
-            print_line(f"warning: {real.extractor.warning}")
-        real.prepare()
-        del real
+    pixels = build_pixel_datasets(config) if datasets.info.autoencoder else datasets
+    print_line(f"feature extractor for {config.data.name}")
+    real = RealImages(pixels, config.evaluate, device_of(this_process()))
+    if real.extractor.warning:
+        print_line(f"warning: {real.extractor.warning}")
+    real.prepare()
+    del real
     torch.cuda.empty_cache()  # for the runs, which share the GPU with this process

@@ -275,9 +275,8 @@ def _arm_config(config: Config, arm: ArmConfig) -> Config:
                     f"{where}: an arm must keep the study's compare, data and evaluate sections, "
                     "or its numbers could not be compared; remove it"
                 )
-    base = _apply(
-        config, arm.name, [f"{key}={json.dumps(value)}" for key, value in arm.set.items()]
-    )
+    overrides = [f"{key}={json.dumps(value)}" for key, value in arm.set.items()]
+    base = _apply(config, arm.name, overrides)
     solver = base.sample.solver
     listed = getattr(getattr(solver, "grid", None), "name", None) == "list"
     if study_settings(config).nfe_steps and (listed or not hasattr(solver, "steps")):
@@ -288,9 +287,8 @@ def _arm_config(config: Config, arm: ArmConfig) -> Config:
             "named grid"
         )
     for name in study_settings(config).nfe_solvers:
-        _apply(
-            config, arm.name, [f"sample.solver={{name: {name}, steps: 1}}"]
-        )  # refuses what is none
+        # Refuses a name that is no solver of fixed steps.
+        _apply(config, arm.name, [f"sample.solver={{name: {name}, steps: 1}}"])
         if name == solver.name:
             raise ConfigError(
                 f"compare.nfe_solvers: {name} is the solver of arm '{arm.name}' already; remove it"
