@@ -266,7 +266,8 @@ class DoPr(SteadyOptimizer):
         weight = layer.parameters[0]
         moment = SecondMoment(layer.name, layer.view, weight, rows, layer.rule.pattern)
         for module, view in layer.modules:
-            self.statistics.watch_inputs(moment, module, view)
+            for part in view.parts():
+                self.statistics.watch_inputs(moment, module, part)
         return moment
 
     def _schedule(self, step: int) -> tuple[float, float]:

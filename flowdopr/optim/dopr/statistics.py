@@ -152,7 +152,7 @@ class Statistics:
     def watch_inputs(self, moment: SecondMoment, module: nn.Module, view: LayerView) -> None:
         """Feed `moment` with the inputs of `module`."""
         token = torch.zeros(1, device=moment.device)
-        hook = InputHook(self._handle, self._number(moment, view), token)
+        hook = InputHook(self._handle, self._number(moment, view), token, view.argument)
         self._removable.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def watch_output_gradients(

@@ -104,6 +104,8 @@ class LayerView:
 
     takes_bias = False
     rows_are_weight_rows = True
+    argument: tuple[int, str] = (0, "input")
+    """Place and name of the argument of the module's forward that has z."""
 
     def __init__(self, mode: str, groups: int, dim: int, blocks: int = 1) -> None:
         self.mode, self.groups, self.blocks, self.side = mode, groups, blocks, dim // blocks
@@ -127,6 +129,10 @@ class LayerView:
     def key(self) -> tuple[object, ...]:
         """Two layers with equal keys make the same Sigma of one input."""
         return self.kind
+
+    def parts(self) -> "Sequence[LayerView]":
+        """The views through which hooks show the module's arguments, each one to Sigma."""
+        return [self]
 
     def describe(self) -> str:
         """The mode as the table of roles prints it."""
@@ -225,6 +231,40 @@ class BiasedLinearView(LinearView):
         weight, bias = like
         flat = matrix[0, 0]
         return [flat[:, :-1].to(weight.dtype).contiguous(), flat[:, -1].to(bias.dtype)]
+
+
+class AttentionView(LinearView):
+    """A projection of `nn.MultiheadAttention`: of the query, the key or the value; or the joint
+    one, whose rows are those three matrices, one under the other, as three groups."""
+
+    ARGUMENTS = ((0, "query"), (1, "key"), (2, "value"))
+
+    def __init__(self, mode: str, dim: int, blocks: int, of: Sequence[int] = (0, 1, 2)) -> None:
+        super().__init__(mode, len(of), dim, blocks)
+        self.of = of
+
+    def parts(self) -> Sequence[LayerView]:
+        return [_PartView(self, group, self.ARGUMENTS[n]) for group, n in enumerate(self.of)]
+
+
+class _PartView(LinearView):
+    """One argument of `nn.MultiheadAttention`, which has one group of the projection's Sigma."""
+
+    def __init__(self, whole: AttentionView, group: int, argument: tuple[int, str]) -> None:
+        super().__init__(whole.mode, 1, whole.blocks * whole.side, whole.blocks)
+        self.group, self.of_groups, self.argument = group, whole.groups, argument
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (*self.kind, self.group, self.of_groups)
+
+    def accumulate(self, sums: Tensor, x: Tensor, sample: Sample) -> int:
+        # Rows are counted over all groups. Where the arguments have unequal numbers of rows, this
+        # leaves a factor in each group's Sigma, on which T does not depend.
+        rows, total = self.rows(x, sample)
+        weight = self.of_groups * total / max(1, rows.shape[0])
+        add_second_moment(sums[self.group : self.group + 1], rows, weight)
+        return total
 
 
 class EmbeddingView(LayerView):
