@@ -339,7 +339,7 @@ def test_what_a_layer_does_not_show_is_left_to_the_gp_with_one_warning(caplog) -
     assert "without calling" in roles["0.self_attn.out_proj.weight"][1]
     assert "parametrized" in roles["1.parametrizations.weight.original1"][1]
     assert [r.getMessage().split(";")[0] for r in caplog.records] == [
-        "DoPr leaves the weights of 2 layers to the optimizer alone, '0.self_attn.out_proj' first"
+        "DoPr leaves the weight of layer '0.self_attn.out_proj' and of 1 more to the optimizer alone"
     ]
     caplog.clear()
     rules = [LayerRule("out_proj|^1$", "none")]

@@ -294,10 +294,10 @@ def _unusual(
     left = [name for name, number in zip(names, numbers, strict=True) if number is None]
     if left:
         logger.warning(
-            "DoPr leaves the weights of %d layers to the optimizer alone, %r first; roles() has "
-            "the reasons, and a rule of mode 'none' silences this",
-            len(left),
+            "DoPr leaves the weight of layer %r%s to the optimizer alone; roles() has the reasons, "
+            "and a rule of mode 'none' silences this",
             left[0],
+            f" and of {len(left) - 1} more" if len(left) > 1 else "",
         )
     return reasons, set(numbers)
 
