@@ -338,9 +338,8 @@ def test_what_a_layer_does_not_show_is_left_to_the_gp_with_one_warning(caplog) -
     assert roles["0.self_attn.out_proj.weight"][0] == "none"
     assert "without calling" in roles["0.self_attn.out_proj.weight"][1]
     assert "parametrized" in roles["1.parametrizations.weight.original1"][1]
-    assert [r.getMessage().split(";")[0] for r in caplog.records] == [
-        "DoPr leaves the weight of layer '0.self_attn.out_proj' and of 1 more to the optimizer alone"
-    ]
+    (record,) = caplog.records
+    assert "'0.self_attn.out_proj' and of 1 more to the optimizer alone" in record.getMessage()
     caplog.clear()
     rules = [LayerRule("out_proj|^1$", "none")]
     DoPr(torch.optim.SGD(model.parameters()), model, rules=rules)
