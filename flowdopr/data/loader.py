@@ -1,6 +1,7 @@
 """Endless training batches, each a pure function of (seed, step).
 
-Shapes: `(B, C, H, W)` images, `(B,)` labels, B the process's share of the global batch.
+Shapes: `(B, C, H, W)` images, `(B,)` labels, B the process's share of the global batch. Images stay
+uint8 until `Batch.on` brings them to the device.
 
 The epochs form one endless sequence of images, each epoch in its own order. Step s takes the next
 `global_batch_size` images, so a batch may span two epochs, and each epoch shows every image once.
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flowdopr.config import Config
-from flowdopr.data.memory import ImageDataset, ImageTensor, Picks
+from flowdopr.data.memory import Batch, ImageDataset, ImageTensor, Picks
 from flowdopr.data.transforms import to_float
 
 
@@ -54,12 +55,12 @@ class _StepSampler:
 
 
 class _Batches(Dataset):
-    """`batches[picks]` -> images and labels; the unit of work of a loader worker."""
+    """`batches[picks]` -> a `Batch`; the unit of work of a loader worker."""
 
     def __init__(self, dataset: ImageDataset, seed: int, *, flip: bool):
         self.dataset, self.seed, self.flip = dataset, seed, flip
 
-    def __getitem__(self, picks: Picks) -> tuple[Tensor, Tensor] | ValueError:
+    def __getitem__(self, picks: Picks) -> Batch | ValueError:
         if not self.flip:
             picks = picks._replace(mirrored=torch.zeros_like(picks.mirrored))
         try:
@@ -76,12 +77,12 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     start_step: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (x_1, y) of steps `start_step`, `start_step + 1`, ..., on the CPU (pinned for CUDA).
+) -> Iterator[Batch]:
+    """Endless batches of steps `start_step`, `start_step + 1`, ..., on the CPU (pinned for CUDA).
 
-    x_1 is `(B, C, H, W)` float32 in [-1, 1], y `(B,)` int64, B = `train.global_batch_size` /
-    `world_size`: all the accumulation steps of one optimizer step together. Images are mirrored
-    with probability 1/2 if `data.horizontal_flip`, depending on (seed, epoch, image) alone.
+    B = `train.global_batch_size` / `world_size`: all the accumulation steps of one optimizer step
+    together. Images are mirrored with probability 1/2 if `data.horizontal_flip`, depending on
+    (seed, epoch, image) alone.
 
     Raises:
         ValueError: the batch does not divide over the processes; later, an unreadable image.
@@ -105,7 +106,7 @@ def build_loader(
 
 def _load(
     dataset: ImageDataset, picks: Iterable[Picks], num_workers: int, *, seed: int, flip: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[Batch]:
     loader = DataLoader(
         _Batches(dataset, seed, flip=flip),
         sampler=picks,
@@ -136,4 +137,5 @@ def span_batches(
     """The images of `span` once, in order, as (x_1, y) on the CPU, decoded by worker processes."""
     chunks = torch.arange(span.start, span.stop).split(batch_size)
     picks = [Picks(part, torch.zeros(len(part), dtype=torch.bool), 0 * part) for part in chunks]
-    return _load(dataset, picks, num_workers, seed=0, flip=False)
+    for batch in _load(dataset, picks, num_workers, seed=0, flip=False):
+        yield batch.on("cpu")
