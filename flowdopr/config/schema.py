@@ -39,6 +39,7 @@ USED_BY = {  # the data sets that use a setting, where not all do
     "on_bad_image": FILES,
     "download": (*DOWNLOADED, "latents"),
     "num_workers": (*FILES, "latents"),
+    "cache": FILES,
     **dict.fromkeys(("autoencoder", "source_root"), ("latents",)),
 }
 
@@ -77,6 +78,9 @@ class DataConfig(Section):
     """Download a torchvision data set that is not in `root` yet."""
     num_workers: CountOrZero = 0
     """Processes that decode images, for each training process. 0: the training process itself."""
+    cache: Literal["none", "memory"] = "none"
+    """memory: each training process decodes all training images at its start and holds them as
+    uint8; refused if they do not fit."""
     autoencoder: PathText | None = None
     """`latents`: path of the autoencoder. null: its path at encoding."""
     source_root: PathText | None = None

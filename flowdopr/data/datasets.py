@@ -83,8 +83,9 @@ def split(labels: Tensor, held_out_fraction: float, names: Sequence[str]) -> tup
     """
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(labels)))
     held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique().tolist():
-        members = order[labels[order] == label]
+    found, counts = labels.unique(return_counts=True)
+    by_class = order[labels[order].argsort(stable=True)].split(counts.tolist())
+    for label, members in zip(found.tolist(), by_class, strict=True):
         if len(members) < 2:
             which = f"class '{names[label]}' has" if names else "the data set has"
             raise ValueError(

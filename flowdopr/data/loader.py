@@ -9,7 +9,9 @@ A process takes its contiguous share of them, independent of the number of loade
 be resumed at any step.
 """
 
-from collections.abc import Iterable, Iterator
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -18,8 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flowdopr.config import Config
-from flowdopr.data.memory import Batch, ImageDataset, ImageTensor, Picks
+from flowdopr.data.files import ImageFiles
+from flowdopr.data.memory import Batch, ImageDataset, ImageTensor, Picks, free_memory
 from flowdopr.data.transforms import to_float
+from flowdopr.terminal import counting
 
 
 @lru_cache(maxsize=4)
@@ -85,7 +89,8 @@ def build_loader(
     (seed, epoch, image) alone.
 
     Raises:
-        ValueError: the batch does not divide over the processes; later, an unreadable image.
+        ValueError: the batch does not divide over the processes; images that do not fit into
+            memory for `data.cache`; later, an unreadable image.
     """
     size = config.train.global_batch_size
     if size % world_size:
@@ -94,6 +99,8 @@ def build_loader(
             f"{world_size}"
         )
     share = slice(rank * size // world_size, (rank + 1) * size // world_size)
+    if config.data.cache == "memory" and isinstance(dataset, ImageFiles):
+        dataset = in_memory(dataset, config.data.num_workers)
     sampler = _StepSampler(config.seed, len(dataset), size, share, start_step)
     return _load(
         dataset,
@@ -104,8 +111,37 @@ def build_loader(
     )
 
 
+def in_memory(dataset: ImageFiles, num_workers: int = 0) -> ImageTensor:
+    """All images of `dataset`, decoded: `(N, C, H, W)` uint8.
+
+    Raises:
+        ValueError: they do not fit into memory, or one cannot be read.
+    """
+    shape, processes = (len(dataset), *dataset.image_shape), os.environ.get("LOCAL_WORLD_SIZE", 1)
+    need, free = math.prod(shape) * int(processes), free_memory()
+    if need > free:
+        size = " x ".join(map(str, dataset.image_shape))
+        raise ValueError(
+            f"data.cache=memory: {len(dataset):,} images of {size} take {need / 2**30:.3g} GiB in "
+            f"{processes} process(es), and {free / 2**30:.3g} GiB are free: set data.cache=none or "
+            "a smaller data.image_size"
+        )
+    images, done = torch.empty(shape, dtype=torch.uint8), 0
+    with counting("decoding images", len(dataset)) as progress:
+        for batch in _load(dataset, _in_order(range(len(dataset)), 256), num_workers):
+            images[done : done + len(batch.labels)] = batch.images
+            done += len(batch.labels)
+            progress(len(batch.labels))
+    return ImageTensor(images, dataset.labels)
+
+
 def _load(
-    dataset: ImageDataset, picks: Iterable[Picks], num_workers: int, *, seed: int, flip: bool
+    dataset: ImageDataset,
+    picks: Iterable[Picks],
+    num_workers: int,
+    *,
+    seed: int = 0,
+    flip: bool = False,
 ) -> Iterator[Batch]:
     loader = DataLoader(
         _Batches(dataset, seed, flip=flip),
@@ -135,7 +171,11 @@ def span_batches(
     dataset: ImageDataset, span: range, batch_size: int, num_workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The images of `span` once, in order, as (x_1, y) on the CPU, decoded by worker processes."""
-    chunks = torch.arange(span.start, span.stop).split(batch_size)
-    picks = [Picks(part, torch.zeros(len(part), dtype=torch.bool), 0 * part) for part in chunks]
-    for batch in _load(dataset, picks, num_workers, seed=0, flip=False):
+    for batch in _load(dataset, _in_order(span, batch_size), num_workers):
         yield batch.on("cpu")
+
+
+def _in_order(span: range, batch_size: int) -> Sequence[Picks]:
+    """The images of `span`, none mirrored, in the first epoch."""
+    chunks = torch.arange(span.start, span.stop).split(batch_size)
+    return [Picks(part, torch.zeros(len(part), dtype=torch.bool), 0 * part) for part in chunks]

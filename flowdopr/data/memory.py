@@ -3,8 +3,10 @@
 Shapes: images uint8 `(N, C, H, W)`, labels int64 `(N,)`. Latents are float32 `(N, L, h, w)`.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -75,3 +77,10 @@ class ImageTensor(ImageDataset):
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         return self.images[indices], self.labels[indices]
+
+
+def free_memory() -> int:
+    """Bytes of memory that are free, within the limit of the container if there is one."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else ""
+    return min([psutil.virtual_memory().available, *([int(text)] if text.isdigit() else [])])

@@ -96,14 +96,15 @@ class Source:
         Raises:
             ValueError: an image cannot be read.
         """
-        if self.listing.crcs is None:
-            sizes = self.listing.places[:, 0]
-            crcs = np.zeros(len(sizes), np.int64)
-            if sizes.sum() <= CHECKSUM_LIMIT:
-                crcs[:] = [self._crc(number) for number in range(len(sizes))]
-            self.listing = replace(self.listing, crcs=crcs)
-            write_index(self._index, self.listing, self._began)
-        return self.listing.crcs
+        if self.listing.crcs is not None:
+            return self.listing.crcs
+        sizes = self.listing.places[:, 0]
+        crcs = np.zeros(len(sizes), np.int64)
+        if sizes.sum() <= CHECKSUM_LIMIT:
+            crcs[:] = [self._crc(number) for number in range(len(sizes))]
+        self.listing = replace(self.listing, crcs=crcs)
+        write_index(self._index, self.listing, self._began)
+        return crcs
 
     def state(self) -> str:
         """A sha256 that changes whenever an image is written anew."""
@@ -185,8 +186,8 @@ class Folder(Source):
         with open(self._prefix + path, "rb", buffering=0) as file:
             now = os.fstat(file.fileno())
             if [now.st_size, now.st_mtime_ns] != list(place):
-                place = f"'{shown(self.root)}'"
-                raise ValueError(f"changed since it was listed; flowdopr check {place} lists anew")
+                again = f"flowdopr check {shown(self.root)}"
+                raise ValueError(f"changed since it was listed; {again} lists all anew")
             return file.readall()
 
     def _stamps(self, of: Stamps) -> Stamps:
@@ -216,11 +217,10 @@ def fingerprint_files(source: Source, settings: Sequence[object]) -> str:
     Of a folder of more than 1 GiB only names and sizes count: reading it all at every start would
     take minutes. A ZIP archive brings its CRCs along.
     """
-    digest = hashlib.sha256(repr(tuple(settings)).encode())
-    sizes = source.listing.places[:, 0].tolist()
-    for name, *stamp in zip(source.names, sizes, source.crcs().tolist(), strict=True):
-        digest.update(f"{name}\0{tuple(stamp)}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+    columns = (source.names, source.listing.places[:, 0].tolist(), source.crcs().tolist())
+    lines = (f"{name}\0({size}, {crc})\n" for name, size, crc in zip(*columns, strict=True))
+    text = repr(tuple(settings)) + "".join(lines)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def stamp(path: str | Path) -> list[int]:

@@ -140,7 +140,8 @@ class Trainer:
         must end now, the same in every process: a signal, or images that cannot be loaded."""
         batch = failure = None
         try:
-            batch = next(loader) if self.step < self.config.train.steps else None
+            with self.meter.waiting():
+                batch = next(loader) if self.step < self.config.train.steps else None
         except Exception as error:
             log.info("the images of step %d", self.step + 1, exc_info=True, extra=FILE_ONLY)
             failure = error
