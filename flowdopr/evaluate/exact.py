@@ -206,8 +206,10 @@ def drift(config: Config, model: nn.Module, datasets: Datasets, device: Any) -> 
     held_out, seed = datasets.held_out, config.evaluate.seed
     num = min(chosen.num_images, len(held_out))
     points = picks_between(0, len(held_out), 0, num).indices
-    parts = [held_out.drawn(Picks(part, part < 0, 0 * part), 0) for part in points.split(128)]
-    x_1, labels = (torch.cat(column).to(device) for column in zip(*parts, strict=True))
+    parts = [
+        held_out.drawn(Picks(part, part < 0, 0 * part), 0).on(device) for part in points.split(128)
+    ]
+    x_1, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     with full_float32():
         found = rollout_drift(
             build_objective(config),
@@ -234,5 +236,5 @@ def _training_points(config: Config, datasets: Datasets) -> tuple[Tensor, Tensor
         return images, train.labels
     parts = torch.arange(len(train)).split(4096)
     picks = (Picks(part, torch.ones(len(part), dtype=torch.bool), 0 * part) for part in parts)
-    mirrored = torch.cat([train.drawn(pick, 0)[0] for pick in picks])
+    mirrored = torch.cat([train.drawn(pick, 0).on("cpu")[0] for pick in picks])
     return torch.cat([images, mirrored]), torch.cat([train.labels, train.labels])

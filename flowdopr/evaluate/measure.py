@@ -28,7 +28,7 @@ from flowdopr.runs import RunFolder
 from flowdopr.terminal import print_line
 
 FEWEST_FOR_FID = 50_000  # with fewer generated images, the card says that its distances are proxies
-PLACES = ("root", "held_out_root", "download", "num_workers", "autoencoder", "source_root")
+PLACES = ("root", "held_out_root", "download", "num_workers", "cache", "autoencoder", "source_root")
 CHANGEABLE = ("sample.", "evaluate.", *(f"data.{key}=" for key in PLACES))
 
 

@@ -55,7 +55,7 @@ DELETED = ".deleted"  # suffix of a checkpoint while it is being deleted
 # Settings that may change when a run is resumed: they do not change what the weights become.
 FREE_ON_RESUME = (
     *("name", "output", "sample", "evaluate", "compare"),
-    *("data.root", "data.held_out_root", "data.download", "data.num_workers"),
+    *("data.root", "data.held_out_root", "data.download", "data.num_workers", "data.cache"),
     "data.on_bad_image",  # which images are left is in the fingerprint
     *("data.autoencoder", "data.source_root"),
     *(f"train.{key}" for key in ("steps", "log_every", "validate_every", "sample_every")),

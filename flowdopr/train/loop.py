@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from flowdopr.config import Config
-from flowdopr.data import Datasets, build_loader, plain_batches
+from flowdopr.data import Batch, Datasets, build_loader, plain_batches
 from flowdopr.disk import replacing
 from flowdopr.exits import is_out_of_memory, one_line
 from flowdopr.flow import (
@@ -46,7 +46,6 @@ from flowdopr.train.signals import Interrupted, StopSignal, TrainingFailed
 
 log = logging.getLogger("flowdopr.train")
 
-Batch = tuple[Tensor, Tensor]
 HELD_OUT, GRID = "held-out loss", "sample grid"
 TRY = "lower optimizer.lr, lengthen train.warmup_steps, or use train.precision=bf16 or no"
 
@@ -122,7 +121,7 @@ class Trainer:
                 self._look(done=self._looked_at())
             batch, ending = self._next(loader, stop)
             while batch and not ending:
-                loss, grad_norm = self.optimizer_step(*batch)
+                loss, grad_norm = self.optimizer_step(batch)
                 self.step += 1
                 self.ema.update(self.step)
                 self.meter.add(loss)
@@ -141,7 +140,8 @@ class Trainer:
         must end now, the same in every process: a signal, or images that cannot be loaded."""
         batch = failure = None
         try:
-            batch = next(loader) if self.step < self.config.train.steps else None
+            with self.meter.waiting():
+                batch = next(loader) if self.step < self.config.train.steps else None
         except Exception as error:
             log.info("the images of step %d", self.step + 1, exc_info=True, extra=FILE_ONLY)
             failure = error
@@ -157,7 +157,7 @@ class Trainer:
             return batch, Interrupted(f"{what}: go on with the same command and --resume", signum)
         return batch, None
 
-    def optimizer_step(self, x_1: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    def optimizer_step(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Forward and backward over the micro-batches, then one step of the optimizer.
 
         Returns the mean loss of this process and the gradient's norm before clipping, both on the
@@ -165,14 +165,14 @@ class Trainer:
         """
         settings, accelerator = self.config.train, self.accelerator
         self._set_lr()
-        draw = self._draw(x_1.shape[0])
-        micro = x_1.shape[0] // settings.accumulation_steps
+        size = len(batch.labels)
+        draw = self._draw(size)
+        micro = size // settings.accumulation_steps
         total = torch.zeros((), device=accelerator.device)
-        for first in range(0, x_1.shape[0], micro):
+        for first in range(0, size, micro):
             part = slice(first, first + micro)
-            last = first + micro >= x_1.shape[0]
-            x_part = x_1[part].to(accelerator.device, non_blocking=True)
-            y_part = y[part].to(accelerator.device, non_blocking=True)
+            last = first + micro >= size
+            x_part, y_part = batch.part(part).on(accelerator.device)
             with nullcontext() if last else accelerator.no_sync(self.model):
                 loss = self.objective(self.model, x_part, y_part, draw[part]).mean()
                 accelerator.backward(loss / settings.accumulation_steps)
@@ -213,7 +213,7 @@ class Trainer:
         first = accelerator.process_index * batch_size
         return draw[first : first + batch_size]
 
-    def _loader(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _loader(self) -> Iterator[Batch]:
         return build_loader(
             self.config,
             self.datasets.train,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import reduce
 from typing import Any
 
@@ -21,7 +23,7 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        self.steps, self.seconds = 0, 0.0
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
         self.restored = torch.zeros(0, device=self.accelerator.device)
         self.losses: list[Tensor] = []
         self.go_on()
@@ -43,6 +45,13 @@ class Meter:
         self.losses.append(loss)
         self.steps += 1
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time within the block as waiting for images."""
+        since = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - since
+
     def pause(self) -> None:
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
@@ -55,11 +64,12 @@ class Meter:
         """Means since the last call, then start again; the loss is averaged over processes."""
         loss = float(self.state().mean())
         self.pause()
-        per_step = self.seconds / self.steps
+        per_step, data_wait = self.seconds / self.steps, self.waited / self.seconds
         self.start()
         return {
             "loss": loss,
             "seconds_per_step": per_step,
             "images_per_second": global_batch_size / per_step,
+            "data_wait": data_wait,
             "peak_memory_mib": peak_memory_mib(self.accelerator.device),
         }

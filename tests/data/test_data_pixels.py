@@ -91,7 +91,7 @@ def test_what_pillow_decodes_is_an_image_and_nothing_runs_another_program(make_c
     data = build_datasets(make_config(name="folder", root=str(tmp_path)))
     assert data.info.num_train + data.info.num_held_out == len(written)
     assert data.remarks == (
-        "skipped as no images: 2 .txt, 1 without suffix, 1 .eps, 1 .h5, 1 .pdf",
+        "skipped as no images: 2 .txt, 1 .eps, 1 .h5, 1 .pdf, 1 without suffix",
     )
     assert not {".eps", ".ps", ".wmf", ".mpg", ".h5"} & suffixes()
     assert "EPS" not in formats()

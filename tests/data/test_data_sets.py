@@ -15,7 +15,7 @@ from torchvision import datasets as torchvision_sets
 
 from flowdopr.data import DatasetInfo, from_uint8, to_uint8
 from flowdopr.data.datasets import split
-from flowdopr.data.transforms import fit
+from flowdopr.data.transforms import Fit
 from flowdopr.disk import parse_json, to_json
 from flowdopr.latents import build_datasets
 
@@ -312,7 +312,7 @@ def test_adm_halves_by_the_mean_of_four_pixels(channels):
     for size in (16, 8):
         for window in ((1, 2), (2, 1)):
             expected = (torch.nn.functional.avg_pool2d(expected, window) + 0.5).floor()
-        assert torch.equal(fit(size, channels, "adm")(image), expected.to(torch.uint8))
+        assert torch.equal(Fit(size, channels, "adm")(image), expected.to(torch.uint8))
 
 
 @pytest.mark.parametrize("sides", [(41, 30), (30, 47), (16, 19), (9, 12)])
@@ -321,7 +321,7 @@ def test_adm_interpolates_and_crops_as_published(sides):
     width, height = sides
     across = torch.linspace(0, 255, width).expand(3, height, width).to(torch.uint8)
     size = 8 if min(sides) > 10 else 10
-    out = fit(size, 3, "adm")(across)
+    out = Fit(size, 3, "adm")(across)
     assert out.shape == (3, size, size)
     halvings = 0
     while min(width, height) >= 2 * size:
