@@ -1,4 +1,4 @@
-"""The commands `flowdopr train | sample | evaluate | compare | encode | check`, each one call.
+"""The commands `flowdopr train | sample | evaluate | compare | encode | check | configs`.
 
 Modules are imported inside the commands, so that `--help` does not wait for torch.
 """
@@ -33,7 +33,7 @@ class Commands(TyperGroup):
             raise Stopped(f"{name} stopped; {KEPT[name]}") from None
         except Exception as error:
             name = ctx.invoked_subcommand
-            if name is None or not is_out_of_memory(error):
+            if name not in LESS_MEMORY or not is_out_of_memory(error):
                 raise
             raise OutOfMemory(f"{name}: out of memory; {LESS_MEMORY[name]}") from error
 
@@ -41,6 +41,8 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
+configs = typer.Typer(rich_markup_mode=None)
+app.add_typer(configs, name="configs", invoke_without_command=True)
 
 SETTINGS_OF_SAMPLE = {
     "solver": "solver",
@@ -63,7 +65,7 @@ def _path(text: str) -> Path:
 
 ConfigFile = Annotated[
     Path,
-    Argument(metavar="CONFIG", parser=_path, help="YAML file, such as configs/quickstart.yaml."),
+    Argument(metavar="CONFIG", parser=_path, help="YAML file, or a name that `configs` lists."),
 ]
 RunPath = Annotated[
     Path, Argument(metavar="RUN", parser=_path, help="Run folder, such as runs/quickstart.")
@@ -319,6 +321,31 @@ def check(data: DataPath, overrides: Overrides = None) -> None:
         print(line)
     if broken:
         raise typer.Exit(1)
+
+
+@configs.callback()
+def list_configs(context: typer.Context) -> None:
+    """List the configs that come with flowdopr; `show NAME` prints one.
+
+    Each command takes such a name in place of a file, and so does `base:` in a config.
+    """
+    from flowdopr.config import shipped, title
+
+    if context.invoked_subcommand is None:
+        found = shipped()
+        width = max(map(len, found), default=0)
+        for name, file in found.items():
+            print(f"{name:{width}}  {title(file)}")
+
+
+@configs.command()
+def show(name: Annotated[str, Argument(metavar="NAME")]) -> None:
+    """Print a config as a start for your own: flowdopr configs show quickstart > mine.yaml."""
+    from flowdopr.config import ConfigError, did_you_mean, shipped
+
+    if name not in shipped():
+        raise ConfigError(f"configs show {name}: unknown{did_you_mean(name, shipped(), 'one of')}")
+    print(shipped()[name].read_text(encoding="utf-8"), end="")
 
 
 def _resolved(
