@@ -44,19 +44,6 @@ app = typer.Typer(
 configs = typer.Typer(rich_markup_mode=None)
 app.add_typer(configs, name="configs", invoke_without_command=True)
 
-SETTINGS_OF_SAMPLE = {
-    "solver": "solver",
-    "steps": "solver.steps",
-    "atol": "solver.atol",
-    "rtol": "solver.rtol",
-    "guidance_scale": "guidance.scale",
-    "guide_run": "guidance.guide.run",
-    "guide_weights": "guidance.guide.weights",
-    "guide_step": "guidance.guide.step",
-    "batch_size": "batch_size",
-}
-"""Options of `flowdopr sample` that are short for settings of the section `sample`."""
-
 
 def _path(text: str) -> Path:
     """A path option, for shells that leave `--out=~/samples` as it is."""
@@ -91,6 +78,22 @@ LatentsPath = Annotated[
         parser=_path,
         help="Folder for the latents; an interrupted encoding goes on.",
     ),
+]
+ImageNumbers = Annotated[
+    str | None, Option(help="In place of --num, the numbers of images to draw again: 3,7,10-19.")
+]
+Labels = Annotated[
+    str | None, Option(help="Classes, repeated over the images: 3 or 0-9 or cat,dog.")
+]
+ImageSeed = Annotated[
+    int, Option(min=0, help="Image i depends on the seed and i alone (adaptive: up to tolerance).")
+]
+Npz = Annotated[
+    bool,
+    Option("--npz", help="Also write samples.npz as ADM's: arr_0 (uint8, NHWC), arr_1 (labels)."),
+]
+WithTrajectory = Annotated[
+    bool, Option("--trajectory", help="Also write trajectory.png: x_t and predicted x_1 along t.")
 ]
 AutoencoderPath = Annotated[
     str,
@@ -161,7 +164,8 @@ def sample(
     run: RunPath,
     out: ImagesPath,
     overrides: Overrides = None,
-    num: Annotated[int, Option(min=1, help="Number of images.")] = 64,
+    num: Annotated[int | None, Option(min=1, help="Number of images; default: 64.")] = None,
+    seeds: ImageNumbers = None,
     solver: Annotated[
         str | None, Option(help="torchdiffeq method or SDE solver, with its defaults.")
     ] = None,
@@ -176,13 +180,8 @@ def sample(
     ] = None,
     guide_weights: Annotated[str | None, Option(help="Weights of the guide; default: ema.")] = None,
     guide_step: Annotated[int | None, Option(help="Checkpoint of the guide.")] = None,
-    labels: Annotated[
-        str | None, Option(help="Class numbers, repeated over the images: 3 or 0,1,2.")
-    ] = None,
-    seed: Annotated[
-        int,
-        Option(min=0, help="Image i depends on the seed and i alone (adaptive: up to tolerance)."),
-    ] = 0,
+    labels: Labels = None,
+    seed: ImageSeed = 0,
     step: Checkpoint = None,
     ema: Annotated[
         str, Option(help="Weights: ema, raw, an average's own name, or posthoc-LENGTH.")
@@ -191,9 +190,8 @@ def sample(
     autoencoder: Annotated[
         str | None, Option(help="Where the autoencoder of a run on latents lies now.")
     ] = None,
-    npz: Annotated[
-        bool, Option("--npz", help="Also write samples.npz (arr_0: uint8, NHWC; labels).")
-    ] = False,
+    npz: Npz = False,
+    trajectory: WithTrajectory = False,
 ) -> None:
     """Draw images from a run: numbered PNGs and grid.png. Options default to the run's config.
 
@@ -201,17 +199,20 @@ def sample(
     """
     with importing():
         from flowdopr.evaluate import sample as run_sample
+        from flowdopr.evaluate import sample_overrides
 
     path = run_sample(
         run,
-        _sample_overrides(context, overrides),
+        [*sample_overrides(context.params), *(overrides or ())],
         num=num,
+        numbers=seeds,
         out=out,
-        labels=_numbers(labels),
+        labels=labels,
         seed=seed,
         step=step,
         weights=ema,
         npz=npz,
+        trajectory=trajectory,
         autoencoder=autoencoder,
     )
     _tell(path)
@@ -361,26 +362,10 @@ def _resolved(
     return resolved
 
 
-def _sample_overrides(context: typer.Context, overrides: list[str] | None) -> list[str]:
-    """The options that are short for settings, as overrides, and `overrides` after them."""
-    given = {key: context.params[option] for option, key in SETTINGS_OF_SAMPLE.items()}
-    options = [f"sample.{k}={json.dumps(v)}" for k, v in given.items() if v is not None]
-    return [*options, *(overrides or ())]
-
-
 def _tell(*lines: object) -> None:
     """Print results, such as the path of a file, once for all processes of a launch."""
     if os.environ.get("RANK", "0") == "0":
         print(*lines, sep="\n")
-
-
-def _numbers(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--labels {text}: write class numbers, such as 3 or 0,1,2") from None
 
 
 command = typer.main.get_command(app)

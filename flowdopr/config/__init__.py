@@ -7,6 +7,7 @@ from flowdopr.config.load import (
     effective,
     load_config,
     load_data_config,
+    read_config,
     to_dict,
     to_yaml,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "effective",
     "load_config",
     "load_data_config",
+    "read_config",
     "shipped",
     "title",
     "to_dict",

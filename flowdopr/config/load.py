@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,29 @@ def load_config(
     """
     path = config_file(path)
     return _resolved(_read(path, () if follow_base else None), overrides, str(path))
+
+
+def read_config(
+    source: Config | Mapping[str, Any] | str | Path, overrides: Iterable[str] = ()
+) -> Config:
+    """The config that `source` is or names, with `overrides`.
+
+    Args:
+        source: a Config, a mapping of what a file has (also `base`), or as for `load_config`.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    if isinstance(source, Config):
+        return apply_overrides(source, overrides)
+    if isinstance(source, str | Path):
+        return load_config(source, overrides)
+    place = Path("config")  # what messages name; a base is relative to the working directory
+    try:
+        values = json.loads(json.dumps(dict(source), default=os.fspath))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{place}: {error}; give what a YAML file can hold") from None
+    return _resolved(_based(values, place, ()), overrides, str(place))
 
 
 def load_data_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -108,8 +132,12 @@ def to_yaml(config: Config) -> str:
 def _read(path: Path, opened: tuple[Path, ...] | None) -> Values:
     """The settings of the file at `path` over those of its bases; `opened` files led here, None if
     the file may have no base."""
-    values, below = _parsed(path, opened), {}
-    base = values.pop("base", None)
+    return _based(_parsed(path, opened), path, opened)
+
+
+def _based(values: Values, path: Path, opened: tuple[Path, ...] | None) -> Values:
+    """`values` of the file at `path` over those of its bases."""
+    below, base = {}, values.pop("base", None)
     if base is not None:
         below = _read(*_base(path, base, opened))
     try:
