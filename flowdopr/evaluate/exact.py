@@ -116,7 +116,7 @@ def likelihood(config: Config, model: nn.Module, datasets: Datasets, device: Any
     num = min(chosen.num_images, len(held_out))
     images, labels = held_out.batch(picks_between(0, len(held_out), 0, num).indices)
     solver = {"solver": LIKELIHOOD_SOLVER, "atol": chosen.atol, "rtol": chosen.rtol}
-    sampling = _unguided(config, time_grid="uniform", **solver)
+    sampling = unguided(config, time_grid="uniform", **solver)
     with full_float32():
         bits, nfe = bits_per_dim(
             model,
@@ -172,7 +172,7 @@ def excess(config: Config, model: nn.Module, datasets: Datasets, device: Any) ->
             num_images=num,
             seed=seed,
             space=chosen.space,
-            sampling=_unguided(config),
+            sampling=unguided(config),
             device=device,
         )
     metrics = {
@@ -217,13 +217,13 @@ def drift(config: Config, model: nn.Module, datasets: Datasets, device: Any) -> 
             x_1,
             labels if num_classes_of(model) else None,
             seed=seed,
-            sampling=_unguided(config),
+            sampling=unguided(config),
         )
     metrics = {"drift": found.mean, "drift_by_time": found.by_time}
     return metrics, {"num_images": num, "guidance_scale": 1.0, "seed": seed}
 
 
-def _unguided(config: Config, **changes: Any) -> Sampling:
+def unguided(config: Config, **changes: Any) -> Sampling:
     """The run's sampling without guidance: a guided velocity belongs to no distribution."""
     return replace(build_sampling(config), guidance_scale=1.0, **changes)
 

@@ -85,15 +85,15 @@ class ImageMetrics:
         """Draw `evaluate.fid_num_images` images, shared out over the processes; the result is the
         same in all of them."""
         main = sampler.state.is_main_process
-        batches, found = sampler.share(self.chosen.fid_num_images), []
+        batches, found = sampler.share(range(self.chosen.fid_num_images)), []
         with counting("sampling", sum(map(len, batches)), shown=main) as progress:
             for batch in batches:
                 images, nfe = sampler.draw(batch, labels, seed=self.chosen.seed, decode=decode)
-                first = images[: max(0, self.chosen.gallery - batch.start)]
+                first = images[: max(0, self.chosen.gallery - batch[0])]
                 found.append((batch, first, self._features(images), self._moments(images), nfe))
                 progress(len(batch))
         if sampler.state.num_processes > 1:
-            found = sorted(gather_object(found), key=lambda item: item[0].start)
+            found = sorted(gather_object(found), key=lambda item: item[0][0])
         batches, first, features, moments, calls = zip(*found, strict=True)
         joined = Features(*(torch.cat(column) for column in zip(*features, strict=True)))
         nfe = mean_nfe(dict(zip(batches, calls, strict=True)))

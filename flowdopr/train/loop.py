@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torchvision.utils import save_image
+from torchvision.transforms.v2.functional import to_pil_image
 
 from flowdopr.config import Config
-from flowdopr.data import Batch, Datasets, build_loader, plain_batches
+from flowdopr.data import Batch, Datasets, build_loader, plain_batches, to_uint8
 from flowdopr.disk import replacing
 from flowdopr.exits import is_out_of_memory, one_line
 from flowdopr.flow import (
@@ -35,6 +35,7 @@ from flowdopr.flow import (
     one_step_loss,
 )
 from flowdopr.linalg import tf32_products
+from flowdopr.pictures import grid
 from flowdopr.processes import Agreement
 from flowdopr.runs import Average, RunFolder
 from flowdopr.terminal import Counter, counting
@@ -319,7 +320,7 @@ class Trainer:
         if not images.isfinite().all():  # they would become black
             raise TrainingFailed(f"images are not finite; {TRY}")
         with replacing(self._grid_path()) as part:
-            save_image(images / 2 + 0.5, part, format="png", nrow=math.ceil(number**0.5))
+            to_pil_image(grid(to_uint8(images))).save(part, format="png")
 
     def _grid_path(self) -> Path:
         return self.run.path / "samples" / f"step-{self.step:08d}.png"

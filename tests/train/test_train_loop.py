@@ -29,7 +29,7 @@ def test_a_run_leaves_everything_its_readers_need(tmp_path):
     assert list(held_out) == [4, 8]
     assert 0 < held_out[8] < 3
     with Image.open(path / "samples" / "step-00000008.png") as grid:
-        assert grid.size == (22, 22)
+        assert grid.size == (70, 70)
     versions = json.loads((path / "versions.json").read_text())
     assert versions["versions"]["torch"] == torch.__version__.split("+")[0]
     assert "blocks.0.attention.qkv.weight" in (path / "log.txt").read_text()
