@@ -27,12 +27,12 @@ from torch import Tensor
 
 from flowdopr.data.listing import Listing, Place, Stamps, list_files, suffix
 from flowdopr.data.pixels import suffixes
-from flowdopr.data.sources import Source, shown, stamp, why
+from flowdopr.data.sources import LARGEST_FILE, Source, shown, stamp, why
 from flowdopr.disk import parse_json
 from flowdopr.terminal import counting
 
 MOST_OPEN = 256 if hasattr(os, "pread") else 0  # files that one process keeps open
-LOCAL_HEADER, NAME_AND_EXTRA = struct.Struct("<4s22xHH"), 160  # bytes that follow it, at a guess
+LOCAL_HEADER, NAME_AND_EXTRA = struct.Struct("<26xHH"), 160  # bytes that follow it, at a guess
 STORED, DEFLATED, BZIP2, ENCRYPTED = 0, 8, 12, -1
 RANGE = re.compile(r"\{(\d{1,7})\.\.(\d{1,7})\}")
 LABEL_KINDS, LABEL_BYTES = ("cls", "json"), 2**20  # a larger file is not looked into
@@ -105,12 +105,13 @@ class Archive(Source):
 
     def _bytes(self, path: str, place: Sequence[int]) -> bytes:
         size, crc, offset, packed, method = place
+        if packed > LARGEST_FILE or offset < 0:
+            raise ValueError("its entry in the archive's directory is damaged")
         guess = LOCAL_HEADER.size + NAME_AND_EXTRA + packed
         found = self._pieces.read(self.root, offset, guess)
-        magic, *lengths = LOCAL_HEADER.unpack_from(found)
-        if magic != b"PK\3\4":
+        if len(found) < LOCAL_HEADER.size or not found.startswith(b"PK\3\4"):
             raise ValueError("its header is damaged")
-        start = LOCAL_HEADER.size + sum(lengths)
+        start = LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack_from(found))
         if start + packed > guess:
             found, start = self._pieces.read(self.root, offset + start, packed), 0
         content = _unpacked(found[start : start + packed], method, size)

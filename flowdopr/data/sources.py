@@ -187,7 +187,7 @@ class Folder(Source):
             now = os.fstat(file.fileno())
             if [now.st_size, now.st_mtime_ns] != list(place):
                 again = f"flowdopr check {shown(self.root)}"
-                raise ValueError(f"changed since it was listed; {again} lists all anew")
+                raise OSError(f"changed since it was listed: {again} lists all anew")
             return file.readall()
 
     def _stamps(self, of: Stamps) -> Stamps:

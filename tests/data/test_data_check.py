@@ -124,7 +124,7 @@ def test_training_looks_at_the_images_first_for_some_seconds(make_config, write_
     for name in ("7.png", "8.png"):
         os.truncate(tmp_path / name, 60)
     several = r"; so it is with 2 of the 540 images"
-    with pytest.raises(ValueError, match=rf"[78].png' \(changed since it was listed; .*{several}"):
+    with pytest.raises(ValueError, match=rf"[78].png' \(changed since it was listed: .*{several}"):
         check_start(data)
     with pytest.raises(ValueError, match=rf"[78].png' \((?!changed).*{several}"):
         check_start(build_datasets(config))

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import pickle
+import socket
 import struct
 import zipfile
 
@@ -174,6 +175,30 @@ def test_a_missing_torchvision_set_names_folder_and_remedy(
     ) as e:
         build_datasets(config)
     assert str(e.value).isprintable()
+
+
+def test_a_download_of_other_bytes_is_refused(make_config, tmp_path, monkeypatch, mnist):
+    """torchvision knows the checksum of each file; nothing of a wrong one is read."""
+    served, raw = tmp_path / "served", tmp_path / "sets" / "MNIST" / "raw"
+    served.mkdir()
+    for path in (tmp_path / "MNIST" / "raw").iterdir():
+        (served / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    monkeypatch.setattr(torchvision_sets.MNIST, "mirrors", [f"file://{served}/"])
+    config = make_config(name="mnist", root=str(tmp_path / "sets"))
+    for _ in range(2):  # what came is not taken for downloaded the second time
+        with pytest.raises(ValueError, match=r"^data.root: mnist is not in .* could not be downl"):
+            build_datasets(config)
+    assert not list(raw.glob("*-ubyte"))
+
+
+@pytest.mark.parametrize("settings", [{"name": "mnist", "download": False}, {"name": "folder"}])
+def test_without_a_download_no_network_is_used(make_config, tmp_path, monkeypatch, settings):
+    def refused(*arguments):
+        raise AssertionError("a socket was connected")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    with pytest.raises(ValueError, match=r"^data.root: "):
+        build_datasets(make_config(root=str(tmp_path / "nothing"), **settings))
 
 
 def test_archives_that_were_put_there_by_hand_are_unpacked(

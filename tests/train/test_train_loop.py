@@ -3,9 +3,11 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from tiny import again, tiny, weights
 
@@ -14,6 +16,7 @@ from flowdopr.cli import run_command
 from flowdopr.config import ConfigError, to_yaml
 from flowdopr.runs.folder import RunFolder
 from flowdopr.train import TrainingFailed, train
+from flowdopr.train.meter import Meter
 from flowdopr.train.schedule import lr_factor
 
 
@@ -24,6 +27,7 @@ def test_a_run_leaves_everything_its_readers_need(tmp_path):
     logged = [line for line in run.metrics() if "loss" in line]
     assert [line["step"] for line in logged] == [2, 4, 6, 8]
     assert all(line["seconds_per_step"] > 0 for line in logged)
+    assert all(0 < line["data_wait"] < 1 for line in logged)
     assert logged[-1]["images"] == 8 * 16
     held_out = {line["step"]: line["held_out_loss"] for line in run.metrics() if "loss" not in line}
     assert list(held_out) == [4, 8]
@@ -34,6 +38,24 @@ def test_a_run_leaves_everything_its_readers_need(tmp_path):
     assert versions["versions"]["torch"] == torch.__version__.split("+")[0]
     assert "blocks.0.attention.qkv.weight" in (path / "log.txt").read_text()
     assert (path / "config.yaml").read_text() == to_yaml(run.config)
+
+
+def test_waiting_for_data_is_a_share_of_the_measured_time(monkeypatch):
+    """The second window lasts 8 s, of which 3 were spent waiting; pauses do not count."""
+    accelerator, clock = Accelerator(cpu=True), iter([0, 0, 0, 2, 2, 3, 6, 7, 17, 20, 20])
+    timer = SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr("flowdopr.train.meter.time", timer)
+    meter = Meter(accelerator)
+    shares = []
+    for _ in range(2):
+        with meter.waiting():
+            pass
+        meter.add(torch.zeros(()))
+        if shares:
+            meter.pause()
+            meter.go_on()
+        shares.append(meter.close(16)["data_wait"])
+    assert shares == [0, 3 / 8]
 
 
 def test_loaded_models_are_the_saved_weights(tmp_path):
