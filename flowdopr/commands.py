@@ -1,4 +1,4 @@
-"""The commands `flowdopr train | sample | evaluate | compare | encode | check | configs`.
+"""The commands `flowdopr train | sample | evaluate | compare | encode | check | status | configs`.
 
 Modules are imported inside the commands, so that `--help` does not wait for torch.
 """
@@ -276,6 +276,24 @@ def compare(
         print(forecast(resolved, workers=workers))
         return
     run_compare(resolved, workers=workers, report_only=report_only, cluster=cluster)
+
+
+@app.command()
+def status(
+    path: Annotated[Path, Argument(metavar="RUN", parser=_path, help="Folder of a run or study.")],
+    watch: Annotated[bool, Option("--watch", help="Show it anew every two seconds.")] = False,
+) -> None:
+    """Show on one screen how far a run or a study is, also while it runs.
+
+    Step, time left, losses, newest FD, speed, memory, and the warnings of its log.
+    """
+    with importing():
+        from flowdopr.compare.status import status as read_status
+        from flowdopr.terminal import watching
+
+    if watch:
+        watching(lambda: read_status(path))
+    print(read_status(path))
 
 
 @app.command()

@@ -20,6 +20,7 @@ KEPT = {
     "compare": "finished runs are kept; the same command goes on",
     "check": "nothing is kept of it; the same command starts anew",
     "configs": "it changes nothing",
+    "status": "it changes nothing",
     "encode": "complete files are kept; the same command goes on",
 }
 """What remains of each command's work after Ctrl-C stops it at once."""
