@@ -86,6 +86,15 @@ class Agreement:
         return found.tolist()
 
 
+def gathered(value: Any, state: PartialState) -> list[Any] | None:
+    """`value` of every process in their order, in the first process; None in the others."""
+    if state.num_processes == 1:
+        return [value]
+    found = [None] * state.num_processes if state.is_main_process else None
+    torch.distributed.gather_object(value, found)
+    return found
+
+
 def peak_memory_mib(device: torch.device) -> float:
     """Peak memory of this process in MiB: allocated on a CUDA device, else resident.
 

@@ -40,6 +40,7 @@ from flowdopr.processes import device_of, this_process
 from flowdopr.runs import Guide, RunFolder, commit, load_guide, versions
 
 Numbers = range | tuple[int, ...]
+MOST_NAMED = 5  # numbers of broken images in a message
 DECODED_TOGETHER = 256  # decoded images are floats until they are rounded: not all at once
 
 
@@ -229,16 +230,17 @@ class ImageSampler:
                 )
             except ValueError as error:  # an adaptive solver that finds no step
                 raise RolloutsFailed(f"{self.run.path}: step {self.step}: {error}") from error
-            images, broken = [], 0
+            images, broken = [], []
             for part in samples.images.split(DECODED_TOGETHER):
                 pixels = decode(part)
-                broken += int((~pixels.flatten(1).isfinite().all(1)).sum())
+                broken += (~pixels.flatten(1).isfinite().all(1)).tolist()
                 images.append(finish(pixels))
-        if broken:  # to_uint8 makes them black
-            raise RolloutsFailed(
-                f"{self.run.path}: step {self.step}: {broken} of the images {batch[0]} to "
-                f"{batch[-1]} are not finite, because the training diverged or the guidance "
-                "is too strong; choose an earlier step, or train with a lower optimizer.lr"
+        if numbers := [str(number) for number, bad in zip(batch, broken, strict=True) if bad]:
+            named = ", ".join(numbers[:MOST_NAMED]) + ", ..." * (len(numbers) > MOST_NAMED)
+            raise RolloutsFailed(  # to_uint8 would make them black
+                f"{self.run.path}: step {self.step}: {len(numbers)} of the images {batch[0]} to "
+                f"{batch[-1]} are not finite ({named}), because the training diverged or the "
+                "guidance is too strong; choose an earlier step, or train with a lower optimizer.lr"
             )
         return torch.cat(images), int(samples.nfe)
 

@@ -96,7 +96,7 @@ class Evaluator:
         record = autoencoder_record(datasets.info, config)
         labels = _labels(config, sampler.num_classes, datasets)
         drawn = metrics.draw(sampler, labels, load_decoder(record, sampler.device))
-        if sampler.state.is_main_process:
+        if drawn is not None:
             extractor = metrics.extractor.to_dict() if metrics.extractor else {}
             if extractor.get("warning"):
                 print_line(f"warning: {extractor['warning']}")
