@@ -110,6 +110,9 @@ class TrainConfig(Section):
     """Forward-backward passes per optimizer step; each sees an equal share of the batch."""
     max_grad_norm: Positive | None = 1.0
     """Clip the gradient (before AP) to this norm; null: never."""
+    max_skipped_steps: Count = 10
+    """A step whose loss or gradient is not finite is skipped and counted. After this many in a row
+    training ends, and names the layer."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision; `no` is float32."""
     compile: bool = False

@@ -44,5 +44,6 @@ class State(TypedDict):
     """state.pt of a checkpoint."""
 
     losses: Tensor
+    skipped: NotRequired[list[int]]
     optimizer: dict[str, Any]
     scaler: dict[str, Any] | None

@@ -59,7 +59,7 @@ FREE_ON_RESUME = (
     "data.on_bad_image",  # which images are left is in the fingerprint
     *("data.autoencoder", "data.source_root"),
     *(f"train.{key}" for key in ("steps", "log_every", "validate_every", "sample_every")),
-    *("train.checkpoint_every", "train.keep_checkpoints"),
+    *(f"train.{key}" for key in ("checkpoint_every", "keep_checkpoints", "max_skipped_steps")),
 )
 # What `create` makes before config.yaml. A crash may leave these in a folder that is not a run yet.
 BEFORE_CONFIG = {

@@ -41,8 +41,9 @@ class Meter:
         """Continue with the losses of `state`; the time before them is not restored."""
         self.restored = losses.to(self.accelerator.device)
 
-    def add(self, loss: Tensor) -> None:
-        self.losses.append(loss)
+    def add(self, loss: Tensor | None) -> None:
+        """Count a step and its loss; None for a step that was skipped."""
+        self.losses += [] if loss is None else [loss]
         self.steps += 1
 
     @contextmanager
@@ -60,9 +61,9 @@ class Meter:
     def go_on(self) -> None:
         self._since = time.perf_counter()
 
-    def close(self, global_batch_size: int) -> dict[str, float]:
-        """Means since the last call, then start again; the loss is averaged over processes."""
-        loss = float(self.state().mean())
+    def close(self, losses: Tensor, global_batch_size: int) -> dict[str, float]:
+        """Means since the last call, of which `losses` is the `state`; then start again."""
+        loss = float(losses.mean())
         self.pause()
         per_step, data_wait = self.seconds / self.steps, self.waited / self.seconds
         self.start()

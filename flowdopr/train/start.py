@@ -23,7 +23,6 @@ from flowdopr.processes import check_launch, keep_freed_memory
 from flowdopr.runs import RunFolder, averages_of, load_guide, load_initial, provenance
 from flowdopr.train.log import log_roles, run_log
 from flowdopr.train.loop import Components, Trainer
-from flowdopr.train.signals import TrainingFailed
 
 log = logging.getLogger("flowdopr.train")
 
@@ -44,7 +43,7 @@ def train(
         ConfigError, ValueError: settings or data that cannot be used, or another process is
             training this run; nothing was trained.
         Interrupted: stopped by Ctrl-C or SIGTERM, after saving.
-        TrainingFailed: the loss, the weights or the inputs of layers are not finite.
+        TrainingFailed: the loss, the gradient or the weights are not finite.
     """
     config = effective(config)
     accelerator = make_accelerator(config)
@@ -83,8 +82,6 @@ def train(
             if trainer.missing:
                 what = ", ".join(trainer.missing)
                 log.warning("%s: trained, but without %s", run.path, what)
-        except FloatingPointError as error:  # DoPr saw inputs that are not finite too often
-            raise TrainingFailed(f"{run.path}: {error}") from None
         finally:
             accelerator.free_memory()
     return run.path

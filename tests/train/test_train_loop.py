@@ -90,25 +90,12 @@ def test_unconditional_training(tmp_path):
     assert run.load_model()[0].num_classes == 0
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    config = tiny(tmp_path, "optimizer.name=sgd", "optimizer.lr=1e30", "train.max_grad_norm=null")
-    with pytest.raises(TrainingFailed, match=r"by step \d; lower optimizer.lr"):
-        train(config)
-
-
 def test_broken_weights_are_not_saved(tmp_path):
     settings = ["optimizer.name=sgd", "optimizer.lr=1e30", "train.max_grad_norm=null"]
     settings += ["train.log_every=100", "train.steps=20", "train.checkpoint_every=5"]
     with pytest.raises(TrainingFailed, match=r"weights are not finite by step 5"):
         train(tiny(tmp_path, *settings))
     assert RunFolder.open(tmp_path / "runs" / "tiny").steps() == []
-
-
-def test_inputs_that_are_not_finite_end_the_run(tmp_path):
-    settings = ["optimizer.lr=1e30", "train.max_grad_norm=null", "train.log_every=100"]
-    settings += ["optimizer.name=dopr-sgd", "optimizer.dopr.refresh_every=1", "train.steps=50"]
-    with pytest.raises(TrainingFailed, match=r"not finite on 10 refreshes in a row"):
-        train(tiny(tmp_path, *settings))
 
 
 def test_learning_rate_over_a_run():

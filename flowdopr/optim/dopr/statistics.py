@@ -319,7 +319,6 @@ class Statistics:
             ema_weight=keep * weight + share,
             refreshes=old.refreshes + good,
             skipped=old.skipped + (ran & ~good),
-            skipped_in_a_row=torch.where(good, 0.0, old.skipped_in_a_row + ran),
         )
 
     def _closed_windows(self) -> list[WindowSum]:
@@ -368,7 +367,7 @@ class Statistics:
         return [i for i, moment in enumerate(self.moments) if moment.sigma is not None]
 
     def table(self) -> Tensor:
-        """The numbers of the layers in `known`, one row for each, (len(known), 6)."""
+        """The numbers of the layers in `known`, one row for each, (len(known), 5)."""
         rows = torch.stack(list(self.numbers), 1).unbind()
         return torch.stack([rows[i] for i in self.known()])
 
