@@ -140,7 +140,7 @@ def end_with(error: Exception) -> int | None:
         speaks = rank == 0 or os.environ.get("LOCAL_RANK") == "0"
         return end(line, code) if speaks and code is not None else code
     if _is_lost_connection(error):
-        why = "another process failed or died, see its line; FLOWDOPR_TRACEBACK=1 shows more"
+        why = "another process failed, died or hangs, see its line; FLOWDOPR_TRACEBACK=1 shows more"
         return end(f"process {rank}: stopped, because {why}", 1)
     try:
         first = store.compare_set(FIRST, "", f"{rank}: {line}").decode()

@@ -60,6 +60,7 @@ FREE_ON_RESUME = (
     *("data.autoencoder", "data.source_root"),
     *(f"train.{key}" for key in ("steps", "log_every", "validate_every", "sample_every")),
     *(f"train.{key}" for key in ("checkpoint_every", "keep_checkpoints", "max_skipped_steps")),
+    "train.patience",
 )
 # What `create` makes before config.yaml. A crash may leave these in a folder that is not a run yet.
 BEFORE_CONFIG = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -36,7 +37,7 @@ from flowdopr.flow import (
     generate,
     one_step_loss,
 )
-from flowdopr.linalg import tf32_products
+from flowdopr.linalg import local, tf32_products
 from flowdopr.optim import DeferredRead
 from flowdopr.pictures import grid
 from flowdopr.processes import Agreement
@@ -47,6 +48,7 @@ from flowdopr.train.ema import EMA, OwnAverage
 from flowdopr.train.log import FILE_ONLY, shown_line
 from flowdopr.train.meter import Meter
 from flowdopr.train.schedule import derive_seed, lr_factor
+from flowdopr.train.shards import placed_state, placed_weights, whole
 from flowdopr.train.signals import Interrupted, StopSignal, TrainingFailed
 from flowdopr.train.spikes import Spikes
 
@@ -71,6 +73,10 @@ class Components:
     sampling: Sampling
     guide_model: nn.Module | None
     decode: Callable[[Tensor], Tensor]
+    initial: Mapping[str, Any]
+    """For versions.json: the file that the weights started from, if any."""
+    sharded: bool
+    """Whether the processes share out the weights: see `shards`."""
 
 
 class Trainer:
@@ -93,7 +99,8 @@ class Trainer:
         # accelerate wraps model and optimizer for mixed precision and several processes; the raw
         # ones underneath hold the same tensors.
         self.raw_model, self.raw_optimizer = components.model, components.optimizer
-        self.model, self.optimizer = accelerator.prepare(self.raw_model, self.raw_optimizer)
+        self.model = accelerator.prepare_model(self.raw_model, evaluation_mode=components.sharded)
+        self.optimizer = accelerator.prepare_optimizer(self.raw_optimizer)
         if config.train.compile:
             self.model.compile()
         for group in self.raw_optimizer.param_groups:
@@ -105,7 +112,7 @@ class Trainer:
         )
         self.meter, self.spikes = Meter(accelerator), Spikes()
         self.grad_norm, self.skipped, self.skipped_in_a_row = 0.0, 0, 0
-        self.agreement = Agreement(accelerator.num_processes)
+        self.agreement = Agreement(accelerator.num_processes, config.train.patience)
         self.missing: list[str] = []
         """Held-out losses and sample grids that failed."""
         self.step = self._restore()
@@ -125,7 +132,9 @@ class Trainer:
         bar = counting("training", settings.steps, completed=self.step, shown=shown)
         with StopSignal() as stop, bar as progress:
             if self.step:
-                self._look(done=self._looked_at())
+                done = self._looked_at()
+                self.accelerator.wait_for_everyone()  # before the first process adds to it
+                self._look(done)
             batch, ending = self._next(self.step, loader, stop)
             while batch and not ending:
                 loss, grad_norm = self._clipped_gradients(batch)
@@ -178,7 +187,7 @@ class Trainer:
         self.accelerator.unscale_gradients()
         parameters = list(self.raw_model.parameters())
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        sent = DeferredRead(norm)
+        sent = DeferredRead(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if self.config.train.max_grad_norm is not None:  # the device does it while the host waits
             clip_grads_with_norm_(parameters, self.config.train.max_grad_norm, norm)
         return loss, sent
@@ -315,8 +324,8 @@ class Trainer:
     def _look(self, done: Collection[str] = ()) -> None:
         """Validate and draw samples where this step is due, except for what is `done`.
 
-        The first process does it, and decides alone what is done: the others may see its new files.
-        A failure is logged, and training goes on.
+        The first process does it; the others help where they hold parts of the weights. A failure
+        is logged, and training goes on.
         """
         settings = self.config.train
         looks = {
@@ -327,7 +336,7 @@ class Trainer:
         if not due:
             return
         self.meter.pause()
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or self.components.sharded:
             for what in (what for what in due if what not in done):
                 try:
                     with self._averaged_model() as model:
@@ -384,8 +393,9 @@ class Trainer:
         images = self.components.decode(samples.images)
         if not images.isfinite().all():  # they would become black
             raise TrainingFailed(f"images are not finite; {TRY}")
-        with replacing(self._grid_path()) as part:
-            to_pil_image(grid(to_uint8(images))).save(part, format="png")
+        if self.accelerator.is_main_process:
+            with replacing(self._grid_path()) as part:
+                to_pil_image(grid(to_uint8(images))).save(part, format="png")
 
     def _grid_path(self) -> Path:
         return self.run.path / "samples" / f"step-{self.step:08d}.png"
@@ -395,27 +405,23 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint; weights that are not finite end the run and replace no checkpoint."""
         self.meter.pause()
-        norms = torch._foreach_norm([p.detach() for p in self.raw_model.parameters()])
-        if not torch.stack(list(norms)).isfinite().all():
+        norms = torch._foreach_norm([local(p.detach()) for p in self.raw_model.parameters()])
+        broken = not torch.stack(list(norms)).isfinite().all()
+        if any(self.agreement.largest(int(broken))):
             what = f"weights are not finite by step {self.step}"
             raise TrainingFailed(f"{self.run.path}: {what}; {TRY}")
-        losses = self.meter.state()
-        if self.accelerator.is_main_process and self.step not in self.run.steps():
-            scaler = self.accelerator.scaler
-            state = {
-                "losses": losses,
-                "skipped": [self.skipped, self.skipped_in_a_row],
-                "optimizer": self.raw_optimizer.state_dict(),
-                "scaler": scaler.state_dict() if scaler else None,
-            }
+        scaler, main = self.accelerator.scaler, self.accelerator.is_main_process
+        state = {
+            "losses": self.meter.state(),
+            "skipped": [self.skipped, self.skipped_in_a_row],
+            "optimizer": self.raw_optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        weights = {"model": self.raw_model.state_dict(), "averages": self.ema.state_dicts()}
+        content = whole({**weights, "state": state}, kept=main)
+        if main and self.step not in self.run.steps():
             note = {"images": self.step * self.config.train.global_batch_size}
-            self.run.save_checkpoint(
-                self.step,
-                model=self.raw_model.state_dict(),
-                averages=self.ema.state_dicts(),
-                state=state,
-                note=note,
-            )
+            self.run.save_checkpoint(self.step, **content, note=note)
         self.accelerator.wait_for_everyone()
         self.meter.go_on()
 
@@ -426,13 +432,15 @@ class Trainer:
             return 0
         step, wanted = steps[-1], self.raw_model.state_dict()
         state = self.run.load_state(step)
-        self.raw_model.load_state_dict(self.run.load_weights(step, "raw", wanted))
+        raw = self.run.load_weights(step, "raw", wanted)
+        self.raw_model.load_state_dict(placed_weights(raw, wanted))
         for average in self.ema.averages:
-            self.ema.load(average.name, self.run.load_weights(step, average.name, wanted))
+            values = self.run.load_weights(step, average.name, wanted)
+            self.ema.load(average.name, placed_weights(values, wanted))
         self.meter.restore(state["losses"])
         self.skipped, self.skipped_in_a_row = state.get("skipped", (0, 0))
         with self.run.reading(step, "state.pt"):
-            self.raw_optimizer.load_state_dict(state["optimizer"])
+            self.raw_optimizer.load_state_dict(placed_state(state["optimizer"], self.raw_optimizer))
             if self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         return step
