@@ -14,20 +14,29 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 
 def share_out(model: nn.Module, device: torch.device) -> None:
     """Shard `model`, in place, over all processes. Whole weights of one block at a time are on the
-    device in a forward or backward pass; a block is what stands in a ModuleList."""
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    device in a forward or backward pass; a block is what stands in a ModuleList.
+
+    Weights are split along their first axis; embeddings along their second, if it can be split
+    evenly, as DoPr needs each process to have a value of every row."""
+    world = torch.distributed.get_world_size()
+    mesh = init_device_mesh(device.type, (world,))
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+
+    def axis(weight: nn.Parameter) -> Shard:
+        return Shard(1 if weight in tables and weight.shape[1] % world == 0 else 0)
+
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     blocks = [block for blocks in reversed(lists) for block in blocks]
     for block in [*blocks, model]:
         if type(block).forward is not nn.ModuleList.forward:
             # Weights that stayed whole would hide an average that is put in their place.
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, shard_placement_fn=axis)
 
 
 def whole(values: Any, *, kept: bool) -> Any:

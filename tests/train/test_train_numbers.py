@@ -142,3 +142,16 @@ def test_losses_that_stand_out_are_logged_in_one_line():
     assert spikes.among([1.09, 0.2]) == ""
     line = spikes.among([1.0, 1.2, 3.0])
     assert line == "2 of the last 3 losses above 1.111, up to 3; the 34 before have median 1.01"
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of one core
+def test_workers_change_no_number(tmp_path, write_images):
+    write_images(tmp_path / "images", {"one": 30, "two": 30})
+    data = ["data.name=folder", f"data.root={tmp_path}/images", "data.horizontal_flip=true"]
+    runs = [
+        train(tiny(tmp_path, *data, *EVERY, f"data.num_workers={workers}", f"name=w{workers}"))
+        for workers in (0, 2)
+    ]
+    assert_same_checkpoint(*runs, 8)
+    losses = [[line.get("loss") for line in RunFolder.open(run).metrics()] for run in runs]
+    assert losses[0] == losses[1]

@@ -67,7 +67,9 @@ def test_a_run_moves_from_one_process_to_two_and_back(tmp_path, sharded):
     for step in (8, 12):
         assert_close_weights(straight, moved, step)
         states = [RunFolder.open(run).load_state(step)["optimizer"] for run in (straight, moved)]
-        torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
+        assert states[0]["dopr"].keys() == states[1]["dopr"].keys()
+        averages = [state["dopr"]["averages"] for state in states]
+        torch.testing.assert_close(*averages, rtol=1e-3, atol=1e-5)
     lines = [RunFolder.open(run).metrics() for run in (straight, moved)]
     for key in ("step", "loss", "held_out_loss", "grad_norm"):
         found = [[line.get(key, 0.0) for line in some] for some in lines]

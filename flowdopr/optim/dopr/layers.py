@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from flowdopr.linalg import is_sharded
 from flowdopr.optim.dopr.conv_views import ChannelView, MeanChannelView, PatchView, TransposedView
-from flowdopr.optim.dopr.processes import has_whole_rows
+from flowdopr.optim.dopr.processes import is_split_along
 from flowdopr.optim.dopr.views import (
     AttentionView,
     BiasedLinearView,
@@ -327,9 +327,9 @@ def _why_not(name: str, weight: nn.Parameter) -> str | None:
 
 
 def _can_be_sharded_as_it_is(view: LayerView, weight: nn.Parameter) -> bool:
-    """Whether each process can precondition its rows of the weight alone; True if it has all."""
-    alone = view.rows_are_weight_rows and view.groups == 1 and has_whole_rows(weight)
-    return alone or not is_sharded(weight)
+    """Whether each process can precondition its part of the weight alone; True if it has all."""
+    alone = view.free_axis is not None and view.groups == 1
+    return not is_sharded(weight) or (alone and is_split_along(weight, view.free_axis))
 
 
 def _trains_bias(module: nn.Module) -> bool:

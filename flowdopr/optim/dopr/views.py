@@ -98,12 +98,12 @@ class LayerView:
     """The base of all views: a weight (d_out, ...) with the coordinates of z in its trailing axes.
 
     mode: as the table of roles names it. groups, blocks, side: g, b, s above.
-    rows_are_weight_rows: whether each row of G is a row of the weight along its first axis. A
-        process that holds some of these rows can then precondition them alone.
+    free_axis: the axis of the weight along which a process that holds a part of it can precondition
+        that part alone, as no coordinates of z lie there; None without one.
     """
 
     takes_bias = False
-    rows_are_weight_rows = True
+    free_axis: int | None = 0
     argument: tuple[int, str] = (0, "input")
     """Place and name of the argument of the module's forward that has z."""
 
@@ -274,7 +274,7 @@ class EmbeddingView(LayerView):
     counts, whatever the sample; so does `padding_idx`, whose gradient is zero.
     """
 
-    rows_are_weight_rows = False
+    free_axis = 1
 
     def __init__(self, num_embeddings: int) -> None:
         super().__init__("diagonal", 1, num_embeddings, num_embeddings)
