@@ -24,7 +24,7 @@ from torchvision.utils import save_image
 
 from flowdopr.config import Config
 from flowdopr.data import Datasets, build_loader, plain_batches
-from flowdopr.disk import replacing
+from flowdopr.disk import WriteError, replacing
 from flowdopr.exits import is_out_of_memory, one_line
 from flowdopr.flow import (
     ONE_STEP_BATCH,
@@ -41,6 +41,7 @@ from flowdopr.terminal import Counter, counting
 from flowdopr.train.ema import EMA, OwnAverage
 from flowdopr.train.log import FILE_ONLY, shown_line
 from flowdopr.train.meter import Meter
+from flowdopr.train.saving import Saver
 from flowdopr.train.schedule import derive_seed, lr_factor
 from flowdopr.train.signals import Interrupted, StopSignal, TrainingFailed
 
@@ -103,6 +104,7 @@ class Trainer:
         self.missing: list[str] = []
         """Held-out losses and sample grids that failed."""
         self.step = self._restore()
+        self.saver = Saver(run, self.step)
 
     # The loop
 
@@ -110,6 +112,9 @@ class Trainer:
         """Train from the restored step to `train.steps`, saving at the end or when stopped.
 
         A step is saved before it is validated, and before an error of the data ends the run.
+
+        Raises:
+            Interrupted, TrainingFailed: see `_next` and `_end`.
         """
         settings = self.config.train
         loader = self._loader()
@@ -117,7 +122,7 @@ class Trainer:
         self.meter.go_on()
         shown = self.accelerator.is_main_process
         bar = counting("training", settings.steps, completed=self.step, shown=shown)
-        with StopSignal() as stop, bar as progress:
+        with StopSignal() as stop, bar as progress, self.saver:
             if self.step:
                 self._look(done=self._looked_at())
             batch, ending = self._next(loader, stop)
@@ -133,8 +138,23 @@ class Trainer:
                 if ending or self._due(settings.checkpoint_every):
                     self._save()
                 self._look()
-            if ending:
-                raise ending
+            self._end(ending)
+
+    def _end(self, ending: Exception | None) -> None:
+        """Wait until the last step is saved, and raise the error with which the run ends, if any.
+
+        Raises:
+            TrainingFailed: the last step could not be saved.
+        """
+        self.saver.wait()
+        if self.agreement.largest(int(bool(self.saver.why_not)))[0]:
+            raise TrainingFailed(
+                f"{self.run.path}: trained to step {self.step}, which could not be saved: "
+                f"{self.saver.why_not or 'see process 0'}; the newest checkpoint is of step "
+                f"{self.saver.saved}: mend it, and go on with the same command and --resume"
+            )
+        if ending:
+            raise ending
 
     def _next(self, loader: Iterator[Batch], stop: StopSignal) -> tuple[Batch | None, Any]:
         """The batch of the next step, None after the last one, and the error with which the run
@@ -243,7 +263,10 @@ class Trainer:
 
     def _record(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            self.run.append_metrics(line)
+            try:
+                self.run.append_metrics(line)
+            except WriteError as error:
+                log.warning("%s; the next line tries again", error.what)
             log.info(shown_line(line, self.config.train.steps))
 
     def _look(self, done: Collection[str] = ()) -> None:
@@ -327,29 +350,28 @@ class Trainer:
     # Checkpoints
 
     def _save(self) -> None:
-        """Write a checkpoint; weights that are not finite end the run and replace no checkpoint."""
+        """Begin a checkpoint; weights that are not finite end the run and replace no checkpoint."""
         self.meter.pause()
         norms = torch._foreach_norm([p.detach() for p in self.raw_model.parameters()])
         if not torch.stack(list(norms)).isfinite().all():
             what = f"weights are not finite by step {self.step}"
             raise TrainingFailed(f"{self.run.path}: {what}; {TRY}")
         losses = self.meter.state()
-        if self.accelerator.is_main_process and self.step not in self.run.steps():
+        if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = {
                 "losses": losses,
                 "optimizer": self.raw_optimizer.state_dict(),
                 "scaler": scaler.state_dict() if scaler else None,
             }
-            note = {"images": self.step * self.config.train.global_batch_size}
-            self.run.save_checkpoint(
+            self.saver.save(
                 self.step,
                 model=self.raw_model.state_dict(),
                 averages=self.ema.state_dicts(),
                 state=state,
-                note=note,
+                texts=self.run.texts(),
+                note={"images": self.step * self.config.train.global_batch_size},
             )
-        self.accelerator.wait_for_everyone()
         self.meter.go_on()
 
     def _restore(self) -> int:

@@ -52,9 +52,8 @@ def train(
         datasets = build_datasets(config)
     components = build_components(config, datasets.info, accelerator.device)
     run = RunFolder(Path(config.output) / config.name, config, datasets.info)
-    unchecked: list[str] = []
     initial = {}
-    if config.train.init_from and not run.steps():
+    if config.train.init_from and not run.newest_sound()[0]:
         initial = {"init_from": load_initial(components.model, config.train.init_from)}
     with ExitStack() as held:
         if accelerator.is_main_process:
@@ -63,13 +62,15 @@ def train(
             unchecked = check_start(datasets)
             remedy = "wait for it, or choose another folder by name=NEW"
             held.enter_context(locked(run.path, remedy, patience=patience))
+            held.enter_context(run_log(run.path / "log.txt"))
+            for line in (datasets.summary(), *unchecked):
+                log.info("%s", line)
             made_by = provenance(accelerator.device) | {"processes": accelerator.num_processes}
             made_by |= {"data": datasets.info.fingerprint} | initial
             run = RunFolder.create(config, datasets.info, made_by, **allowed)
+        else:
+            held.enter_context(run_log(None))
         accelerator.wait_for_everyone()
-        held.enter_context(run_log(run.path / "log.txt" if accelerator.is_main_process else None))
-        for line in (datasets.summary(), *unchecked):
-            log.info("%s", line)
         try:
             log_roles(config.name, components.model, components.optimizer, run.path / "log.txt")
             trainer = Trainer(config, accelerator, datasets, components, run)
