@@ -74,7 +74,7 @@ DAMAGED = ".damaged"  # suffix of a checkpoint that was found damaged; only the 
 # What `create` makes before config.yaml. A crash may leave these in a folder that is not a run yet.
 BEFORE_CONFIG = {
     *(CHECKPOINTS, "samples", "evaluation", "log.txt", VERSIONS, DATASET, LOCK, OWNER),
-    *(f"{name}{PART}" for name in (VERSIONS, DATASET, CONFIG)),
+    *(f"{name}{PART}" for name in (VERSIONS, DATASET, CONFIG, OWNER)),
 }
 # The remedies for damaged files.
 RESTORE = "restore it from a copy of the run"

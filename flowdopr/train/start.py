@@ -82,8 +82,7 @@ def train(
                 log.warning("no checkpoint in %s: training starts at step 0", run.path)
             trainer.fit()
             if trainer.missing:
-                what = ", ".join(trainer.missing)
-                log.warning("%s: trained, but without %s", run.path, what)
+                log.warning("%s: trained, but without %s", run.path, ", ".join(trainer.missing))
         except FloatingPointError as error:  # DoPr saw inputs that are not finite too often
             raise TrainingFailed(f"{run.path}: {error}") from None
         finally:
