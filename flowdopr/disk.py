@@ -234,7 +234,8 @@ def _damage(error: Exception) -> str:
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
     """`value` and its checksum, which `parse_sealed` checks and takes out again."""
-    return {**value, CHECKSUM: _checksum_of_json(value)}
+    plain = {key: inner for key, inner in value.items() if key != CHECKSUM}
+    return plain | {CHECKSUM: _checksum_of_json(plain)}
 
 
 def parse_sealed(shape: Any, content: bytes) -> Any:

@@ -204,7 +204,7 @@ class RunFolder:
             raise
 
     def made_by(self, step: int = 0) -> dict[str, Any]:
-        """The content of versions.json (see `with_earlier`), or {} if there is none yet.
+        """The content of versions.json (see `with_earlier`), or {} if nothing is trained yet.
 
         Args:
             step: of a checkpoint whose own copy is read, if it has one.
@@ -213,9 +213,9 @@ class RunFolder:
             ValueError: the file is damaged; so for every other reader of the folder.
         """
         path = self._copy(step, VERSIONS) or self.path / VERSIONS
-        if not path.exists():
+        if not path.exists() and not self.steps():
             return {}
-        return read_json(path, f"{RESTORE_OR_RESUME}, or delete it", MadeBy)
+        return read_json(path, RESTORE_OR_RESUME, MadeBy)
 
     def texts(self) -> dict[str, str]:
         """The content of the files that a checkpoint has copies of, in a run that is trained."""

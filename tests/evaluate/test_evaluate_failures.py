@@ -113,10 +113,10 @@ FILES = st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode
 
 @pytest.fixture
 def known(make_run):
-    """A run and its one card, as read from its file."""
+    """A run, the path of its one card, and the card."""
     run = make_run()
     path = evaluate(run.path, QUICK)
-    return run, path, json.loads(path.read_text())
+    return run, path, read_card(path)
 
 
 SLOW = settings(
@@ -151,9 +151,14 @@ def test_a_card_with_a_wrong_value_is_no_card_or_harmless(known, data, value):
     assert result.status in ("done", "failed", "unfinished")
 
 
-@pytest.mark.parametrize("content", ["[]", "", '{"step": 2}', "{", "null"])
-def test_a_damaged_card_is_made_again(known, content):
+@pytest.mark.parametrize("content", ["[]", "", '{"step": 2}', "{", "null", "edited"])
+def test_a_damaged_or_edited_card_is_made_again(known, content):
     run, path, card = known
+    if content == "edited":
+        better = json.loads(path.read_text())
+        better["metrics"]["one_step_loss"] /= 2
+        content = json.dumps(better)
     path.write_text(content)
+    assert read_card(path) is None
     assert evaluate(run.path, QUICK) == path
-    assert json.loads(path.read_text())["metrics"] == card["metrics"]
+    assert read_card(path)["metrics"] == card["metrics"]

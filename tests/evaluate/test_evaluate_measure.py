@@ -8,7 +8,7 @@ from untrained import make_config, save_random_checkpoint
 
 from flowdopr.config import apply_overrides
 from flowdopr.data import plain_batches
-from flowdopr.disk import cache_folder, write_json
+from flowdopr.disk import cache_folder, sealed, write_json
 from flowdopr.evaluate import Evaluator, evaluate, measure
 from flowdopr.evaluate.card import answers, card_settings
 from flowdopr.evaluate.generate import balanced_labels, labels_like_data, repeated_labels
@@ -205,7 +205,7 @@ def test_the_number_of_images_in_training_grids_is_no_setting_of_an_evaluation(m
 def test_other_images_than_the_runs_are_refused(make_run):
     run = make_run()
     info = read(run.path / "dataset.json") | {"fingerprint": "0" * 64}
-    (run.path / "dataset.json").write_text(json.dumps(info))
+    write_json(run.path / "dataset.json", sealed(info))
     with pytest.raises(ValueError, match="are not those it was trained on") as caught:
         evaluate(run.path)
     assert "\n" not in str(caught.value)
