@@ -90,7 +90,7 @@ def test_a_folder_is_locked_as_long_as_the_other_process_lives(tmp_path, other_p
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\n\n" * 200])
 def test_a_damaged_note_of_who_holds_the_lock_is_one_short_line(tmp_path, other_process, content):
     (tmp_path / "run" / OWNER).write_bytes(content)
-    with pytest.raises(ValueError, match="is at work here; wait$") as error:
+    with pytest.raises(ValueError, match=r"is at work here; wait$") as error:
         locked(tmp_path / "run", "wait").__enter__()
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 400

@@ -36,11 +36,17 @@ def new_checkpoint(folder: Path, note: Mapping[str, Any]) -> Iterator[Path]:
     """
     with replacing_folder(folder) as part:
         yield part
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            for path in sorted(part.iterdir())
-        }
-        (part / MANIFEST).write_text(to_json(sealed({**note, "files": files})))
+        write_manifest(part, note)
+
+
+def write_manifest(folder: Path, note: Mapping[str, Any]) -> None:
+    """Write checkpoint.json for the files that are in `folder` now."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST
+    }
+    (folder / MANIFEST).write_text(to_json(sealed({**note, "files": files})))
 
 
 def manifest_of(folder: Path, remedy: str) -> Manifest:

@@ -252,8 +252,8 @@ class RunFolder:
         model: dict[str, Tensor],
         averages: dict[str, dict[str, Tensor]],
         state: dict[str, Any],
-        texts: Mapping[str, str],
         note: Mapping[str, Any],
+        texts: Mapping[str, str] | None = None,
     ) -> None:
         """Write one checkpoint, then delete those that `train.keep_...` do not keep.
 
@@ -261,8 +261,9 @@ class RunFolder:
             model: the raw weights, a state dict.
             averages: for each average's name, its state dict.
             state: the rest of what resuming needs; tensors and plain values only.
-            texts, note: see `new_checkpoint`.
+            texts, note: see `new_checkpoint`; without `texts`, those of now.
         """
+        texts = self.texts() if texts is None else texts
         with self.new_checkpoint(step, texts=texts, note=note) as part:
             for name, weights in {"model": model, **averages}.items():
                 write_tensors(part / f"{name}.safetensors", weights)

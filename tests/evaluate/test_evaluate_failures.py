@@ -21,6 +21,7 @@ from flowdopr.evaluate import evaluate
 from flowdopr.evaluate.card import read_card
 from flowdopr.evaluate.classifier import trained_classifier
 from flowdopr.runs import averages_of
+from flowdopr.runs.checkpoint import write_manifest
 
 QUICK = ["evaluate.metrics=[fd]"]
 
@@ -34,6 +35,7 @@ def broken_run(make_run):
     (table,) = [name for name in weights if weights[name].shape[:1] == (11,)]
     weights[table][3] = 3e38
     save_file(weights, path)
+    write_manifest(path.parent, {"step": 2})
     return run
 
 

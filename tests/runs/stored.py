@@ -14,7 +14,5 @@ def save(run: RunFolder, *steps: int) -> RunFolder:
         weights = {"w": torch.tensor([float(step)])}
         averages = {average.name: weights for average in averages_of(run.config)}
         state = {"losses": weights["w"], "optimizer": {"state": {}}, "scaler": None}
-        run.save_checkpoint(
-            step, model=weights, averages=averages, state=state, texts=run.texts(), note={}
-        )
+        run.save_checkpoint(step, model=weights, averages=averages, state=state, note={})
     return run
