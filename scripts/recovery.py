@@ -302,7 +302,7 @@ def planned(tries: int, two: int, seed: int) -> list[tuple[str, int, int]]:
         kinds.remove("full disk")
     chance = random.Random(seed)
     of_one = [(kinds[number % len(kinds)], 1, number) for number in range(tries)]
-    of_two = [((*HARM, *SIGNALS)[number % 7], 2, tries + number) for number in range(two)]
+    of_two = [((*HARM, *SIGNALS)[number % 7], 2, number) for number in range(two)]
     return chance.sample(of_one + of_two, tries + two)
 
 

@@ -57,6 +57,21 @@ def test_rollouts_that_are_not_finite_are_no_images(broken_run, tmp_path, capsys
     assert run_command([*commands[0][:-2], "--labels", "0,1", "--solver", "euler"]) == 0
 
 
+def test_a_damaged_checkpoint_is_refused_and_another_one_is_offered(make_run, tmp_path, capsys):
+    run = make_run()
+    path = run.checkpoint_path(2) / f"{averages_of(run.config)[0].name}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    commands = [["sample", str(run.path), "--num", "1", "--out", str(tmp_path / "out")]]
+    commands.append(["evaluate", str(run.path), *QUICK])
+    for command in commands:
+        assert run_command(command) == 2
+        [said] = capsys.readouterr().err.splitlines()
+        assert said.startswith(f"flowdopr: {path}: is damaged: its SHA-256 is not the one in")
+        assert "choose another by --step (1), or go on with flowdopr train --resume" in said
+        assert run_command([*command, "--step", "1"]) == 0
+        capsys.readouterr()
+
+
 @pytest.fixture
 def few_steps(monkeypatch, tmp_path):
     """Classifiers of the test's own, trained for 5 steps; the list of them."""

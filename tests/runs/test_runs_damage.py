@@ -63,6 +63,21 @@ def test_any_damage_is_named_in_one_line_or_harmless(run, name, change):
         assert found == expected
 
 
+@pytest.mark.parametrize("name", ["state.pt", "model.safetensors"])
+@FEW
+@given(change=damage())
+def test_damage_is_one_line_also_without_checksums(run, name, change):
+    """The checkpoint is one of an earlier version."""
+    (run.path / CHECKPOINT / "checkpoint.json").write_text('{"step": 4}')
+    path = run.path / CHECKPOINT / name
+    whole = path.read_bytes()
+    path.write_bytes(change(whole))
+    try:
+        read(run, CHECKPOINT + name)
+    finally:
+        path.write_bytes(whole)
+
+
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("content", [b"\0\n", b"[]\n", b"{\n", b"[" * 100_000 + b"\n", None])
 def test_what_no_reader_can_use_is_refused(run, name, content):
