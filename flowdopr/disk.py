@@ -1,7 +1,12 @@
-"""Files: writing atomically, reading with errors that name the file, the cache, and locks."""
+"""Files: writing atomically, reading with errors that name the file, checksums, the cache, locks.
+
+A file that others may damage or edit carries a checksum of its own content: a JSON object under the
+key `checksum`, a text in its first line.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -29,12 +34,24 @@ PART = ".part"
 """Suffix of a file or folder that is being written."""
 FULL = 2**20
 """A disk with fewer free bytes is called full."""
+CHECKSUM = "checksum"
+"""The key of a JSON object that holds the checksum of the others."""
+TEXT_SEAL = "# checksum of what follows: "
+EDITED = "its checksum is not that of its content, so it was edited or damaged"
 
 
 class WriteError(OSError):
     """A file cannot be written; what was there before is unchanged."""
 
     exit_code = 1
+
+    def __init__(self, what: str):
+        super().__init__(
+            f"{what}; what was written before is kept: free some space, or choose another place, "
+            "and repeat the command (train: with --resume)"
+        )
+        self.what = what
+        """The file and the reason, without a remedy."""
 
 
 def cache_folder() -> Path:
@@ -59,10 +76,7 @@ def writing(path: Path) -> Iterator[None]:
         place = next(folder for folder in path.absolute().parents if folder.exists())
         full = shutil.disk_usage(place).free < FULL
         why = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
-        raise WriteError(
-            f"{path}: cannot be written: {why}; what was written before is kept: free some "
-            "space, or choose another place, and repeat the command (train: with --resume)"
-        ) from None
+        raise WriteError(f"{path}: cannot be written: {why}") from None
 
 
 @contextmanager
@@ -84,8 +98,10 @@ def replacing(path: Path, suffix: str = PART) -> Iterator[Path]:
             yield part
             to_disk(part)
             os.replace(part, path)
+            names_to_disk(path.parent)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # its folder may be gone, which the error in flight says
+            part.unlink()
 
 
 @contextmanager
@@ -100,17 +116,23 @@ def replacing_shared(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Like `replacing`, for a folder: `path` appears with all its files or not at all."""
+    """Like `replacing`, for a folder: `path` appears with all its files or not at all.
+
+    Its parent is made if needed, but not what that lies in: a disk that is gone stays so.
+    """
     part = path.with_name(path.name + PART)
     try:
         with writing(path):
+            path.parent.mkdir(exist_ok=True)
             shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
-            part.mkdir(parents=True)
+            part.mkdir()
             yield part
             for file in part.iterdir():
                 to_disk(file)
+            names_to_disk(part)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(part, path)
+            names_to_disk(path.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -171,6 +193,20 @@ def to_disk(path: Path) -> None:
         os.fsync(handle.fileno())
 
 
+def names_to_disk(folder: Path) -> None:
+    """Wait until a new or renamed file of `folder` is found there even after a power cut."""
+    if os.name != "posix":  # Windows opens no folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network disks cannot do it
+        if error.errno not in (errno.EBADF, errno.EINVAL):
+            raise
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def reading(path: Path | str, remedy: str) -> Iterator[None]:
     """Turn whatever a missing or damaged file causes within the block into one line.
@@ -196,6 +232,53 @@ def _damage(error: Exception) -> str:
     return f"is damaged: {reason(error)[:150]}"
 
 
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """`value` and its checksum, which `parse_sealed` checks and takes out again."""
+    plain = {key: inner for key, inner in value.items() if key != CHECKSUM}
+    return plain | {CHECKSUM: _checksum_of_json(plain)}
+
+
+def parse_sealed(shape: Any, content: bytes) -> Any:
+    """As `parse_json`, for what `sealed` returned; a value without a checksum is taken as it is.
+
+    Raises:
+        ValueError: also if the checksum is not that of the value.
+    """
+    value = json.loads(content.decode("utf-8"))
+    if isinstance(value, dict) and CHECKSUM in value:
+        if value.pop(CHECKSUM) != _checksum_of_json(value):
+            raise ValueError(EDITED)
+        content = to_json(value, indent=None).encode()
+    return parse_json(shape, content)
+
+
+def sealed_text(text: str) -> str:
+    """`text` after a line with its checksum: a file that is cut short still has that line."""
+    return f"{TEXT_SEAL}{_checksum(text)}\n{text}"
+
+
+def check_sealed_text(path: Path, remedy: str) -> None:
+    """Check the checksum of a file that `sealed_text` made, if it has one.
+
+    Raises:
+        ValueError: see `reading`; the checksum is not that of the text.
+    """
+    with reading(path, remedy):
+        first, _, text = path.read_text(encoding="utf-8").partition("\n")
+        if first.startswith(TEXT_SEAL) and first != TEXT_SEAL + _checksum(text):
+            raise ValueError(EDITED)
+
+
+def _checksum_of_json(value: Mapping[str, Any]) -> str:
+    """That of the values, in whatever order a reader keeps them."""
+    return _checksum(json.dumps(_finite(value), sort_keys=True))
+
+
+def _checksum(text: str) -> str:
+    """64 bits of the SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def read_json(path: Path, remedy: str, shape: Any = dict[str, Any]) -> Any:
     """The value in the JSON file at `path`.
 
@@ -203,10 +286,10 @@ def read_json(path: Path, remedy: str, shape: Any = dict[str, Any]) -> Any:
         shape: the type that the value must have, any that pydantic can check.
 
     Raises:
-        ValueError: see `reading`; a value of another type.
+        ValueError: see `reading`; a value of another type, or with a wrong checksum.
     """
     with reading(path, remedy):
-        return parse_json(shape, path.read_bytes())
+        return parse_sealed(shape, path.read_bytes())
 
 
 def known_json(path: Path, shape: Any = dict[str, Any]) -> Any:
@@ -295,5 +378,13 @@ def locked(folder: Path, remedy: str, *, patience: float = 0.0) -> Iterator[None
             remove_parts(folder)
             yield
     except Timeout:
-        holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+        holder = _first_line(owner) or "another process"
         raise ValueError(f"{folder}: {holder} is at work here; {remedy}") from None
+
+
+def _first_line(path: Path) -> str:
+    """The first 100 characters of a file that may be missing or damaged, as far as they print."""
+    with suppress(OSError):
+        text = path.read_bytes()[:100].decode(errors="replace")
+        return "".join(letter for letter in text if letter.isprintable())
+    return ""

@@ -4,6 +4,9 @@ import ast
 from pathlib import Path
 
 import pytest
+import yaml
+
+from flowdopr.config import yaml12
 
 PACKAGE = Path(__file__).parent.parent / "flowdopr"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -91,3 +94,31 @@ def test_dopr_knows_no_other_optimizer():
         ours = {name for name in imports(path) if not name.startswith("flowdopr.optim.dopr")}
         known = {f"flowdopr.{name}" for name in ("cpu", "linalg", "patterns", "optim.base")}
         assert ours <= known, path.name
+
+
+RUN_CODE = {
+    *("eval", "exec", "__import__", "os.system", "os.popen", "yaml.full_load", "yaml.unsafe_load"),
+    *(f"{name}.{call}" for name in ("pickle", "marshal") for call in ("load", "loads")),
+    *("pickle.Unpickler", "shelve.open", "torch.jit.load", "torch.hub.load"),
+}
+ONLY_WITH = {"torch.load": "weights_only=True", "yaml.load": "Loader=_Loader"}
+"""These may be called if they are told to read data alone."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_file_can_run_code(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(
+            node, ast.ImportFrom
+        ):  # so that the names below are found where they are used
+            assert node.module not in {"pickle", "marshal", "shelve"}
+        if isinstance(node, ast.Call):
+            name, given = ast.unparse(node.func), [ast.unparse(one) for one in node.keywords]
+            assert name not in RUN_CODE
+            assert not {"shell=True", "allow_pickle=True"} & set(given)
+            assert ONLY_WITH.get(name) in {None, *given}
+
+
+def test_yaml_is_read_by_a_safe_loader():
+    assert issubclass(yaml12._Loader, yaml.SafeLoader)

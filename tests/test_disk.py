@@ -87,6 +87,15 @@ def test_a_folder_is_locked_as_long_as_the_other_process_lives(tmp_path, other_p
             assert f"process {os.getpid()} " in (folder / OWNER).read_text()
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\n\n" * 200])
+def test_a_damaged_note_of_who_holds_the_lock_is_one_short_line(tmp_path, other_process, content):
+    (tmp_path / "run" / OWNER).write_bytes(content)
+    with pytest.raises(ValueError, match=r"is at work here; wait$") as error:
+        locked(tmp_path / "run", "wait").__enter__()
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 400
+
+
 def test_patience_waits_for_the_other_process(tmp_path, other_process):
     threading.Timer(0.5, other_process.stdin.close).start()
     with locked(tmp_path / "run", "wait", patience=60):

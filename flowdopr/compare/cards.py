@@ -14,7 +14,7 @@ from typing import Any
 from flowdopr.compare.plan import RunPlan
 from flowdopr.config import apply_overrides
 from flowdopr.evaluate.card import answers, card_settings, read_card
-from flowdopr.runs import RunFolder, check_same_run
+from flowdopr.runs import RunFolder, check_same_run, kept_steps
 
 Card = dict[str, Any]
 FD_ONLY = (
@@ -93,11 +93,11 @@ def _with_last(plan: RunPlan, override: str) -> CardRequest:
 
 
 def _checkpoints(plan: RunPlan) -> tuple[int, ...]:
-    """Steps of the checkpoints that a finished run has, ascending."""
+    """Steps of the checkpoints that a finished run is sure to have, ascending."""
     train = plan.config.train
-    every, kept = train.checkpoint_every or train.steps, train.keep_checkpoints
+    every = train.checkpoint_every or train.steps
     steps = (*range(every, train.steps, every), train.steps)
-    return steps if kept is None else steps[-kept:]
+    return tuple(sorted(kept_steps(steps, train)))
 
 
 @dataclass(frozen=True)

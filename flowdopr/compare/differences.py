@@ -9,7 +9,7 @@ from typing import Any
 from flowdopr.compare.formats import NONE, listing
 from flowdopr.compare.statistics import ArmSummary
 from flowdopr.config import to_dict
-from flowdopr.runs.folder import flat
+from flowdopr.runs.same import flat
 
 OF_THE_RUN = ("name", "output", "seed")  # these differ between the runs of one arm, too
 

@@ -149,6 +149,10 @@ class TrainConfig(Section):
     keep_checkpoints: Count | None = None
     """How many of the newest checkpoints stay on disk; null: all. The averages of `ema_lengths` of
     deleted checkpoints stay, for `posthoc-LENGTH`."""
+    keep_every: Count | None = None
+    """Checkpoints whose step is a multiple of this stay too; null: none."""
+    keep_best: bool = False
+    """The checkpoint of the lowest held-out loss stays too."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -173,6 +177,11 @@ class TrainConfig(Section):
             )
         if self.warmup_steps == self.steps:
             self.unused("train.lr_decay", "where every step is one of train.warmup_steps")
+        if self.keep_checkpoints is None:
+            for key in ("keep_every", "keep_best"):
+                self.unused(f"train.{key}", "where train.keep_checkpoints=null keeps all")
+        if self.validate_every is None:
+            self.unused("train.keep_best", "without train.validate_every")
         return self
 
 

@@ -24,7 +24,7 @@ from flowdopr.data import DatasetInfo
 from flowdopr.disk import known_json, to_json
 from flowdopr.evaluate.classifier import RECIPE
 from flowdopr.flow import BATCH_DEPENDENT_SOLVERS
-from flowdopr.runs.folder import flat
+from flowdopr.runs.same import flat
 
 
 class _Checked(BaseModel, strict=True, allow_inf_nan=False):

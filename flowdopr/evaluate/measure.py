@@ -11,7 +11,7 @@ from torch import Tensor
 from flowdopr.config import Config, ConfigError, apply_overrides
 from flowdopr.config.schema import USED_BY
 from flowdopr.data import Datasets
-from flowdopr.disk import write_json
+from flowdopr.disk import sealed, write_json
 from flowdopr.evaluate.card import (
     autoencoder_record,
     card_path,
@@ -24,7 +24,7 @@ from flowdopr.evaluate.generate import ImageSampler, balanced_labels, labels_lik
 from flowdopr.evaluate.images import ImageMetrics
 from flowdopr.evaluate.real import RealImages
 from flowdopr.latents import build_datasets, build_pixel_datasets, load_decoder
-from flowdopr.runs import RunFolder
+from flowdopr.runs import RunFolder, check_no_links
 from flowdopr.terminal import print_line
 
 FEWEST_FOR_FID = 50_000  # with fewer generated images, the card says that its distances are proxies
@@ -58,6 +58,7 @@ class Evaluator:
 
     def __init__(self, run: str | Path):
         self.folder = RunFolder.open(run)
+        check_no_links(self.folder.path)
         self._kept: dict[Hashable, Any] = {}
 
     def card(
@@ -110,7 +111,8 @@ class Evaluator:
             card |= {"autoencoder": record} if record else {}
             card |= {"extractor": extractor, "reference": metrics.reference()}
             card |= metrics.write_gallery(drawn, labels, path)
-            write_json(path, card | {"seconds": round(time.perf_counter() - started, 3)})
+            card |= {"seconds": round(time.perf_counter() - started, 3)}
+            write_json(path, sealed(card))
         sampler.state.wait_for_everyone()
         return path
 

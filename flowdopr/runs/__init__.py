@@ -2,10 +2,12 @@
 
 from flowdopr.runs.averages import OWN, Average, averages_of, file_of
 from flowdopr.runs.branch import start_from
-from flowdopr.runs.folder import RunFolder, check_same_run
+from flowdopr.runs.checkpoint import kept_steps
+from flowdopr.runs.folder import RunFolder, check_no_links
 from flowdopr.runs.guide import Guide, load_guide
 from flowdopr.runs.initial import load_initial
 from flowdopr.runs.provenance import commit, provenance, versions
+from flowdopr.runs.same import check_same_run
 
 __all__ = [
     "OWN",
@@ -13,9 +15,11 @@ __all__ = [
     "Guide",
     "RunFolder",
     "averages_of",
+    "check_no_links",
     "check_same_run",
     "commit",
     "file_of",
+    "kept_steps",
     "load_guide",
     "load_initial",
     "provenance",

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from flowdopr.config import Config, apply_overrides, effective
 from flowdopr.disk import replacing_folder
-from flowdopr.runs.folder import KEPT_AVERAGES, RunFolder, check_same_run
+from flowdopr.runs.checkpoint import MANIFEST
+from flowdopr.runs.folder import KEPT_AVERAGES, RunFolder
+from flowdopr.runs.same import check_same_run
 
 
 def start_from(longer: RunFolder, config: Config) -> int:
@@ -30,6 +32,7 @@ def start_from(longer: RunFolder, config: Config) -> int:
     if not shared:
         return 0
     *earlier, step = shared
+    longer.check(step)
     run = RunFolder.create(effective(config), longer.dataset, longer.made_by(), resume=True)
     for line in longer.metrics():
         if line["step"] <= step:
@@ -38,9 +41,11 @@ def start_from(longer: RunFolder, config: Config) -> int:
         powers = list(kept.glob("power-*.safetensors"))
         if powers and kept.name <= longer.checkpoint_path(step).name:
             with replacing_folder(run.path / KEPT_AVERAGES / kept.name) as part:
-                _link(powers, part)
-    with replacing_folder(run.checkpoint_path(step)) as part:
-        _link(longer.checkpoint_path(step).iterdir(), part)
+                _link([*powers, *kept.glob(MANIFEST)], part)
+    whole, texts = longer.checkpoint_path(step), run.texts()
+    note = {"images": step * config.train.global_batch_size}
+    with run.new_checkpoint(step, texts=texts, note=note) as part:
+        _link((path for path in whole.iterdir() if path.name not in {MANIFEST, *texts}), part)
     return step
 
 

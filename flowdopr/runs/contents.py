@@ -39,6 +39,21 @@ class MetricsLine(TypedDict):
     peak_memory_mib: NotRequired[float]
 
 
+class FileRecord(TypedDict):
+    """What checkpoint.json says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+@with_config(ConfigDict(extra="allow"))
+class Manifest(TypedDict):
+    """checkpoint.json; without `files`, that of an earlier version."""
+
+    step: int
+    files: NotRequired[dict[str, FileRecord]]
+
+
 @with_config(ConfigDict(arbitrary_types_allowed=True))
 class State(TypedDict):
     """state.pt of a checkpoint."""

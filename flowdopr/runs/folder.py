@@ -4,22 +4,25 @@
     dataset.json     DatasetInfo                  log.txt         the lines of the log
     versions.json    versions, commit, hardware   samples/        step-00000500.png
     checkpoints/step-00000500/                    evaluation/     cards
-        model.safetensors, ema-0.9999.safetensors, power-0.1.safetensors, ...: weights
-        state.pt: optimizer and all else that training needs; checkpoint.json: step, images
+        see `checkpoint.py`
     averages/step-00000250/
         power-0.1.safetensors, ...: kept from a deleted checkpoint, for post-hoc averages
 
-A checkpoint is written under another name and then renamed, so one with its final name is complete.
+A checkpoint has checksums of its files, and copies of config.yaml, dataset.json, versions.json and
+metrics.jsonl, from which a resumed run restores its own. These carry checksums themselves, so that
+whoever reads them notices damage.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,47 +30,55 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from flowdopr.config import Config, ConfigError, effective, load_config, to_dict, to_yaml
+from flowdopr.config import Config, ConfigError, load_config, to_yaml
 from flowdopr.data import DatasetInfo
 from flowdopr.disk import (
+    CHECKSUM,
     LOCK,
     OWNER,
     PART,
-    parse_json,
+    WriteError,
+    check_sealed_text,
+    parse_sealed,
     read_json,
     read_tensors,
     reading,
     remove_parts,
-    replacing_folder,
+    sealed,
+    sealed_text,
     to_json,
-    write_json,
     write_tensors,
     write_text,
     writing,
 )
 from flowdopr.models import build_model
 from flowdopr.runs.averages import Average, combine, file_of, posthoc_coefficients
+from flowdopr.runs.checkpoint import (
+    MANIFEST,
+    checked_file,
+    has_checksums,
+    kept_steps,
+    manifest_of,
+    new_checkpoint,
+)
 from flowdopr.runs.contents import MadeBy, MetricsLine, State
 from flowdopr.runs.provenance import with_earlier
+from flowdopr.runs.same import check_same_run, other_setting
+
+log = logging.getLogger("flowdopr.runs")
 
 CHECKPOINTS, KEPT_AVERAGES = "checkpoints", "averages"
+CONFIG, DATASET, VERSIONS, METRICS = "config.yaml", "dataset.json", "versions.json", "metrics.jsonl"
 DELETED = ".deleted"  # suffix of a checkpoint while it is being deleted
-# Settings that may change when a run is resumed: they do not change what the weights become.
-FREE_ON_RESUME = (
-    *("name", "output", "sample", "evaluate", "compare"),
-    *("data.root", "data.held_out_root", "data.download", "data.num_workers", "data.cache"),
-    "data.on_bad_image",  # which images are left is in the fingerprint
-    *("data.autoencoder", "data.source_root"),
-    *(f"train.{key}" for key in ("steps", "log_every", "validate_every", "sample_every")),
-    *(f"train.{key}" for key in ("checkpoint_every", "keep_checkpoints", "max_skipped_steps")),
-    "train.patience",
-)
+DAMAGED = ".damaged"  # suffix of a checkpoint that was found damaged; only the user deletes it
 # What `create` makes before config.yaml. A crash may leave these in a folder that is not a run yet.
 BEFORE_CONFIG = {
-    *(CHECKPOINTS, "samples", "evaluation", "versions.json", "dataset.json", LOCK, OWNER),
-    *(f"{name}{PART}" for name in ("versions.json", "dataset.json", "config.yaml")),
+    *(CHECKPOINTS, "samples", "evaluation", "log.txt", VERSIONS, DATASET, LOCK, OWNER),
+    *(f"{name}{PART}" for name in (VERSIONS, DATASET, CONFIG, OWNER)),
 }
-RESTORE = "restore it from a copy of the run"  # the remedy for a damaged file
+# The remedies for damaged files.
+RESTORE = "restore it from a copy of the run"
+RESTORE_OR_RESUME = f"{RESTORE}, or by flowdopr train with the run's config and --resume"
 
 
 class RunFolder:
@@ -75,6 +86,12 @@ class RunFolder:
 
     def __init__(self, path: Path, config: Config, dataset: DatasetInfo):
         self.path, self.config, self.dataset = path, config, dataset
+        self._texts: dict[str, str] = {}
+        """The content of config.yaml, dataset.json and versions.json in a run that is trained."""
+        self._lines: list[str] = []
+        """The lines of metrics.jsonl in a run that is trained."""
+        self._written = 0
+        """How many of `_lines` are in the file: fewer while it cannot be written."""
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -82,13 +99,15 @@ class RunFolder:
 
         Raises:
             ConfigError: `path` is not a run folder.
+            ValueError: a file of it is damaged.
         """
         path = Path(path)
-        for name in ("config.yaml", "dataset.json"):
+        for name in (CONFIG, DATASET):
             if not (path / name).is_file():
                 raise ConfigError(f"{path}: not a run folder: it has no {name}")
-        info = read_json(path / "dataset.json", RESTORE, DatasetInfo)
-        return cls(path, load_config(path / "config.yaml", follow_base=False), info)
+        check_sealed_text(path / CONFIG, RESTORE_OR_RESUME)
+        info = read_json(path / DATASET, RESTORE_OR_RESUME, DatasetInfo)
+        return cls(path, load_config(path / CONFIG, follow_base=False), info)
 
     @classmethod
     def create(
@@ -100,9 +119,10 @@ class RunFolder:
         resume: bool,
         changed_data: bool = False,
     ) -> RunFolder:
-        """Prepare the folder `<output>/<name>` for training, from the newest checkpoint if any.
+        """Prepare the folder `<output>/<name>` for training, from the newest sound checkpoint.
 
-        Files of steps after that checkpoint are deleted, as these steps are trained again.
+        Checkpoints after that one are damaged, and set aside. Other files of these steps are
+        deleted, as the steps are trained again.
 
         Args:
             made_by: what `provenance` returned, for versions.json.
@@ -119,15 +139,21 @@ class RunFolder:
         for folder in (CHECKPOINTS, "samples"):
             remove_parts(path / folder)
         run = cls(path, config, dataset)
-        newest = max(run.steps(), default=0)
+        newest = run._set_damaged_aside()
         if newest == 0:
             shutil.rmtree(path / KEPT_AVERAGES, ignore_errors=True)
-        if config.train.steps not in run.steps():  # else nothing is trained by these versions
-            made_by = with_earlier(made_by, run.made_by(), newest)
-            write_json(path / "versions.json", made_by)
-        write_json(path / "dataset.json", dataset.to_dict())
-        write_text(path / "config.yaml", to_yaml(config))
-        run._drop_metrics_after(newest)
+        before = run.made_by(newest) if newest else {}
+        if newest != config.train.steps:  # else nothing is trained by these versions
+            before = with_earlier(made_by, before, newest)
+        run._texts = {
+            VERSIONS: to_json(sealed(before)),
+            DATASET: to_json(sealed(dataset.to_dict())),
+            CONFIG: sealed_text(to_yaml(config)),
+        }
+        run._lines = run._lines_until(newest)
+        run._written = len(run._lines)
+        for name, text in run.texts().items():
+            write_text(path / name, text)
         return run
 
     @classmethod
@@ -138,33 +164,62 @@ class RunFolder:
 
         Raises:
             ConfigError: the folder holds a run and `resume` is off, or a run of another config, or
-                something else.
+                something else, or links that lead out of it.
         """
         path = Path(config.output) / config.name
-        if (path / "config.yaml").exists():
-            before = cls.open(path)
-            if before.steps():  # a run without a checkpoint may be overwritten
-                if not resume:
-                    raise ConfigError(
-                        f"{path}: a run is here already; go on with it by --resume, "
-                        "or choose another folder by name=NEW"
-                    )
-                check_same_run(before, config, dataset, changed_data=changed_data)
+        check_no_links(path)
+        if _steps_in(path / CHECKPOINTS):
+            before = cls._recovered(path)
+            if not resume:
+                raise ConfigError(
+                    f"{path}: a run is here already; go on with it by --resume, "
+                    "or choose another folder by name=NEW"
+                )
+            check_same_run(before, config, dataset, changed_data=changed_data)
+        elif all((path / name).exists() for name in (CONFIG, DATASET)):
+            pass  # a run without a checkpoint may be overwritten
         elif path.exists() and not {item.name for item in path.iterdir()} <= BEFORE_CONFIG:
             raise ConfigError(
                 f"{path}: the folder has files but is not a run; choose another by name=NEW"
             )
 
-    def made_by(self) -> dict[str, Any]:
-        """The content of versions.json (see `with_earlier`), or {} if there is none yet.
+    @classmethod
+    def _recovered(cls, path: Path) -> RunFolder:
+        """The run in `path`, which has checkpoints, also if its own files are damaged: then it is
+        described by those of the newest checkpoint that has sound ones.
+
+        Raises:
+            ConfigError, ValueError: no checkpoint has them either; what is wrong with its own.
+        """
+        try:
+            return cls.open(path)
+        except ValueError:
+            for step in reversed(_steps_in(path / CHECKPOINTS)):
+                folder = path / CHECKPOINTS / _step_name(step)
+                with suppress(ValueError):
+                    for name in (CONFIG, DATASET):
+                        checked_file(folder, name, "")
+                    found = cls.open(folder)
+                    return cls(path, found.config, found.dataset)
+            raise
+
+    def made_by(self, step: int = 0) -> dict[str, Any]:
+        """The content of versions.json (see `with_earlier`), or {} if nothing is trained yet.
+
+        Args:
+            step: of a checkpoint whose own copy is read, if it has one.
 
         Raises:
             ValueError: the file is damaged; so for every other reader of the folder.
         """
-        path = self.path / "versions.json"
-        if not path.exists():
+        path = self._copy(step, VERSIONS) or self.path / VERSIONS
+        if not path.exists() and not self.steps():
             return {}
-        return read_json(path, f"{RESTORE}, or delete it", MadeBy)
+        return read_json(path, RESTORE_OR_RESUME, MadeBy)
+
+    def texts(self) -> dict[str, str]:
+        """The content of the files that a checkpoint has copies of, in a run that is trained."""
+        return self._texts | {METRICS: "".join(self._lines)}
 
     # Checkpoints
 
@@ -172,8 +227,23 @@ class RunFolder:
         return self.path / CHECKPOINTS / _step_name(step)
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
+        """Steps of the checkpoints, ascending."""
         return _steps_in(self.path / CHECKPOINTS)
+
+    @contextmanager
+    def new_checkpoint(
+        self, step: int, *, texts: Mapping[str, str], note: Mapping[str, Any]
+    ) -> Iterator[Path]:
+        """Yield a folder for the tensors of checkpoint `step`, which appears whole at the end.
+
+        Args:
+            texts: what the method `texts` returned at this step.
+            note: plain values for checkpoint.json.
+        """
+        with new_checkpoint(self.checkpoint_path(step), {"step": step, **note}) as part:
+            yield part
+            for name, text in texts.items():
+                (part / name).write_bytes(text.encode("utf-8"))
 
     def save_checkpoint(
         self,
@@ -182,25 +252,85 @@ class RunFolder:
         model: dict[str, Tensor],
         averages: dict[str, dict[str, Tensor]],
         state: dict[str, Any],
-        note: dict[str, Any],
-    ) -> Path:
-        """Write one checkpoint, then delete the oldest beyond `train.keep_checkpoints`.
+        note: Mapping[str, Any],
+        texts: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write one checkpoint, then delete those that `train.keep_...` do not keep.
 
         Args:
             model: the raw weights, a state dict.
             averages: for each average's name, its state dict.
             state: the rest of what resuming needs; tensors and plain values only.
-            note: plain values for checkpoint.json.
+            texts, note: see `new_checkpoint`; without `texts`, those of now.
         """
-        final = self.checkpoint_path(step)
-        with replacing_folder(final) as part:
+        texts = self.texts() if texts is None else texts
+        with self.new_checkpoint(step, texts=texts, note=note) as part:
             for name, weights in {"model": model, **averages}.items():
                 write_tensors(part / f"{name}.safetensors", weights)
             torch.save(state, part / "state.pt")
-            (part / "checkpoint.json").write_text(to_json({"step": step, **note}))
-        keep = self.config.train.keep_checkpoints
-        self._delete_checkpoints(self.steps()[: -keep if keep else 0])
-        return final
+        steps = self.steps()
+        kept = kept_steps(steps, self.config.train, texts[METRICS])
+        try:
+            with writing(self.path / CHECKPOINTS):
+                self._delete_checkpoints(step for step in steps if step not in kept)
+        except WriteError as error:  # the new one is there
+            log.warning("old checkpoints stay: %s", error.what)
+
+    def check(self, step: int, remedy: str | None = None) -> None:
+        """Check that checkpoint `step` is of this run and that all its files are sound.
+
+        Raises:
+            ValueError: names the first file that is not.
+        """
+        folder, remedy = self.checkpoint_path(step), remedy or self._remedy(step)
+        for name in manifest_of(folder, remedy).get("files", ()):
+            checked_file(folder, name, remedy)
+        self._check_owner(step, remedy)
+
+    def _check_owner(self, step: int, remedy: str) -> None:
+        """Check that checkpoint `step` was not copied here from a run of another config."""
+        path = self._copy(step, CONFIG, remedy)
+        if path is None:
+            log.warning(
+                "%s: of an earlier version, without checksums: its files are used unchecked",
+                self.checkpoint_path(step),
+            )
+        elif other := other_setting(load_config(path, follow_base=False), self.config):
+            raise ValueError(f"{path.parent}: is of another run: {other}; {remedy}")
+
+    def _copy(self, step: int, name: str, remedy: str | None = None) -> Path | None:
+        """The copy of the run's file `name` in checkpoint `step`; None if it has none.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        folder, remedy = self.checkpoint_path(step), remedy or self._remedy(step)
+        if step == 0 or not has_checksums(folder, remedy):
+            return None
+        return checked_file(folder, name, remedy)
+
+    def newest_sound(self, remedy: str | None = None) -> tuple[int, dict[int, str]]:
+        """The step of the newest sound checkpoint, 0 if there is none, and what is wrong with each
+        that is newer, by its step."""
+        wrong: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                self.check(step, remedy)
+            except ValueError as error:
+                wrong[step] = str(error)
+            else:
+                return step, wrong
+        return 0, wrong
+
+    def _set_damaged_aside(self) -> int:
+        """Rename the checkpoints after the newest sound one, and return the step of that."""
+        newest, wrong = self.newest_sound(f"the checkpoint is set aside, with the ending {DAMAGED}")
+        for step, what in wrong.items():
+            aside = self.path / CHECKPOINTS / (_step_name(step) + DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(self.checkpoint_path(step), aside)
+            log.warning("%s", what)
+        return newest
 
     def _delete_checkpoints(self, steps: Iterable[int]) -> None:
         """Delete the checkpoints of `steps`, except for their power-function averages.
@@ -216,11 +346,12 @@ class RunFolder:
             self._delete_files(deleted)
 
     def _delete_files(self, deleted: Path) -> None:
+        powers = {path.name for path in deleted.glob("power-*.safetensors")}
         for path in deleted.iterdir():
-            if not path.match("power-*.safetensors"):
+            if path.name not in powers | {MANIFEST}:
                 path.unlink()
-        if not any(deleted.iterdir()):
-            deleted.rmdir()
+        if not powers:
+            shutil.rmtree(deleted)
             return
         kept = self.path / KEPT_AVERAGES / deleted.name.removesuffix(DELETED)
         shutil.rmtree(kept, ignore_errors=True)
@@ -232,12 +363,13 @@ class RunFolder:
         return reading(self.checkpoint_path(step) / file, self._remedy(step))
 
     def _remedy(self, step: int) -> str:
-        path = self.checkpoint_path(step)
-        return f"{RESTORE}, or go on from an earlier checkpoint by deleting {path}"
+        others = [str(other) for other in self.steps() if other != step][-3:]
+        choose = f"choose another by --step ({', '.join(others)}), " if others else ""
+        return f"{RESTORE}, {choose}or go on with flowdopr train --resume, which sets it aside"
 
     def load_state(self, step: int) -> dict[str, Any]:
         """The training state of a checkpoint, on the CPU; the file cannot run code."""
-        path = self.checkpoint_path(step) / "state.pt"
+        path = checked_file(self.checkpoint_path(step), "state.pt", self._remedy(step))
         with self.reading(step, path.name):
             found = torch.load(path, map_location="cpu", weights_only=True)
             return dict(TypeAdapter(State).validate_python(found))
@@ -265,12 +397,13 @@ class RunFolder:
 
         Raises:
             ConfigError: this run has no such weights.
+            ValueError: the file is damaged.
         """
         try:
             name = file_of(self.config, weights)
         except ConfigError as error:
             raise ConfigError(f"{self.path}: {error}") from None
-        return self.checkpoint_path(step) / f"{name}.safetensors"
+        return checked_file(self.checkpoint_path(step), f"{name}.safetensors", self._remedy(step))
 
     def _posthoc_weights(
         self, step: int, weights: str, wanted: Mapping[str, Tensor] | None
@@ -291,16 +424,23 @@ class RunFolder:
         except ValueError as error:
             raise ConfigError(f"{self.path}: weights {weights}: {error}") from None
         names = ((t, Average(length=length).name) for t, length in snapshots)
-        files = (folders[t] / f"{name}.safetensors" for t, name in names)
+        files = (self._power_file(folders[t], f"{name}.safetensors") for t, name in names)
         return combine(
             (read_tensors(file, RESTORE, wanted) for file in files), coefficients.tolist()
         )
+
+    def _power_file(self, folder: Path, name: str) -> Path:
+        """A power-function average, checked unless an earlier version kept it without checksums."""
+        if folder.parent.name == KEPT_AVERAGES and not (folder / MANIFEST).exists():
+            return folder / name
+        return checked_file(folder, name, RESTORE)
 
     def chosen_step(self, step: int | None = None) -> int:
         """`step`, or that of the newest checkpoint.
 
         Raises:
             ConfigError: there is no such checkpoint.
+            ValueError: it belongs to another run.
         """
         steps = self.steps()
         if not steps:
@@ -309,6 +449,7 @@ class RunFolder:
         if step not in steps:
             known = ", ".join(map(str, steps))
             raise ConfigError(f"{self.path}: no checkpoint at step {step}; there are: {known}")
+        self._check_owner(step, self._remedy(step))
         return step
 
     def load_model(
@@ -336,27 +477,81 @@ class RunFolder:
     # Metrics
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        path = self.path / "metrics.jsonl"
-        with writing(path), open(path, "a", encoding="utf-8") as handle:
-            handle.write(to_json(line, indent=None))
+        """Add a line to metrics.jsonl, after those that could not be written before.
+
+        Raises:
+            WriteError: it cannot be written now. It is not lost: the next call tries again, and the
+                next checkpoint has it.
+        """
+        self._lines.append(to_json(sealed(line), indent=None))
+        path, content = self.path / METRICS, "".join(self._lines[self._written :]).encode()
+        with writing(path), open(path, "ab", buffering=0) as handle:
+            before = handle.seek(0, os.SEEK_END)
+            if handle.write(content) < len(content):
+                handle.truncate(before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._written = len(self._lines)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl in order, without a last line that a crash cut short."""
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return []
-        found, lines = [], path.read_bytes().split(b"\n")[:-1]
+        """The lines of metrics.jsonl in order, without a last line that a crash cut short.
+
+        Raises:
+            ValueError: a line is damaged, or some are missing that the newest checkpoint has.
+        """
+        kept = self._kept_lines(max(self.steps(), default=0))
+        path, found = self.path / METRICS, []
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         for number, line in enumerate(lines, 1):
-            with reading(f"{path}, line {number}", f"{RESTORE}, or delete the line"):
-                parse_json(MetricsLine, line)
-                found.append(json.loads(line))  # in the order of the file
+            with reading(f"{path}, line {number}", f"{RESTORE_OR_RESUME}, or delete the line"):
+                parse_sealed(MetricsLine, line)
+                found.append(_without_checksum(line))  # in the order of the file
+        if missing := len(set(kept) - {line.decode() + "\n" for line in lines}):
+            what = f"{missing} lines of the newest checkpoint are missing"
+            raise ValueError(f"{path}: is damaged: {what}; {RESTORE_OR_RESUME}")
         return found
 
-    def _drop_metrics_after(self, step: int) -> None:
-        """Delete the lines of steps after `step`."""
-        kept = [line for line in self.metrics() if line["step"] <= step]
-        text = "".join(to_json(line, indent=None) for line in kept)
-        write_text(self.path / "metrics.jsonl", text)
+    def _kept_lines(self, step: int) -> list[str]:
+        """The lines of metrics.jsonl that checkpoint `step` has; none if it has no copy."""
+        path = self._copy(step, METRICS)
+        return path.read_text(encoding="utf-8").splitlines(keepends=True) if path else []
+
+    def _lines_until(self, step: int) -> list[str]:
+        """The lines of metrics.jsonl up to `step`, from which training goes on.
+
+        Those that the checkpoint has are taken from there, later ones from the file, if they are
+        sound: a held-out loss that is missing is measured again.
+        """
+        path, kept = self.path / METRICS, self._kept_lines(step)
+        found = path.read_bytes().split(b"\n")[:-1] if step and path.exists() else []
+        later = []
+        for number, line in enumerate(found, 1):
+            try:
+                with reading(f"{path}, line {number}", "it is left out"):
+                    if parse_sealed(MetricsLine, line)["step"] <= step:
+                        later.append(line.decode() + "\n")
+            except ValueError as error:
+                log.warning("%s", error)
+        if restored := len(set(kept) - set(later)):
+            log.warning("%s: %d lines are restored from checkpoint %d", path, restored, step)
+        return kept + [line for line in later if line not in set(kept)]
+
+
+def _without_checksum(line: bytes) -> dict[str, Any]:
+    return {key: value for key, value in json.loads(line).items() if key != CHECKSUM}
+
+
+def check_no_links(path: Path) -> None:
+    """Check that what is written into the run folder `path` stays there.
+
+    Raises:
+        ConfigError: a folder or file in it is a symbolic link; a stranger's run may have one.
+    """
+    for item in path.iterdir() if path.is_dir() else ():
+        if item.is_symlink():
+            raise ConfigError(
+                f"{item}: is a link, through which files outside the run would be written; put "
+                "what it leads to in its place"
+            )
 
 
 def _step_name(step: int) -> str:
@@ -367,53 +562,3 @@ def _steps_in(folder: Path) -> list[int]:
     """Steps of the folders named `step-00000500` in `folder`, ascending."""
     names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.glob("step-*"))
     return sorted(int(name[1]) for name in names if name)
-
-
-def check_same_run(
-    run: RunFolder, config: Config, dataset: DatasetInfo, *, changed_data: bool = False
-) -> None:
-    """Check that the weights of `run` come from the settings and the data given here.
-
-    Args:
-        changed_data: allow other images of the same shape and classes.
-
-    Raises:
-        ConfigError: names the first setting that differs, and both values.
-    """
-    old, new = (flat(to_dict(effective(given))) for given in (run.config, config))
-    for key in sorted(old.keys() | new.keys()):
-        free = any(key == name or key.startswith(name + ".") for name in FREE_ON_RESUME)
-        if not free and old.get(key) != new.get(key):
-            raise ConfigError(
-                f"{run.path}: a run of another config is here: {key} was {old.get(key)}, "
-                f"now {new.get(key)}; choose another folder by name=NEW"
-            )
-    if config.train.steps != run.config.train.steps and config.train.lr_decay != "constant":
-        raise ConfigError(
-            f"{run.path}: train.steps was {run.config.train.steps}, now {config.train.steps}: the "
-            f"{config.train.lr_decay} learning rate depends on it, so the run cannot be resumed; "
-            f"train on from its weights in a run of its own by name=NEW train.init_from={run.path}"
-        )
-    if dataset.fingerprint != run.dataset.fingerprint and not changed_data:
-        raise ConfigError(
-            f"{run.path}: the images in {config.data.root} are not those this run was trained on; "
-            "give those, or go on with these by --resume --changed-data"
-        )
-    for key in ("image_shape", "class_names"):
-        was, now = getattr(run.dataset, key), getattr(dataset, key)
-        if was != now:
-            raise ConfigError(
-                f"{run.path}: the {key} of the data was {was}, now {now}; "
-                "choose another folder by name=NEW"
-            )
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowdopr.disk import writing
+from flowdopr.disk import WriteError, writing
 from flowdopr.optim import format_roles, parameter_roles
 from flowdopr.terminal import print_line
 
@@ -29,11 +29,18 @@ class TerminalHandler(logging.Handler):
 
 
 class RunFileHandler(logging.FileHandler):
-    """Appends to log.txt; a full disk ends the run in one line, where logging would print pages."""
+    """Appends to log.txt; on a full disk, for example, one line says so and training goes on."""
+
+    failed = False
 
     def handleError(self, record: logging.LogRecord) -> None:
-        with writing(Path(self.baseFilename)):
-            raise  # the error that `emit` caught
+        try:
+            with writing(Path(self.baseFilename)):
+                raise  # the error that `emit` caught
+        except WriteError as error:
+            if not self.failed:
+                print_line(f"{error.what}; training goes on")
+            self.failed = True
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from flowdopr.config import Config
 from flowdopr.data import Batch, Datasets, build_loader, plain_batches, to_uint8
-from flowdopr.disk import replacing
+from flowdopr.disk import WriteError, replacing
 from flowdopr.exits import is_out_of_memory, one_line
 from flowdopr.flow import (
     ONE_STEP_BATCH,
@@ -47,6 +47,7 @@ from flowdopr.train.culprit import culprit
 from flowdopr.train.ema import EMA, OwnAverage
 from flowdopr.train.log import FILE_ONLY, shown_line
 from flowdopr.train.meter import Meter
+from flowdopr.train.saving import Saver
 from flowdopr.train.schedule import derive_seed, lr_factor
 from flowdopr.train.shards import placed_state, placed_weights, whole
 from flowdopr.train.signals import Interrupted, StopSignal, TrainingFailed
@@ -116,6 +117,7 @@ class Trainer:
         self.missing: list[str] = []
         """Held-out losses and sample grids that failed."""
         self.step = self._restore()
+        self.saver = Saver(run, self.step)
 
     # The loop
 
@@ -123,6 +125,9 @@ class Trainer:
         """Train from the restored step to `train.steps`, saving at the end or when stopped.
 
         A step is saved before it is validated, and before an error of the data ends the run.
+
+        Raises:
+            Interrupted, TrainingFailed: see `_next` and `_end`.
         """
         settings = self.config.train
         loader = self._loader()
@@ -130,7 +135,7 @@ class Trainer:
         self.meter.go_on()
         shown = self.accelerator.is_main_process
         bar = counting("training", settings.steps, completed=self.step, shown=shown)
-        with StopSignal() as stop, bar as progress:
+        with StopSignal() as stop, bar as progress, self.saver:
             if self.step:
                 done = self._looked_at()
                 self.accelerator.wait_for_everyone()  # before the first process adds to it
@@ -148,8 +153,23 @@ class Trainer:
                 if ending or self._due(settings.checkpoint_every):
                     self._save()
                 self._look()
-            if ending:
-                raise ending
+            self._end(ending)
+
+    def _end(self, ending: Exception | None) -> None:
+        """Wait until the last step is saved, and raise the error with which the run ends, if any.
+
+        Raises:
+            TrainingFailed: the last step could not be saved.
+        """
+        self.saver.wait()
+        if self.agreement.largest(int(bool(self.saver.why_not)))[0]:
+            raise TrainingFailed(
+                f"{self.run.path}: trained to step {self.step}, which could not be saved: "
+                f"{self.saver.why_not or 'see process 0'}; the newest checkpoint is of step "
+                f"{self.saver.saved}: mend it, and go on with the same command and --resume"
+            )
+        if ending:
+            raise ending
 
     def _next(
         self, step: int, loader: Iterator[Batch], stop: StopSignal
@@ -318,7 +338,10 @@ class Trainer:
 
     def _record(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            self.run.append_metrics(line)
+            try:
+                self.run.append_metrics(line)
+            except WriteError as error:
+                log.warning("%s; the next line tries again", error.what)
             log.info(shown_line(line, self.config.train.steps))
 
     def _look(self, done: Collection[str] = ()) -> None:
@@ -403,7 +426,7 @@ class Trainer:
     # Checkpoints
 
     def _save(self) -> None:
-        """Write a checkpoint; weights that are not finite end the run and replace no checkpoint."""
+        """Begin a checkpoint; weights that are not finite end the run and replace no checkpoint."""
         self.meter.pause()
         norms = torch._foreach_norm([local(p.detach()) for p in self.raw_model.parameters()])
         broken = not torch.stack(list(norms)).isfinite().all()
@@ -419,10 +442,9 @@ class Trainer:
         }
         weights = {"model": self.raw_model.state_dict(), "averages": self.ema.state_dicts()}
         content = whole({**weights, "state": state}, kept=main)
-        if main and self.step not in self.run.steps():
+        if main:
             note = {"images": self.step * self.config.train.global_batch_size}
-            self.run.save_checkpoint(self.step, **content, note=note)
-        self.accelerator.wait_for_everyone()
+            self.saver.save(self.step, **content, texts=self.run.texts(), note=note)
         self.meter.go_on()
 
     def _restore(self) -> int:

@@ -58,10 +58,10 @@ def train(
     with accelerator.main_process_first():
         datasets = build_datasets(config)
     run = RunFolder(Path(config.output) / config.name, config, datasets.info)
-    unchecked: list[str] = []
     sharded = accelerator.num_processes > 1 and asks_for_shards()
+    starts = not run.newest_sound()[0]
     components = build_components(
-        config, datasets.info, accelerator.device, starts=not run.steps(), sharded=sharded
+        config, datasets.info, accelerator.device, starts=starts, sharded=sharded
     )
     with ExitStack() as held:
         if accelerator.is_main_process:
@@ -70,13 +70,15 @@ def train(
             unchecked = check_start(datasets)
             remedy = "wait for it, or choose another folder by name=NEW"
             held.enter_context(locked(run.path, remedy, patience=patience))
+            held.enter_context(run_log(run.path / "log.txt"))
+            for line in (datasets.summary(), *unchecked):
+                log.info("%s", line)
             made_by = provenance(accelerator.device) | {"processes": accelerator.num_processes}
             made_by |= {"data": datasets.info.fingerprint} | components.initial
             run = RunFolder.create(config, datasets.info, made_by, **allowed)
+        else:
+            held.enter_context(run_log(None))
         accelerator.wait_for_everyone()
-        held.enter_context(run_log(run.path / "log.txt" if accelerator.is_main_process else None))
-        for line in (datasets.summary(), *unchecked):
-            log.info("%s", line)
         try:
             log_roles(config.name, components.model, components.optimizer, run.path / "log.txt")
             trainer = Trainer(config, accelerator, datasets, components, run)
@@ -88,8 +90,7 @@ def train(
                 log.warning("no checkpoint in %s: training starts at step 0", run.path)
             trainer.fit()
             if trainer.missing:
-                what = ", ".join(trainer.missing)
-                log.warning("%s: trained, but without %s", run.path, what)
+                log.warning("%s: trained, but without %s", run.path, ", ".join(trainer.missing))
         finally:
             accelerator.free_memory()
     return run.path

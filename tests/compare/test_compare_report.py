@@ -24,6 +24,7 @@ from flowdopr.compare.results import read_result
 from flowdopr.compare.study import build_study
 from flowdopr.config import ConfigError, apply_overrides
 from flowdopr.data import DatasetInfo
+from flowdopr.disk import sealed, write_json
 from flowdopr.evaluate import Gallery
 from flowdopr.evaluate.card import card_settings
 from flowdopr.models import build_model
@@ -232,7 +233,7 @@ def test_the_hardware_and_commit_of_every_part_are_shown(study):
         make_run(plan, 1.0)
     before = json.loads((first.path / "versions.json").read_text())
     made_by = before | {"from_step": 4, "hardware": "slide rule", "earlier": [before]}
-    (first.path / "versions.json").write_text(json.dumps(made_by))
+    write_json(first.path / "versions.json", sealed(made_by))
     assert read_result(read_run(first)).hardware == "abacus, 1 thread | slide rule"
     page = (compare(study, report_only=True) / "report.html").read_text()
     assert page.count("<td>2026-03-14 15:09 UTC, in 2 launches</td>") == 1

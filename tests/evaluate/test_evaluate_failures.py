@@ -21,6 +21,7 @@ from flowdopr.evaluate import evaluate
 from flowdopr.evaluate.card import read_card
 from flowdopr.evaluate.classifier import trained_classifier
 from flowdopr.runs import averages_of
+from flowdopr.runs.checkpoint import write_manifest
 
 QUICK = ["evaluate.metrics=[fd]"]
 
@@ -34,6 +35,7 @@ def broken_run(make_run):
     (table,) = [name for name in weights if weights[name].shape[:1] == (11,)]
     weights[table][3] = 3e38
     save_file(weights, path)
+    write_manifest(path.parent, {"step": 2})
     return run
 
 
@@ -53,6 +55,21 @@ def test_rollouts_that_are_not_finite_are_no_images(broken_run, tmp_path, capsys
     assert not list(out.glob("*.png"))
     assert not list((broken_run.path / "evaluation").iterdir())
     assert run_command([*commands[0][:-2], "--labels", "0,1", "--solver", "euler"]) == 0
+
+
+def test_a_damaged_checkpoint_is_refused_and_another_one_is_offered(make_run, tmp_path, capsys):
+    run = make_run()
+    path = run.checkpoint_path(2) / f"{averages_of(run.config)[0].name}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    commands = [["sample", str(run.path), "--num", "1", "--out", str(tmp_path / "out")]]
+    commands.append(["evaluate", str(run.path), *QUICK])
+    for command in commands:
+        assert run_command(command) == 2
+        [said] = capsys.readouterr().err.splitlines()
+        assert said.startswith(f"flowdopr: {path}: is damaged: its SHA-256 is not the one in")
+        assert "choose another by --step (1), or go on with flowdopr train --resume" in said
+        assert run_command([*command, "--step", "1"]) == 0
+        capsys.readouterr()
 
 
 @pytest.fixture
@@ -113,10 +130,10 @@ FILES = st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode
 
 @pytest.fixture
 def known(make_run):
-    """A run and its one card, as read from its file."""
+    """A run, the path of its one card, and the card."""
     run = make_run()
     path = evaluate(run.path, QUICK)
-    return run, path, json.loads(path.read_text())
+    return run, path, read_card(path)
 
 
 SLOW = settings(
@@ -151,9 +168,14 @@ def test_a_card_with_a_wrong_value_is_no_card_or_harmless(known, data, value):
     assert result.status in ("done", "failed", "unfinished")
 
 
-@pytest.mark.parametrize("content", ["[]", "", '{"step": 2}', "{", "null"])
-def test_a_damaged_card_is_made_again(known, content):
+@pytest.mark.parametrize("content", ["[]", "", '{"step": 2}', "{", "null", "edited"])
+def test_a_damaged_or_edited_card_is_made_again(known, content):
     run, path, card = known
+    if content == "edited":
+        better = json.loads(path.read_text())
+        better["metrics"]["one_step_loss"] /= 2
+        content = json.dumps(better)
     path.write_text(content)
+    assert read_card(path) is None
     assert evaluate(run.path, QUICK) == path
-    assert json.loads(path.read_text())["metrics"] == card["metrics"]
+    assert read_card(path)["metrics"] == card["metrics"]

@@ -73,7 +73,8 @@ def test_only_a_larger_gallery_is_made_anew(make_run):
     whole = file.read_bytes()
     empty = {"images": torch.zeros(0, 1, 8, 8, dtype=torch.uint8)}
     wrong = [empty, {"images": torch.zeros(3, 2)}, {"x": torch.ones(1)}]
-    for damage in (b"", whole[:-9], *map(save, wrong)):
+    flipped = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
+    for damage in (b"", whole[:-9], flipped, *map(save, wrong)):
         file.write_bytes(damage)
         assert made()
     assert len(Gallery.read(file).images) == 3

@@ -15,6 +15,7 @@ from flowdopr.evaluate import evaluate, sample
 from flowdopr.evaluate.generate import balanced_labels
 from flowdopr.flow import build_sampling, generate
 from flowdopr.runs import RunFolder, load_guide
+from flowdopr.runs.checkpoint import write_manifest
 from flowdopr.train import train
 
 QUICK = ["evaluate.metrics=[]", "evaluate.fid_num_images=12"]
@@ -63,6 +64,7 @@ def test_the_card_names_the_guide_and_follows_its_weights(make_run, other_run):
     paths.append(evaluate(run.path, [*guided, "sample.guidance.guide.step=3"]))
     average = next(guide.checkpoint_path(4).glob("ema*"))
     average.write_bytes((guide.checkpoint_path(3) / average.name).read_bytes())
+    write_manifest(average.parent, {"step": 4})
     paths.append(evaluate(run.path, guided))
     assert len(set(paths)) == 4
     cards = [json.loads(path.read_text())["sampling"] for path in paths]

@@ -13,6 +13,7 @@ from PIL import Image
 
 from flowdopr.cli import run_command
 from flowdopr.data import plain_batches, to_uint8
+from flowdopr.disk import sealed, write_json
 from flowdopr.evaluate import classifier, evaluate, sample
 from flowdopr.flow import build_sampling, generate
 from flowdopr.latents import Autoencoder, build_datasets, build_pixel_datasets, encode, load_decoder
@@ -114,7 +115,7 @@ def test_moved_folders_are_given_again(run, latents, vae, pictures, tmp_path):
     (latents / "latents.json").write_text(json.dumps(notes))
     info = json.loads((run / "dataset.json").read_text())
     info["autoencoder"]["name"] = gone
-    (run / "dataset.json").write_text(json.dumps(info))
+    write_json(run / "dataset.json", sealed(info))
     pictures.rename(tmp_path / "moved")
     with pytest.raises(ValueError, match=f"no autoencoder could be loaded from {gone}"):
         sample(run, num=1, out=tmp_path / "none")

@@ -1,24 +1,23 @@
 """Cards: everything needed to repeat a number, made once, never for other weights or data."""
 
-import json
-
 import pytest
 import torch
 from untrained import make_config, save_random_checkpoint
 
 from flowdopr.config import apply_overrides
 from flowdopr.data import plain_batches
-from flowdopr.disk import cache_folder, write_json
+from flowdopr.disk import cache_folder, read_json, sealed, write_json
 from flowdopr.evaluate import Evaluator, evaluate, measure
 from flowdopr.evaluate.card import answers, card_settings
 from flowdopr.evaluate.generate import balanced_labels, labels_like_data, repeated_labels
 from flowdopr.flow import ONE_STEP_BATCH, build_objective, one_step_loss
 from flowdopr.runs import RunFolder, averages_of
+from flowdopr.runs.checkpoint import write_manifest
 from flowdopr.train import train
 
 
 def read(path):
-    return json.loads(path.read_text())
+    return read_json(path, "")
 
 
 def test_a_card_says_all_that_is_needed(make_run, digits):
@@ -156,6 +155,7 @@ def test_a_card_of_weights_that_have_changed_is_made_again(make_run):
     first = read(path)
     average = run.checkpoint_path(2) / f"{averages_of(run.config)[0].name}.safetensors"
     average.write_bytes((run.checkpoint_path(1) / "model.safetensors").read_bytes())
+    write_manifest(average.parent, {"step": 2})
     assert evaluate(run.path, ["evaluate.metrics=[fd]"]) == path
     assert read(path)["checkpoint"] != first["checkpoint"]
     assert read(path)["metrics"]["fd"] != first["metrics"]["fd"]
@@ -205,7 +205,7 @@ def test_the_number_of_images_in_training_grids_is_no_setting_of_an_evaluation(m
 def test_other_images_than_the_runs_are_refused(make_run):
     run = make_run()
     info = read(run.path / "dataset.json") | {"fingerprint": "0" * 64}
-    (run.path / "dataset.json").write_text(json.dumps(info))
+    write_json(run.path / "dataset.json", sealed(info))
     with pytest.raises(ValueError, match="are not those it was trained on") as caught:
         evaluate(run.path)
     assert "\n" not in str(caught.value)

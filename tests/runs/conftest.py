@@ -12,9 +12,11 @@ from flowdopr.runs import RunFolder
 def create(make_config, tmp_path):
     """`create("train.keep_checkpoints=2", ...)` -> a run folder, new or to be resumed."""
 
-    def run(*overrides: str, resume: bool = False, info: DatasetInfo = INFO) -> RunFolder:
+    def run(
+        *overrides: str, resume: bool = False, info: DatasetInfo = INFO, commit: str = "one"
+    ) -> RunFolder:
         settings = [f"output={tmp_path}", "name=run", "train.steps=8", *overrides]
         config = apply_overrides(make_config(name="digits"), settings)
-        return RunFolder.create(config, info, {"commit": "new"}, resume=resume)
+        return RunFolder.create(config, info, {"commit": commit}, resume=resume)
 
     return run

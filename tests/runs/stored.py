@@ -10,9 +10,9 @@ INFO = DatasetInfo("digits", (1, 8, 8), 2, ("a", "b"), 10, 5, fingerprint="0" * 
 
 def save(run: RunFolder, *steps: int) -> RunFolder:
     for step in steps:
+        run.append_metrics({"step": step, "loss": 0.5})
         weights = {"w": torch.tensor([float(step)])}
         averages = {average.name: weights for average in averages_of(run.config)}
         state = {"losses": weights["w"], "optimizer": {"state": {}}, "scaler": None}
         run.save_checkpoint(step, model=weights, averages=averages, state=state, note={})
-        run.append_metrics({"step": step, "loss": 0.5})
     return run

@@ -15,10 +15,30 @@ def files_in(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_only_the_newest_checkpoints_are_kept(create):
-    run = save(create("train.keep_checkpoints=2"), 1, 2, 3, 4)
-    assert run.steps() == [3, 4]
+@pytest.mark.parametrize(
+    ("rule", "kept"),
+    [
+        ([], [1, 2, 3, 4, 5, 6, 7]),
+        (["train.keep_checkpoints=2"], [6, 7]),
+        (["train.keep_checkpoints=1", "train.keep_every=3"], [3, 6, 7]),
+        (["train.keep_checkpoints=1", "train.keep_best=true", "train.validate_every=1"], [2, 7]),
+    ],
+)
+def test_checkpoints_are_kept_by_a_rule(create, rule, kept):
+    run = create(*rule)
+    for step in range(1, 8):
+        save(run, step)
+        run.append_metrics({"step": step, "held_out_loss": abs(step - 2.25)})
+    assert run.steps() == kept
     assert not (run.path / "averages").exists()
+
+
+@pytest.mark.parametrize(
+    "setting", ["keep_every=3", "keep_best=true", "keep_checkpoints=2 keep_best=true"]
+)
+def test_a_rule_that_keeps_nothing_more_is_refused(create, setting):
+    with pytest.raises(ConfigError, match=r"train\.keep_\w+=.* is not used .*: remove it"):
+        create(*(f"train.{one}" for one in setting.split()))
 
 
 LENGTHS = "train.ema_lengths=[0.05, 0.1]"
@@ -29,9 +49,9 @@ def test_deleted_checkpoints_leave_their_power_averages_for_post_hoc_ones(create
     few = save(create(LENGTHS, "train.keep_checkpoints=2"), *range(1, 9))
     assert few.steps() == [7, 8]
     assert files_in(few.path / "averages") == {
-        f"step-{step:08d}/power-{length}.safetensors"
+        f"step-{step:08d}/{name}"
         for step in range(1, 7)
-        for length in (0.05, 0.1)
+        for name in ("checkpoint.json", "power-0.05.safetensors", "power-0.1.safetensors")
     }
     found, expected = (run.load_weights(8, "posthoc-0.14")["w"] for run in (few, every))
     assert torch.equal(found, expected)
@@ -129,9 +149,8 @@ def test_resuming_deletes_the_metrics_after_the_newest_checkpoint(create):
 
 
 def test_versions_of_a_finished_run_stay(create):
-    run = save(create(), 8)
-    (run.path / "versions.json").write_text('{"commit": "old"}')
-    assert create(resume=True).made_by() == {"commit": "old"}
+    before = save(create(), 8).made_by()
+    assert create(resume=True, commit="new").made_by() == before
 
 
 def test_versions_name_what_each_range_of_steps_was_made_with():

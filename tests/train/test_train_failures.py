@@ -1,7 +1,9 @@
 """What fails does not take the trained steps with it, and is said in one line."""
 
+import re
 import resource
 import signal
+import threading
 import time
 
 import breaking
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from breaking import break_after_check
-from tiny import again, assert_same_checkpoint, start_two, tiny, tiny_file
+from tiny import again, assert_same_checkpoint, start_two, tiny, tiny_file, without_times
 
 from flowdopr.cli import run_command
 from flowdopr.config import ConfigError
@@ -160,26 +162,77 @@ def no_large_files():
 def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(
     tmp_path, no_large_files, capfd
 ):
-    path, shared = tiny_file(tmp_path, "name=full")
+    path, shared = tiny_file(tmp_path, "name=full", "train.checkpoint_every=4")
     run = train(tiny(tmp_path, "name=full", "train.steps=2"))
     no_large_files()
-    assert run_command(["train", str(path), *shared, "--resume"]) == 1
-    line = capfd.readouterr().err.strip().split("\n")[-1]
-    assert line.startswith(f"flowdopr: {run}/checkpoints/step-00000008: cannot be written: ")
-    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000002"]
-
-
-def test_a_log_on_a_full_disk_ends_the_run_in_one_line(tmp_path, capfd):
-    path, shared = tiny_file(tmp_path, "name=full")
-    log = train(tiny(tmp_path, "name=full", "train.steps=2")) / "log.txt"
-    log.unlink()
-    log.symlink_to("/dev/full")
     capfd.readouterr()
     assert run_command(["train", str(path), *shared, "--resume"]) == 1
     said = capfd.readouterr().err
+    why = r"/checkpoints/step-0000000\d: cannot be written: .*File too large.*"
+    assert re.search(rf"step 4 is not saved: {run}{why}; the next checkpoint tries again", said)
     line = said.strip().split("\n")[-1]
-    assert line.startswith(f"flowdopr: {log}: cannot be written: No space left on device; ")
+    assert re.match(
+        rf"flowdopr: {run}: trained to step 8, which could not be saved: {run}{why}", line
+    )
+    assert "the newest checkpoint is of step 2: mend it, and go on with" in line
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_metrics_and_a_log_that_cannot_be_written_do_not_end_the_run(
+    tmp_path, no_large_files, capfd
+):
+    """What metrics.jsonl misses is in the checkpoint, and comes back from there."""
+    small = ["model.hidden_size=4", "model.num_heads=1", "optimizer={name: sgd, lr: 0.1}"]
+    config = tiny(tmp_path, *small, "train.log_every=1")
+    run = train(again(config, "train.steps=2"))
+    long = run / "log.txt"
+    long.write_text("-" * 40_000)
+    no_large_files()
+    capfd.readouterr()
+    train(config, resume=True)
+    assert capfd.readouterr().err.count(f"{long}: cannot be written: File too large; train") == 1
+    assert RunFolder.open(run).steps() == [2, 8]
+
+
+@pytest.mark.parametrize("returns", [True, False])
+def test_training_goes_on_without_its_folder(tmp_path, capfd, returns):
+    """The folder is moved away, and a file takes its place, as where a disk has gone."""
+    settings = ["train.checkpoint_every=5", "train.steps=60", "train.log_every=1"]
+    straight = train(tiny(tmp_path, *settings, "name=straight"))
+    run, away = straight.with_name("gone"), tmp_path / "away"
+    path, shared = tiny_file(tmp_path, *settings, "name=gone")
+    capfd.readouterr()
+
+    def move_away() -> None:
+        while not list(run.glob("checkpoints/step-????????")):
+            time.sleep(0.001)
+        run.rename(away)
+        run.write_text("no folder")
+
+    def move_back() -> None:
+        log = away / "log.txt"
+        while not (log.exists() and "is not saved" in log.read_text()):
+            time.sleep(0.001)
+        run.unlink()
+        away.rename(run)
+
+    workers = [threading.Thread(target=work) for work in (move_away, move_back)[: 1 + returns]]
+    for worker in workers:
+        worker.start()
+    code = run_command(["train", str(path), *shared])
+    for worker in workers:
+        worker.join()
+    said = capfd.readouterr().err
     assert "Traceback" not in said
+    assert re.search(rf"step \d+ is not saved: {run}/checkpoints/step-.*: cannot be written", said)
+    if not returns:
+        assert code == 1
+        assert "trained to step 60, which could not be saved" in said.strip().split("\n")[-1]
+        run.unlink()
+        away.rename(run)
+    assert run_command(["train", str(path), *shared, "--resume"]) == 0
+    assert_same_checkpoint(straight, run, 60)
+    assert without_times(run) == without_times(straight)
 
 
 def test_half_precision_needs_a_gpu(tmp_path):

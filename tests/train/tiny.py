@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from flowdopr.config import Config, apply_overrides, load_config
+from flowdopr.runs import RunFolder
 
 YAML = """
 name: tiny
@@ -90,3 +91,10 @@ def assert_equal(a, b) -> None:
             assert_equal(x, y)
     else:
         assert a == b
+
+
+def without_times(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl, less what a machine's speed and memory decide."""
+    kept = {"step", "images", "loss", "lr", "grad_norm", "held_out_loss"}
+    lines = RunFolder.open(path).metrics()
+    return [{key: line[key] for key in kept & line.keys()} for line in lines]
