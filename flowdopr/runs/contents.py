@@ -34,6 +34,7 @@ class MetricsLine(TypedDict):
     step: int
     loss: NotRequired[float | None]
     held_out_loss: NotRequired[float | None]
+    skipped: NotRequired[int]
     seconds_per_step: NotRequired[float]
     data_wait: NotRequired[float]
     peak_memory_mib: NotRequired[float]

@@ -19,7 +19,7 @@ def poison(kind: str, steps: Collection[int], rank: int = 0, seed: int = 0) -> N
 
     Args:
         kind: "output" of the layer is NaN; "loss" overflows, because the last layer's output is
-            large but finite; "gradient" of the layer's output is infinite.
+            large but finite; "gradient" of the layer's output is infinite; "error" is raised.
     """
     build = start.build_components
     seeds = {derive_seed(seed, step, 1 + rank) for step in steps}
@@ -27,12 +27,14 @@ def poison(kind: str, steps: Collection[int], rank: int = 0, seed: int = 0) -> N
     def spoil(_, inputs, output):
         if torch.initial_seed() not in seeds or not output.requires_grad:
             return output
+        if kind == "error":
+            raise RuntimeError("a layer failed")
         if kind == "gradient":
             output.register_hook(lambda gradient: gradient * torch.inf)
         return output * {"output": torch.nan, "loss": 1e25, "gradient": 1.0}[kind]
 
-    def build_spoilt(*arguments):
-        components = build(*arguments)
+    def build_spoilt(*arguments, **options):
+        components = build(*arguments, **options)
         layer = "final" if kind == "loss" else LAYER
         components.model.get_submodule(layer).register_forward_hook(spoil)
         return components

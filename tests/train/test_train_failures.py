@@ -1,5 +1,6 @@
 """What fails does not take the trained steps with it, and is said in one line."""
 
+import json
 import re
 import resource
 import signal
@@ -8,6 +9,7 @@ import time
 
 import breaking
 import numpy as np
+import poison
 import pytest
 import torch
 from breaking import break_after_check
@@ -123,6 +125,18 @@ def test_the_end_of_a_process_ends_the_other_in_one_line(tmp_path, killed, signu
     assert "Traceback" not in said
     processes[killed].kill()
     processes[killed].communicate()
+
+
+@pytest.mark.slow
+def test_an_error_within_a_step_of_one_process_ends_the_other(tmp_path):
+    path, shared = tiny_file(tmp_path)
+    spoiling = json.dumps({"kind": "error", "steps": [3], "rank": 1})
+    processes = start_two(poison.__file__, spoiling, "train", str(path), *shared)
+    processes[1].wait(timeout=200)
+    said = [process.communicate(timeout=60)[1].strip() for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert said[0].split("\n")[-1].startswith("flowdopr: process 0: stopped, because another")
+    assert said[1].endswith("RuntimeError: a layer failed")
 
 
 def test_an_error_of_all_processes_is_said_once(tmp_path):
