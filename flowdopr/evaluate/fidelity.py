@@ -57,6 +57,11 @@ class Moments(NamedTuple):
         x = features.double()
         return cls(len(x), x.sum(0), x.T @ x)
 
+    def plus(self, other: "Moments") -> "Moments":
+        """Those of the images of both."""
+        sums = self.total + other.total, self.products + other.products
+        return Moments(self.count + other.count, *sums)
+
     def distance(self, other: "Moments") -> float:
         """The Frechet distance of two sets of images."""
         both = self._statistics(), other._statistics()

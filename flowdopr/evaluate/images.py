@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +57,7 @@ class Sums(NamedTuple):
 
     def plus(self, other: Sums) -> Sums:
         """The sums over the images of both."""
-        features = Moments(*map(add, self.features, other.features))
+        features = self.features.plus(other.features)
         return Sums(features, self.spectrum + other.spectrum, self.right + other.right)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +74,7 @@ class Components:
     sampling: Sampling
     guide_model: nn.Module | None
     decode: Callable[[Tensor], Tensor]
-    initial: Mapping[str, Any]
+    initial: dict[str, Any]
     """For versions.json: the file that the weights started from, if any."""
     sharded: bool
     """Whether the processes share out the weights: see `shards`."""

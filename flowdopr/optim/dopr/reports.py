@@ -40,8 +40,8 @@ class DeferredRead:
         if self._arrival is not None:
             self._arrival.record(torch.accelerator.current_stream(numbers.device))
 
-    def read(self) -> list:
-        """The numbers as nested lists."""
+    def read(self) -> Any:
+        """The numbers as nested lists, one number as it is."""
         if self._arrival is not None:
             self._arrival.synchronize()
         return self._numbers.tolist()
