@@ -269,13 +269,14 @@ class Trainer:
         if self.skipped_in_a_row < settings.max_skipped_steps:
             return
         own = culprit(self.raw_model, lambda: self._gradients(self.raw_model, batch))
-        causes = [cause for cause in gather_object([own]) if cause]
-        saved = self.run.steps()
-        sound = self.run.checkpoint_path(saved[-1]) if saved else "none"
+        self.saver.wait()
+        causes, saved = zip(*gather_object([(own, self.saver.saved)]), strict=True)
+        sound = self.run.checkpoint_path(saved[0]) if saved[0] else "none"
+        cause = next(filter(None, causes), "run once more, it is finite")
         raise TrainingFailed(
             f"{self.run.path}: the loss or the gradient was not finite on {self.skipped_in_a_row} "
-            f"steps in a row, up to step {step}: {causes[0] if causes else 'the cause is gone'}; "
-            f"newest checkpoint: {sound}; {TRY}"
+            f"steps in a row, up to step {step}: {cause}; "
+            f"newest sound checkpoint: {sound}; {TRY}"
         )
 
     def _set_lr(self) -> None:

@@ -83,7 +83,7 @@ def test_too_many_in_a_row_end_the_run_and_name_the_layer(tmp_path, spoilt, capf
     run = f"{tmp_path}/runs/tiny"
     assert line.startswith(f"flowdopr: {run}: the loss or the gradient was not finite on 3 steps")
     assert CAUSES[kind] in line
-    assert f"newest checkpoint: {run}/checkpoints/step-00000003; " in line
+    assert f"newest sound checkpoint: {run}/checkpoints/step-00000003; " in line
     assert run_command(["train", str(path), *shared, "--resume"]) == 1
     assert capfd.readouterr().err.strip().split("\n")[-1] == line
 
@@ -94,7 +94,7 @@ def test_a_run_that_diverged_before_its_first_checkpoint_says_so(tmp_path, capfd
     assert run_command(["train", str(path), *shared]) == 1
     line = capfd.readouterr().err.strip().split("\n")[-1]
     assert "up to step 11: the loss is inf, though" in line
-    assert line.endswith("newest checkpoint: none; " + TRY)
+    assert line.endswith("newest sound checkpoint: none; " + TRY)
 
 
 @pytest.mark.slow
