@@ -1,4 +1,4 @@
-"""The commands `flowdopr train | sample | evaluate | compare | encode | check`, each one call.
+"""The commands `flowdopr train | sample | evaluate | compare | encode | check | status | configs`.
 
 Modules are imported inside the commands, so that `--help` does not wait for torch.
 """
@@ -33,7 +33,7 @@ class Commands(TyperGroup):
             raise Stopped(f"{name} stopped; {KEPT[name]}") from None
         except Exception as error:
             name = ctx.invoked_subcommand
-            if name is None or not is_out_of_memory(error):
+            if name not in LESS_MEMORY or not is_out_of_memory(error):
                 raise
             raise OutOfMemory(f"{name}: out of memory; {LESS_MEMORY[name]}") from error
 
@@ -41,19 +41,8 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
-
-SETTINGS_OF_SAMPLE = {
-    "solver": "solver",
-    "steps": "solver.steps",
-    "atol": "solver.atol",
-    "rtol": "solver.rtol",
-    "guidance_scale": "guidance.scale",
-    "guide_run": "guidance.guide.run",
-    "guide_weights": "guidance.guide.weights",
-    "guide_step": "guidance.guide.step",
-    "batch_size": "batch_size",
-}
-"""Options of `flowdopr sample` that are short for settings of the section `sample`."""
+configs = typer.Typer(rich_markup_mode=None)
+app.add_typer(configs, name="configs", invoke_without_command=True)
 
 
 def _path(text: str) -> Path:
@@ -63,7 +52,7 @@ def _path(text: str) -> Path:
 
 ConfigFile = Annotated[
     Path,
-    Argument(metavar="CONFIG", parser=_path, help="YAML file, such as configs/quickstart.yaml."),
+    Argument(metavar="CONFIG", parser=_path, help="YAML file, or a name that `configs` lists."),
 ]
 RunPath = Annotated[
     Path, Argument(metavar="RUN", parser=_path, help="Run folder, such as runs/quickstart.")
@@ -89,6 +78,22 @@ LatentsPath = Annotated[
         parser=_path,
         help="Folder for the latents; an interrupted encoding goes on.",
     ),
+]
+ImageNumbers = Annotated[
+    str | None, Option(help="In place of --num, the numbers of images to draw again: 3,7,10-19.")
+]
+Labels = Annotated[
+    str | None, Option(help="Classes, repeated over the images: 3 or 0-9 or cat,dog.")
+]
+ImageSeed = Annotated[
+    int, Option(min=0, help="Image i depends on the seed and i alone (adaptive: up to tolerance).")
+]
+Npz = Annotated[
+    bool,
+    Option("--npz", help="Also write samples.npz as ADM's: arr_0 (uint8, NHWC), arr_1 (labels)."),
+]
+WithTrajectory = Annotated[
+    bool, Option("--trajectory", help="Also write trajectory.png: x_t and predicted x_1 along t.")
 ]
 AutoencoderPath = Annotated[
     str,
@@ -159,7 +164,8 @@ def sample(
     run: RunPath,
     out: ImagesPath,
     overrides: Overrides = None,
-    num: Annotated[int, Option(min=1, help="Number of images.")] = 64,
+    num: Annotated[int | None, Option(min=1, help="Number of images; default: 64.")] = None,
+    seeds: ImageNumbers = None,
     solver: Annotated[
         str | None, Option(help="torchdiffeq method or SDE solver, with its defaults.")
     ] = None,
@@ -174,13 +180,8 @@ def sample(
     ] = None,
     guide_weights: Annotated[str | None, Option(help="Weights of the guide; default: ema.")] = None,
     guide_step: Annotated[int | None, Option(help="Checkpoint of the guide.")] = None,
-    labels: Annotated[
-        str | None, Option(help="Class numbers, repeated over the images: 3 or 0,1,2.")
-    ] = None,
-    seed: Annotated[
-        int,
-        Option(min=0, help="Image i depends on the seed and i alone (adaptive: up to tolerance)."),
-    ] = 0,
+    labels: Labels = None,
+    seed: ImageSeed = 0,
     step: Checkpoint = None,
     ema: Annotated[
         str, Option(help="Weights: ema, raw, an average's own name, or posthoc-LENGTH.")
@@ -189,9 +190,8 @@ def sample(
     autoencoder: Annotated[
         str | None, Option(help="Where the autoencoder of a run on latents lies now.")
     ] = None,
-    npz: Annotated[
-        bool, Option("--npz", help="Also write samples.npz (arr_0: uint8, NHWC; labels).")
-    ] = False,
+    npz: Npz = False,
+    trajectory: WithTrajectory = False,
 ) -> None:
     """Draw images from a run: numbered PNGs and grid.png. Options default to the run's config.
 
@@ -199,17 +199,20 @@ def sample(
     """
     with importing():
         from flowdopr.evaluate import sample as run_sample
+        from flowdopr.evaluate import sample_overrides
 
     path = run_sample(
         run,
-        _sample_overrides(context, overrides),
+        [*sample_overrides(context.params), *(overrides or ())],
         num=num,
+        numbers=seeds,
         out=out,
-        labels=_numbers(labels),
+        labels=labels,
         seed=seed,
         step=step,
         weights=ema,
         npz=npz,
+        trajectory=trajectory,
         autoencoder=autoencoder,
     )
     _tell(path)
@@ -276,6 +279,24 @@ def compare(
 
 
 @app.command()
+def status(
+    path: Annotated[Path, Argument(metavar="RUN", parser=_path, help="Folder of a run or study.")],
+    watch: Annotated[bool, Option("--watch", help="Show it anew every two seconds.")] = False,
+) -> None:
+    """Show on one screen how far a run or a study is, also while it runs.
+
+    Step, time left, losses, newest FD, speed, memory, and the warnings of its log.
+    """
+    with importing():
+        from flowdopr.compare.status import status as read_status
+        from flowdopr.terminal import watching
+
+    if watch:
+        watching(lambda: read_status(path))
+    print(read_status(path))
+
+
+@app.command()
 def encode(
     config: ConfigFile,
     autoencoder: AutoencoderPath,
@@ -321,6 +342,31 @@ def check(data: DataPath, overrides: Overrides = None) -> None:
         raise typer.Exit(1)
 
 
+@configs.callback()
+def list_configs(context: typer.Context) -> None:
+    """List the configs that come with flowdopr; `show NAME` prints one.
+
+    Each command takes such a name in place of a file, and so does `base:` in a config.
+    """
+    from flowdopr.config import shipped, title
+
+    if context.invoked_subcommand is None:
+        found = shipped()
+        width = max(map(len, found), default=0)
+        for name, file in found.items():
+            print(f"{name:{width}}  {title(file)}")
+
+
+@configs.command()
+def show(name: Annotated[str, Argument(metavar="NAME")]) -> None:
+    """Print a config as a start for your own: flowdopr configs show quickstart > mine.yaml."""
+    from flowdopr.config import ConfigError, did_you_mean, shipped
+
+    if name not in shipped():
+        raise ConfigError(f"configs show {name}: unknown{did_you_mean(name, shipped(), 'one of')}")
+    print(shipped()[name].read_text(encoding="utf-8"), end="")
+
+
 def _resolved(
     config: Path, overrides: list[str] | None, print_only: bool, *, one_run: bool = False
 ) -> Config:
@@ -334,26 +380,10 @@ def _resolved(
     return resolved
 
 
-def _sample_overrides(context: typer.Context, overrides: list[str] | None) -> list[str]:
-    """The options that are short for settings, as overrides, and `overrides` after them."""
-    given = {key: context.params[option] for option, key in SETTINGS_OF_SAMPLE.items()}
-    options = [f"sample.{k}={json.dumps(v)}" for k, v in given.items() if v is not None]
-    return [*options, *(overrides or ())]
-
-
 def _tell(*lines: object) -> None:
     """Print results, such as the path of a file, once for all processes of a launch."""
     if os.environ.get("RANK", "0") == "0":
         print(*lines, sep="\n")
-
-
-def _numbers(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--labels {text}: write class numbers, such as 3 or 0,1,2") from None
 
 
 command = typer.main.get_command(app)

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,8 @@ KEPT = {
     "evaluate": "no card is written, others stay as they were; the same command starts anew",
     "compare": "finished runs are kept; the same command goes on",
     "check": "nothing is kept of it; the same command starts anew",
+    "configs": "it changes nothing",
+    "status": "it changes nothing",
     "encode": "complete files are kept; the same command goes on",
 }
 """What remains of each command's work after Ctrl-C stops it at once."""
@@ -50,14 +53,32 @@ class OutOfMemory(Exception):
     exit_code = 1
 
 
+class WrongInstallation(Exception):
+    """Packages that are installed do not fit together."""
+
+    exit_code = 2
+
+
 @contextmanager
 def importing() -> Iterator[None]:
     """Within the block, Ctrl-C prints one line and leaves at once: libraries that are interrupted
-    while they are imported hide that, or fail later. Outside the main thread it does nothing."""
+    while they are imported hide that, or fail later. Outside the main thread it does nothing.
+
+    Raises:
+        WrongInstallation: torchvision was built for another torch than the installed one.
+    """
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, _leave) if main else None
     try:
         yield
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+        pair = " and ".join(f"{name} {version(name)}" for name in ("torch", "torchvision"))
+        raise WrongInstallation(
+            f"{pair} do not fit together: install them again as a pair, by pip install --upgrade "
+            "--force-reinstall torch torchvision (both from the same index)"
+        ) from None
     finally:
         if main:
             signal.signal(signal.SIGINT, before)
@@ -120,7 +141,7 @@ def end_with(error: Exception) -> int | None:
         speaks = rank == 0 or os.environ.get("LOCAL_RANK") == "0"
         return end(line, code) if speaks and code is not None else code
     if _is_lost_connection(error):
-        why = "another process failed or died, see its line; FLOWDOPR_TRACEBACK=1 shows more"
+        why = "another process failed, died or hangs, see its line; FLOWDOPR_TRACEBACK=1 shows more"
         return end(f"process {rank}: stopped, because {why}", 1)
     try:
         first = store.compare_set(FIRST, "", f"{rank}: {line}").decode()

@@ -1,15 +1,14 @@
 """Regular expressions that settings hold, matched in linear time.
 
 Python's `re` tries every way to match, so `(.*)*!` on a name of 40 letters takes years. pydantic's
-engine is that of Rust, which has no look-around and no back-references, and does not.
+engine is that of Rust, which has no look-around and no back-references, and does not. It is
+imported for the first pattern, because the optimizers without patterns need torch alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-
-from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 
 @lru_cache
@@ -22,6 +21,10 @@ def finder(pattern: str) -> Callable[[str], bool]:
     Raises:
         ValueError: `pattern` is no regular expression, or one that this engine does not have.
     """
+    if not pattern:  # of the layers that no rule matches
+        return lambda name: True
+    from pydantic_core import SchemaError, SchemaValidator, core_schema
+
     try:
         return SchemaValidator(core_schema.str_schema(pattern=pattern)).isinstance_python
     except SchemaError as error:

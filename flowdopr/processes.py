@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
-"""Ways to share a model over processes that accelerate's environment may ask for."""
+REFUSED = ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
+"""Ways to share a model over processes that accelerate's environment may ask for, except FSDP2."""
 
 MALLOC_TRIM, MALLOC_MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 LARGEST_MMAP_THRESHOLD = 32 * 2**20  # bytes; glibc takes no larger one
@@ -37,18 +38,28 @@ def this_process() -> PartialState:
 
 
 def check_launch() -> None:
-    """Refuse an environment that asks accelerate for more than data parallelism.
+    """Refuse an environment that asks accelerate for more than data parallelism and FSDP2.
 
     Raises:
         ValueError: names the variable.
     """
-    for name in SHARDED:
+    for name in REFUSED:
         variable = f"ACCELERATE_USE_{name}"
         if parse_flag_from_env(variable):
             raise ValueError(
-                f"{variable}={os.environ[variable]}: flowdopr shares only batches over processes "
-                "(DDP); unset it, or choose multi-GPU in accelerate's config"
+                f"{variable}={os.environ[variable]}: flowdopr shares batches over processes (DDP), "
+                "and weights by FSDP2; unset it, or choose multi-GPU or FSDP in accelerate's config"
             )
+    if asks_for_shards() and os.environ.get("FSDP_VERSION") != "2":
+        raise ValueError(
+            f"FSDP_VERSION={os.environ.get('FSDP_VERSION', 1)}: flowdopr shares weights by FSDP2; "
+            "set fsdp_version: 2 in accelerate's config"
+        )
+
+
+def asks_for_shards() -> bool:
+    """Whether accelerate's environment asks for weights shared out over processes (FSDP)."""
+    return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
 def keep_freed_memory() -> None:
@@ -73,9 +84,12 @@ class Agreement:
     The hosts exchange them, so that no process waits for its device. All processes must make one.
     """
 
-    def __init__(self, num_processes: int):
-        several = num_processes > 1
-        self.group: Any = torch.distributed.new_group(backend="gloo") if several else None
+    def __init__(self, num_processes: int, patience: float):
+        """patience: seconds to wait for the other processes."""
+        self.group: Any = None
+        if num_processes > 1:
+            wait = timedelta(seconds=patience)
+            self.group = torch.distributed.new_group(backend="gloo", timeout=wait)
 
     def largest(self, *numbers: int) -> list[int]:
         """Each number, or a larger one of another process; all processes must call it."""
@@ -84,6 +98,15 @@ class Agreement:
         found = torch.tensor(numbers)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, self.group)
         return found.tolist()
+
+
+def gathered(value: Any, state: PartialState) -> list[Any] | None:
+    """`value` of every process in their order, in the first process; None in the others."""
+    if state.num_processes == 1:
+        return [value]
+    found = [None] * state.num_processes if state.is_main_process else None
+    torch.distributed.gather_object(value, found)
+    return found
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,8 +18,10 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LOOKS = 2.0
 
 # One console for everything: rich can print a line above a bar only if both use the same console.
 console = Console(stderr=True)
@@ -78,6 +82,14 @@ def telling(work: object) -> Iterator[None]:
         yield
     finally:
         _running.remove(work)
+
+
+def watching(text: Callable[[], str]) -> NoReturn:
+    """Show what `text` returns, anew every two seconds, until Ctrl-C."""
+    with Live(console=Console(), auto_refresh=False) as live:
+        while True:
+            live.update(Text(text()), refresh=True)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ sample: {solver: {name: euler, steps: 2}, num_images: 4}
 evaluate: {metrics: [spectrum], fid_num_images: 16}
 """
 CUT_AT = 18  # the step at which the runs stop whose files are harmed
-TIMES = {"seconds_per_step", "images_per_second", "peak_memory_mib"}
+TIMES = {"seconds_per_step", "images_per_second", "peak_memory_mib", "data_wait"}
 OUTCOMES = ("same", "refused", "different", "traceback", "silent")
 HEADINGS = ("bitwise the same", "refused in one line", "divergences", "tracebacks", "silent errors")
 
@@ -249,6 +249,8 @@ def try_small_disk(
         ]
     else:
         disk.mkdir(exist_ok=True)
+        if disk.is_mount():  # of a try that was stopped
+            subprocess.run(["umount", disk], check=True)
         size = chance.randint(20, 800)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk], check=True)
         try:

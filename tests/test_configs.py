@@ -12,8 +12,9 @@ from flowdopr.models import build_model
 from flowdopr.optim import build_optimizer, format_roles
 from flowdopr.train.start import optimizer_arguments
 
-FILES = sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml"))
-RECIPES = Path(__file__).parent.parent / "configs" / "recipes"
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILES = sorted({*CONFIGS.glob("**/*.yaml")} - {*CONFIGS.glob("accelerate/*")})
+RECIPES = CONFIGS / "recipes"
 SHAPES = {
     **dict.fromkeys(("mnist", "fashion_mnist"), (1, 28, 28)),
     "digits": (1, 8, 8),

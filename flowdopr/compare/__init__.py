@@ -29,11 +29,14 @@ from flowdopr.disk import locked, write_text
 from flowdopr.evaluate import RealImages
 from flowdopr.latents import build_datasets, build_pixel_datasets
 from flowdopr.processes import device_of, this_process
+from flowdopr.room import make_callable
 from flowdopr.runs import RunFolder
 from flowdopr.terminal import print_line, telling
 from flowdopr.train import Interrupted
 
 __all__ = ["StudyFailed", "check_overrides", "compare"]
+
+make_callable(__name__)
 
 
 class StudyFailed(RuntimeError):

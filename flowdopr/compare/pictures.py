@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from flowdopr.compare.formats import number
 from flowdopr.compare.study import Study
 from flowdopr.evaluate import Gallery
-from flowdopr.evaluate.draw import grid
+from flowdopr.pictures import grid
 
 SMALLEST, LARGEST = 48, 128  # side of an image in the report, in pixels
 WIDEST = 1600  # pixels of one row of images

@@ -1,12 +1,13 @@
 """Settings: the schema of every YAML file and the strict loader."""
 
-from flowdopr.config.errors import ConfigError
+from flowdopr.config.errors import ConfigError, did_you_mean
 from flowdopr.config.flow import FlowConfig
 from flowdopr.config.load import (
     apply_overrides,
     effective,
     load_config,
     load_data_config,
+    read_config,
     to_dict,
     to_yaml,
 )
@@ -21,6 +22,7 @@ from flowdopr.config.schema import (
     EvaluateConfig,
     TrainConfig,
 )
+from flowdopr.config.shipped import shipped, title
 
 __all__ = [
     "ArmConfig",
@@ -35,9 +37,13 @@ __all__ = [
     "SampleConfig",
     "TrainConfig",
     "apply_overrides",
+    "did_you_mean",
     "effective",
     "load_config",
     "load_data_config",
+    "read_config",
+    "shipped",
+    "title",
     "to_dict",
     "to_yaml",
 ]

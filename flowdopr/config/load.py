@@ -1,10 +1,11 @@
 """Strict loading of a YAML config: `base:` inheritance, dotted overrides, one-line errors.
 
-    config = load_config("configs/quickstart.yaml", ["optimizer.lr=1e-3"])
+    config = load_config("quickstart", ["optimizer.lr=1e-3"])
 
-A file's `base:` (a path relative to the file) is loaded first and the file is merged over it,
-mapping by mapping. A section whose `name` changes starts afresh: its other settings belonged to the
-old name. An optimizer that is named without `dopr` has none.
+A config is a file, or the name of one that comes with flowdopr. A file's `base:` (a path relative
+to the file, or such a name) is loaded first and the file is merged over it, mapping by mapping. A
+section whose `name` changes starts afresh: its other settings belonged to the old name. An
+optimizer that is named without `dopr` has none.
 
 A dotted override replaces one setting. `section.name=NEW` keeps the section's settings that differ
 from the old name's defaults; `section=NEW` starts afresh.
@@ -15,9 +16,11 @@ Short forms are written out while values are merged: a bare word is a section of
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from pydantic_core import to_jsonable_python
 
 from flowdopr.config.errors import ConfigError, complaints, cut
 from flowdopr.config.schema import Config
+from flowdopr.config.shipped import config_file, shipped
 from flowdopr.config.types import Sections, choices, field_of, sections_in
 from flowdopr.config.yaml12 import DEEPEST, LONGEST, dump_yaml, parse_yaml
 
@@ -43,13 +47,38 @@ def load_config(
     """Read `path`, its bases and `overrides` (`a.b=value`, the value in YAML) into a Config.
 
     Args:
+        path: a file, or the name of a config that comes with flowdopr, such as "quickstart".
         follow_base: False refuses a `base`, for a file that somebody else may have written: it must
             not open others.
 
     Raises:
         ConfigError: a file is missing or is not YAML, or a key, type or range is wrong.
     """
-    return _resolved(_read(Path(path), () if follow_base else None), overrides, str(path))
+    path = config_file(path)
+    return _resolved(_read(path, () if follow_base else None), overrides, str(path))
+
+
+def read_config(
+    source: Config | Mapping[str, Any] | str | Path, overrides: Iterable[str] = ()
+) -> Config:
+    """The config that `source` is or names, with `overrides`.
+
+    Args:
+        source: a Config, a mapping of what a file has (also `base`), or as for `load_config`.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    if isinstance(source, Config):
+        return apply_overrides(source, overrides)
+    if isinstance(source, str | Path):
+        return load_config(source, overrides)
+    place = Path("config")  # what messages name; a base is relative to the working directory
+    try:
+        values = json.loads(json.dumps(dict(source), default=os.fspath))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{place}: {error}; give what a YAML file can hold") from None
+    return _resolved(_based(values, place, ()), overrides, str(place))
 
 
 def load_data_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -64,7 +93,8 @@ def load_data_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             raise ConfigError(f"{_named(override)}: only data.* is used here; remove it")
     unused = {"name": "data", "model": {"name": "dit"}}
     unused["train"] = {"steps": 1, "global_batch_size": 1}
-    return _resolved(unused | _read(Path(path), ()), overrides, str(path))
+    path = config_file(path)
+    return _resolved(unused | _read(path, ()), overrides, str(path))
 
 
 def apply_overrides(config: Config, overrides: Iterable[str], place: str = "overrides") -> Config:
@@ -102,8 +132,12 @@ def to_yaml(config: Config) -> str:
 def _read(path: Path, opened: tuple[Path, ...] | None) -> Values:
     """The settings of the file at `path` over those of its bases; `opened` files led here, None if
     the file may have no base."""
-    values, below = _parsed(path, opened), {}
-    base = values.pop("base", None)
+    return _based(_parsed(path, opened), path, opened)
+
+
+def _based(values: Values, path: Path, opened: tuple[Path, ...] | None) -> Values:
+    """`values` of the file at `path` over those of its bases."""
+    below, base = {}, values.pop("base", None)
     if base is not None:
         below = _read(*_base(path, base, opened))
     try:
@@ -125,7 +159,7 @@ def _base(path: Path, base: Any, opened: tuple[Path, ...] | None) -> tuple[Path,
         problem = f"{base} leads back to an earlier file, or there are more than {MOST_BASES} bases"
     if problem or opened is None:
         raise ConfigError(f"{path}: base: {problem}")
-    return path.parent / Path(base).expanduser(), (*opened, path)
+    return config_file(base, path.parent), (*opened, path)
 
 
 def _parsed(path: Path, opened: tuple[Path, ...] | None) -> Values:
@@ -142,7 +176,9 @@ def _parsed(path: Path, opened: tuple[Path, ...] | None) -> Values:
         with open(path, "rb") as file:
             values = parse_yaml(file.read(LONGEST + 1))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file{by}") from None
+        near = difflib.get_close_matches(path.as_posix(), shipped(), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "`flowdopr configs` lists those it has"
+        raise ConfigError(f"{path}: no such config file{by}; {hint}") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{path}: cannot be read as a config{by}: {reason}") from None

@@ -28,7 +28,7 @@ from flowdopr.config.types import (
     Words,
 )
 
-FILES = ("folder", "zip")
+FILES = ("folder", "zip", "tar")
 DOWNLOADED = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 USED_BY = {  # the data sets that use a setting, where not all do
     "root": (*DOWNLOADED, *FILES, "latents"),
@@ -39,6 +39,7 @@ USED_BY = {  # the data sets that use a setting, where not all do
     "on_bad_image": FILES,
     "download": (*DOWNLOADED, "latents"),
     "num_workers": (*FILES, "latents"),
+    "cache": FILES,
     **dict.fromkeys(("autoencoder", "source_root"), ("latents",)),
 }
 
@@ -46,26 +47,28 @@ USED_BY = {  # the data sets that use a setting, where not all do
 class DataConfig(Section):
     # fmt: off
     name: Literal[
-        "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "folder", "zip", "latents"
+        "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "folder", "zip", "tar", "latents"
     ]
     # fmt: on
-    """Data set. `digits` ships with scikit-learn; `folder` and `zip` hold images of your own, flat
-    or one folder a class; `latents` is what `flowdopr encode` wrote."""
+    """Data set. `digits` ships with scikit-learn; `folder`, `zip` and `tar` hold your own images,
+    flat or one folder a class, `tar` also webdataset's shards; `latents` is what `flowdopr encode`
+    wrote."""
     root: PathText = "data"
-    """Where the data set is or is downloaded to: a folder, or the archive itself for `zip`."""
+    """Where the data set is or is downloaded to: a folder, or the archive itself for `zip`; for
+    `tar` the archive, a folder of archives or a pattern such as `'shards/{000..012}.tar'`."""
     image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
     """Side in pixels: images are resized (shorter side) and centre-cropped. Default: as is."""
     resize: Literal["bilinear", "adm"] = "bilinear"
     """How `image_size` is reached. bilinear: antialiased. adm: as ADM, DiT and SiT prepare
-    ImageNet, halving and then bicubic; for `folder` and `zip`."""
+    ImageNet, halving and then bicubic; for `folder`, `zip` and `tar`."""
     channels: Literal[1, 3] | None = None
-    """1 (grey) or 3 (RGB). Default: as the data set has them; 3 for `folder` and `zip`."""
+    """1 (grey) or 3 (RGB). Default: as the data set has them; 3 for `folder`, `zip` and `tar`."""
     horizontal_flip: bool = False
     """Mirror each training image with probability 1/2. The FID reference is never mirrored."""
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share held out of training where the data set has no test split (digits, folder, zip)."""
+    """Share held out of training where the data set has no test split: digits, folder, zip, tar."""
     held_out_root: PathText | None = None
-    """`folder`, `zip`: folder or archive of the held-out images, instead of a share of `root`.
+    """`folder`, `zip`, `tar`: place of the held-out images, instead of a share of `root`.
     `latents`: where those are now."""
     on_bad_image: Literal["error", "skip"] = "error"
     """What an image that cannot be decoded does. error: training looks at as many images as it can
@@ -75,6 +78,9 @@ class DataConfig(Section):
     """Download a torchvision data set that is not in `root` yet."""
     num_workers: CountOrZero = 0
     """Processes that decode images, for each training process. 0: the training process itself."""
+    cache: Literal["none", "memory"] = "none"
+    """memory: each training process decodes all training images at its start and holds them as
+    uint8; refused if they do not fit."""
     autoencoder: PathText | None = None
     """`latents`: path of the autoencoder. null: its path at encoding."""
     source_root: PathText | None = None
@@ -104,6 +110,12 @@ class TrainConfig(Section):
     """Forward-backward passes per optimizer step; each sees an equal share of the batch."""
     max_grad_norm: Positive | None = 1.0
     """Clip the gradient (before AP) to this norm; null: never."""
+    max_skipped_steps: Count = 10
+    """A step whose loss or gradient is not finite is skipped and counted. After this many in a row
+    training ends, and names the layer."""
+    patience: Positive = 1800.0
+    """Seconds that a process waits for the others before the run ends because one of them hangs.
+    The first one alone computes held-out losses and sample grids, while the others wait."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision; `no` is float32."""
     compile: bool = False

@@ -61,7 +61,8 @@ def check_all(source: Source) -> dict[str, BadImage]:
     The result is kept for `broken_images`, unless a file could not be read at all.
     """
     kept = _cache_file(source)
-    _, found = _faults(partial(load, source), source.names, math.inf, BadImage)
+    _, faults = _faults(partial(load, source), range(len(source.names)), math.inf, BadImage)
+    found = {source.names[number]: bad for number, bad in faults.items()}
     if all(bad.decoding for bad in found.values()):
         reasons = {name: bad.reason for name, bad in found.items()}
         with (

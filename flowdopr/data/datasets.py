@@ -18,27 +18,26 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from flowdopr.config import DataConfig
+from flowdopr.data.archives import Archive, Shards
 from flowdopr.data.check import broken_images
 from flowdopr.data.files import ImageFiles, load
 from flowdopr.data.info import DatasetInfo, Datasets
 from flowdopr.data.labels import Classes, find_classes
+from flowdopr.data.listing import LABEL_FILE
 from flowdopr.data.memory import ImageTensor
-from flowdopr.data.sources import (
-    LABEL_FILE,
-    Archive,
-    Folder,
-    Source,
-    fingerprint_files,
-    shown,
-    why,
-)
-from flowdopr.data.transforms import fit
+from flowdopr.data.sources import Folder, Source, fingerprint_files, shown, why
+from flowdopr.data.transforms import Fit
 
 TORCHVISION = {
     "mnist": torchvision.datasets.MNIST,
     "fashion_mnist": torchvision.datasets.FashionMNIST,
     "cifar10": torchvision.datasets.CIFAR10,
     "cifar100": torchvision.datasets.CIFAR100,
+}
+SOURCES: dict[str, type[Folder | Archive | Shards]] = {
+    "folder": Folder,
+    "zip": Archive,
+    "tar": Shards,
 }
 
 
@@ -62,15 +61,18 @@ def build_image_datasets(data: DataConfig) -> Datasets:
     return _from_two(data, *sources) if len(sources) == 2 else _from_files(data, *sources)
 
 
-def open_sources(data: DataConfig) -> list[Source]:
+def open_sources(data: DataConfig, *, afresh: bool = False) -> list[Source]:
     """The folders or archives that `data` names: `root`, and `held_out_root` if there is one.
 
+    `afresh`: list their files even if there is an index.
+
     Raises:
-        ValueError: see `Folder` and `Archive`.
+        ValueError: see `Folder`, `Archive` and `Shards`.
     """
-    kind = Archive if data.name == "zip" else Folder
+    kind = SOURCES[data.name]
     others = [data.held_out_root] if data.held_out_root is not None else []
-    return [kind(data.root), *(kind(root, "data.held_out_root") for root in others)]
+    held_out = (kind(root, "data.held_out_root", afresh=afresh) for root in others)
+    return [kind(data.root, afresh=afresh), *held_out]
 
 
 def split(labels: Tensor, held_out_fraction: float, names: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -81,8 +83,9 @@ def split(labels: Tensor, held_out_fraction: float, names: Sequence[str]) -> tup
     """
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(labels)))
     held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique().tolist():
-        members = order[labels[order] == label]
+    found, counts = labels.unique(return_counts=True)
+    by_class = order[labels[order].argsort(stable=True)].split(counts.tolist())
+    for label, members in zip(found.tolist(), by_class, strict=True):
         if len(members) < 2:
             which = f"class '{names[label]}' has" if names else "the data set has"
             raise ValueError(
@@ -98,7 +101,7 @@ def _in_memory(
     data: DataConfig, train: ImageTensor, held_out: ImageTensor, names: Sequence[str]
 ) -> Datasets:
     """Resize both splits once and fingerprint the results."""
-    transform = fit(data.image_size, data.channels or train.images.shape[1])
+    transform = Fit(data.image_size, data.channels or train.images.shape[1])
     digest = hashlib.sha256(data.name.encode())
     fitted = []
     for part in (train, held_out):
@@ -201,8 +204,7 @@ def _to_tensors(dataset) -> ImageTensor:
 def _from_files(data: DataConfig, source: Source) -> Datasets:
     """The images of a folder or archive, a share of each class held out."""
     classes = find_classes(source)
-    every = torch.tensor(classes.labels)
-    train, held_out = split(every, data.held_out_fraction, classes.names)
+    train, held_out = split(classes.labels, data.held_out_fraction, classes.names)
     settings = (data.image_size, data.held_out_fraction)
     datasets = _pair(data, (source, train, classes), (source, held_out, classes), settings)
     return replace(datasets, remarks=(*classes.remarks, *source.remarks()))
@@ -232,7 +234,7 @@ def _from_two(data: DataConfig, source: Source, other: Source) -> Datasets:
 
 def _of_list(classes: Classes) -> tuple[str, ...]:
     """What a fingerprint has of labels that no folder names."""
-    labels = torch.tensor(classes.labels).numpy().tobytes()
+    labels = classes.labels.numpy().tobytes()
     return (hashlib.sha256(labels).hexdigest(),) if classes.listed else ()
 
 
@@ -242,12 +244,12 @@ Part = tuple[Source, Tensor, Classes]  # with the indices of the part's files
 def _pair(data: DataConfig, train: Part, held_out: Part, settings: tuple) -> Datasets:
     """Two splits of files; only the first file is decoded, for its shape."""
     channels, (source, _, classes) = data.channels or 3, train
-    transform = fit(data.image_size, channels, data.resize)
-    first = transform(load(source, source.names[0]))
+    transform = Fit(data.image_size, channels, data.resize)
+    first = transform(load(source, 0))
     image_shape = (channels, first.shape[1], first.shape[2])
     resize = () if data.resize == "bilinear" else (data.resize,)
     splits = [
-        ImageFiles(files, part, torch.tensor(found.labels)[part], transform, image_shape)
+        ImageFiles(files, part, found.labels[part], transform, image_shape)
         for files, part, found in (train, held_out)
     ]
     settings = (data.name, image_shape, *settings, *resize, *_of_list(classes))

@@ -41,16 +41,16 @@ class BadImage(ValueError):
         return bad
 
 
-def load(source: Source, name: str) -> Tensor:
-    """uint8 RGB `(3, H, W)`, upright.
+def load(source: Source, number: int) -> Tensor:
+    """The image `source.names[number]` as uint8 RGB `(3, H, W)`, upright.
 
     Raises:
         BadImage: it cannot be read or decoded.
     """
     try:
-        return decode(source.read(name))
+        return decode(source.read(number))
     except Exception as error:  # archives fail in many ways
-        raise BadImage.of(source, name, error) from None
+        raise BadImage.of(source, source.names[number], error) from None
 
 
 class ImageFiles(ImageDataset):
@@ -68,12 +68,13 @@ class ImageFiles(ImageDataset):
         self.transform, self.image_shape = transform, image_shape
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        name = self.source.names[int(self.indices[index])]
-        image = self.transform(load(self.source, name))
+        number = int(self.indices[index])
+        image = self.transform(load(self.source, number))
         if tuple(image.shape) != self.image_shape:
             (_, h, w), (_, height, width) = image.shape, self.image_shape
+            place = self.source.where(self.source.names[number])
             raise ValueError(
-                f"{self.source.setting}: '{self.source.where(name)}' has {w}x{h} pixels, the "
+                f"{self.source.setting}: '{place}' has {w}x{h} pixels, the "
                 f"others {width}x{height}; set data.image_size to bring all to one size"
             )
         return image, int(self.labels[index])

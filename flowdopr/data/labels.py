@@ -2,17 +2,21 @@
 
     {"labels": [["00000/img00000000.png", 6], ...]}     or {"labels": null}: no classes
 
-Labels are ints, 0 where there are no classes.
+Labels are int64 `(N,)`, 0 where there are no classes.
 """
 
 import posixpath
 import re
 from typing import Annotated, NamedTuple
 
+import numpy as np
+import torch
 from pydantic import BaseModel, Field
+from torch import Tensor
 
 from flowdopr.data.info import MOST_NAMES
-from flowdopr.data.sources import LABEL_FILE, Source, shown, why
+from flowdopr.data.listing import LABEL_FILE
+from flowdopr.data.sources import Source, shown, why
 from flowdopr.disk import parse_json
 
 # Names of folders that are parts of a data set; those that come first are preferred to train on.
@@ -29,10 +33,10 @@ class LabelFile(BaseModel):
 class Classes(NamedTuple):
     """The label of each of a source's images, and the names of the classes (none: no classes).
 
-    `listed`: whether a dataset.json lists them. `remarks`: what a user should know of them.
+    `listed`: whether a file lists them. `remarks`: what a user should know of them.
     """
 
-    labels: list[int]
+    labels: Tensor
     names: tuple[str, ...]
     listed: bool = False
     remarks: tuple[str, ...] = ()
@@ -41,8 +45,8 @@ class Classes(NamedTuple):
 def find_classes(source: Source) -> Classes:
     """The classes of the images of `source`.
 
-    A dataset.json decides, if there is one beside or above the images. Without it, each folder is
-    a class; a folder that contains all others (`images` of `images/cat/1.png` and
+    The labels of shards decide, or a dataset.json beside or above the images. Without them, each
+    folder is a class; a folder that contains all others (`images` of `images/cat/1.png` and
     `images/dog/2.png`) is not, and neither are EDM's folders of 1,000 images.
 
     Raises:
@@ -50,28 +54,36 @@ def find_classes(source: Source) -> Classes:
             class folders and some beside them, or folders such as `train` and `val`.
     """
     refuse_empty(source)
-    folders = [posixpath.dirname(name) for name in source.names]
-    top = _parts(posixpath.commonpath(folders))
+    if (given := source.labels()) is not None:
+        names = tuple(map(str, range(int(given.max()) + 1)))
+        return Classes(given, names, True, (f"classes as in '{shown(source.root)}'",))
+    listing = source.listing
+    used = np.unique(listing.folder_of)
+    folders = [source.class_folder(folder) for folder in listing.folders]
+    top = _parts(posixpath.commonpath([folders[number] for number in used]))
     for depth in range(len(top), -1, -1):
         file = "/".join([*top[:depth], LABEL_FILE])
-        if file in source.others:
+        if file in listing.label_files:
             return _listed(source, file)
-    inner = [_parts(folder)[len(top) :] for folder in folders]
-    names = sorted({folder[0] for folder in inner if folder})
+    inner = {number: _parts(folders[number])[len(top) :] for number in used.tolist()}
+    names = sorted({folder[0] for folder in inner.values() if folder})
     _refuse_splits(source, "/".join(top), names)
-    if not any(inner) or all(map(EDM_NAME.fullmatch, source.names)):
-        return Classes([0] * len(inner), ())
-    if [] in inner:
+    if not any(inner.values()) or all(map(EDM_NAME.fullmatch, source.names)):
+        return Classes(torch.zeros(len(source.names), dtype=torch.int64), ())
+    if bare := [number for number, folder in inner.items() if not folder]:
+        first = source.names[int(np.isin(listing.folder_of, bare).argmax())]
         raise ValueError(
-            f"{source.setting}: '{source.where(source.names[inner.index([])])}' lies beside class "
+            f"{source.setting}: '{source.where(first)}' lies beside class "
             "folders; put it into one of them, or all images into one folder"
         )
-    number = {name: label for label, name in enumerate(names)}
-    beside = [path for path in source.others if posixpath.dirname(path[:-1]) == "/".join(top)]
-    empty = [posixpath.basename(path[:-1]) for path in beside if path.endswith("/")]
-    empty = [shown(folder) for folder in empty if folder not in number]
-    remarks = (f"without an image: {', '.join(empty[:MOST_NAMES])}",) if empty else ()
-    labels = [number[folder[0]] for folder in inner]
+    label = {name: number for number, name in enumerate(names)}
+    label_of = np.zeros(len(folders), dtype=np.int64)
+    for number, folder in inner.items():
+        label_of[number] = label[folder[0]]
+    beside = {folder for folder in folders if posixpath.dirname(folder) == "/".join(top)}
+    empty = sorted({posixpath.basename(folder) for folder in beside} - {*names, ""})
+    remarks = (f"without an image: {', '.join(map(shown, empty[:MOST_NAMES]))}",) if empty else ()
+    labels = torch.from_numpy(label_of[listing.folder_of])
     return Classes(labels, tuple(map(shown, names)), remarks=remarks)
 
 
@@ -110,9 +122,9 @@ def _listed(source: Source, file: str) -> Classes:
     """
     folder, remark = file.removesuffix(LABEL_FILE), f"classes as in '{source.where(file)}'"
     try:
-        labels = parse_json(LabelFile, source.read(file)).labels
+        labels = parse_json(LabelFile, source.read_labels(file)).labels
         if labels is None:
-            return Classes([0] * len(source.names), (), True, (remark,))
+            return Classes(torch.zeros(len(source.names), dtype=torch.int64), (), True, (remark,))
         number = {folder + path.replace("\\", "/"): label for path, label in labels}
         if lost := number.keys() - {*source.names, *source.broken}:
             raise ValueError(f"there is no image '{shown(min(lost))}'")
@@ -125,4 +137,5 @@ def _listed(source: Source, file: str) -> Classes:
             '{"labels": null} or {"labels": [["PATH", NUMBER], ...]}'
         ) from None
     names = map(str, range(max(number.values()) + 1))
-    return Classes([number[name] for name in source.names], tuple(names), True, (remark,))
+    labels = torch.tensor([number[name] for name in source.names])
+    return Classes(labels, tuple(names), True, (remark,))

@@ -1,6 +1,7 @@
 """Endless training batches, each a pure function of (seed, step).
 
-Shapes: `(B, C, H, W)` images, `(B,)` labels, B the process's share of the global batch.
+Shapes: `(B, C, H, W)` images, `(B,)` labels, B the process's share of the global batch. Images stay
+uint8 until `Batch.on` brings them to the device.
 
 The epochs form one endless sequence of images, each epoch in its own order. Step s takes the next
 `global_batch_size` images, so a batch may span two epochs, and each epoch shows every image once.
@@ -8,7 +9,9 @@ A process takes its contiguous share of them, independent of the number of loade
 be resumed at any step.
 """
 
-from collections.abc import Iterable, Iterator
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -17,8 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flowdopr.config import Config
-from flowdopr.data.memory import ImageDataset, ImageTensor, Picks
+from flowdopr.data.files import ImageFiles
+from flowdopr.data.memory import Batch, ImageDataset, ImageTensor, Picks, free_memory
 from flowdopr.data.transforms import to_float
+from flowdopr.terminal import counting
 
 
 @lru_cache(maxsize=4)
@@ -54,12 +59,12 @@ class _StepSampler:
 
 
 class _Batches(Dataset):
-    """`batches[picks]` -> images and labels; the unit of work of a loader worker."""
+    """`batches[picks]` -> a `Batch`; the unit of work of a loader worker."""
 
     def __init__(self, dataset: ImageDataset, seed: int, *, flip: bool):
         self.dataset, self.seed, self.flip = dataset, seed, flip
 
-    def __getitem__(self, picks: Picks) -> tuple[Tensor, Tensor] | ValueError:
+    def __getitem__(self, picks: Picks) -> Batch | ValueError:
         if not self.flip:
             picks = picks._replace(mirrored=torch.zeros_like(picks.mirrored))
         try:
@@ -76,15 +81,16 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     start_step: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (x_1, y) of steps `start_step`, `start_step + 1`, ..., on the CPU (pinned for CUDA).
+) -> Iterator[Batch]:
+    """Endless batches of steps `start_step`, `start_step + 1`, ..., on the CPU (pinned for CUDA).
 
-    x_1 is `(B, C, H, W)` float32 in [-1, 1], y `(B,)` int64, B = `train.global_batch_size` /
-    `world_size`: all the accumulation steps of one optimizer step together. Images are mirrored
-    with probability 1/2 if `data.horizontal_flip`, depending on (seed, epoch, image) alone.
+    B = `train.global_batch_size` / `world_size`: all the accumulation steps of one optimizer step
+    together. Images are mirrored with probability 1/2 if `data.horizontal_flip`, depending on
+    (seed, epoch, image) alone.
 
     Raises:
-        ValueError: the batch does not divide over the processes; later, an unreadable image.
+        ValueError: the batch does not divide over the processes; images that do not fit into
+            memory for `data.cache`; later, an unreadable image.
     """
     size = config.train.global_batch_size
     if size % world_size:
@@ -93,6 +99,8 @@ def build_loader(
             f"{world_size}"
         )
     share = slice(rank * size // world_size, (rank + 1) * size // world_size)
+    if config.data.cache == "memory" and isinstance(dataset, ImageFiles):
+        dataset = in_memory(dataset, config.data.num_workers)
     sampler = _StepSampler(config.seed, len(dataset), size, share, start_step)
     return _load(
         dataset,
@@ -103,9 +111,38 @@ def build_loader(
     )
 
 
+def in_memory(dataset: ImageFiles, num_workers: int = 0) -> ImageTensor:
+    """All images of `dataset`, decoded: `(N, C, H, W)` uint8.
+
+    Raises:
+        ValueError: they do not fit into memory, or one cannot be read.
+    """
+    shape, processes = (len(dataset), *dataset.image_shape), os.environ.get("LOCAL_WORLD_SIZE", 1)
+    need, free = math.prod(shape) * int(processes), free_memory()
+    if need > free:
+        size = " x ".join(map(str, dataset.image_shape))
+        raise ValueError(
+            f"data.cache=memory: {len(dataset):,} images of {size} take {need / 2**30:.3g} GiB in "
+            f"{processes} process(es), and {free / 2**30:.3g} GiB are free: set data.cache=none or "
+            "a smaller data.image_size"
+        )
+    images, done = torch.empty(shape, dtype=torch.uint8), 0
+    with counting("decoding images", len(dataset)) as progress:
+        for batch in _load(dataset, _in_order(range(len(dataset)), 256), num_workers):
+            images[done : done + len(batch.labels)] = batch.images
+            done += len(batch.labels)
+            progress(len(batch.labels))
+    return ImageTensor(images, dataset.labels)
+
+
 def _load(
-    dataset: ImageDataset, picks: Iterable[Picks], num_workers: int, *, seed: int, flip: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
+    dataset: ImageDataset,
+    picks: Iterable[Picks],
+    num_workers: int,
+    *,
+    seed: int = 0,
+    flip: bool = False,
+) -> Iterator[Batch]:
     loader = DataLoader(
         _Batches(dataset, seed, flip=flip),
         sampler=picks,
@@ -134,6 +171,11 @@ def span_batches(
     dataset: ImageDataset, span: range, batch_size: int, num_workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The images of `span` once, in order, as (x_1, y) on the CPU, decoded by worker processes."""
+    for batch in _load(dataset, _in_order(span, batch_size), num_workers):
+        yield batch.on("cpu")
+
+
+def _in_order(span: range, batch_size: int) -> Sequence[Picks]:
+    """The images of `span`, none mirrored, in the first epoch."""
     chunks = torch.arange(span.start, span.stop).split(batch_size)
-    picks = [Picks(part, torch.zeros(len(part), dtype=torch.bool), 0 * part) for part in chunks]
-    return _load(dataset, picks, num_workers, seed=0, flip=False)
+    return [Picks(part, torch.zeros(len(part), dtype=torch.bool), 0 * part) for part in chunks]

@@ -3,13 +3,15 @@
 Shapes: images uint8 `(N, C, H, W)`, labels int64 `(N,)`. Latents are float32 `(N, L, h, w)`.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flowdopr.data.transforms import from_uint8, mirror
+from flowdopr.data.transforms import mirror, to_float
 
 
 class Picks(NamedTuple):
@@ -18,6 +20,29 @@ class Picks(NamedTuple):
     indices: Tensor
     mirrored: Tensor
     epochs: Tensor
+
+
+class Batch(NamedTuple):
+    """A batch on its way to the device, where it becomes floats: a quarter of the bytes to move.
+
+    Images `(B, C, H, W)` uint8, or float32 latents; labels `(B,)` int64; and `(B,)` bool, which
+    images are still to be mirrored, None for none.
+    """
+
+    images: Tensor
+    labels: Tensor
+    mirrored: Tensor | None = None
+
+    def part(self, rows: slice) -> "Batch":
+        mirrored = None if self.mirrored is None else self.mirrored[rows]
+        return Batch(self.images[rows], self.labels[rows], mirrored)
+
+    def on(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """x_1 `(B, C, H, W)` float32, images in [-1, 1], and y `(B,)`; the host does not wait."""
+        images, labels = (part.to(device, non_blocking=True) for part in (self.images, self.labels))
+        if self.mirrored is not None:
+            images = mirror(images, self.mirrored.to(device, non_blocking=True))
+        return to_float(images), labels
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
@@ -36,11 +61,9 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         images = torch.stack([self[index][0] for index in indices.tolist()])
         return images, self.labels[indices]
 
-    def drawn(self, picks: Picks, seed: int) -> tuple[Tensor, Tensor]:
-        """A training batch: x_1 `(B, C, H, W)` float32 and y `(B,)` of `picks`, mirrored as they
-        say. Random numbers depend only on (`seed`, epoch, image)."""
-        images, labels = self.batch(picks.indices)
-        return from_uint8(mirror(images, picks.mirrored)), labels
+    def drawn(self, picks: Picks, seed: int) -> Batch:
+        """The training batch of `picks`. Random numbers depend only on (`seed`, epoch, image)."""
+        return Batch(*self.batch(picks.indices), picks.mirrored)
 
 
 class ImageTensor(ImageDataset):
@@ -54,3 +77,10 @@ class ImageTensor(ImageDataset):
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         return self.images[indices], self.labels[indices]
+
+
+def free_memory() -> int:
+    """Bytes of memory that are free, within the limit of the container if there is one."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else ""
+    return min([psutil.virtual_memory().available, *([int(text)] if text.isdigit() else [])])

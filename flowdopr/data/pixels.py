@@ -2,18 +2,20 @@
 
 Pillow decodes. Orientation is that of the EXIF tag; of several frames or pages the first counts;
 what is transparent lies on white; of 16 bits the upper 8 count; CMYK and other colours become RGB
-by Pillow's own conversion, without colour profiles.
+by Pillow's own conversion, without colour profiles. Images beyond Pillow's limit against
+decompression bombs, 178,956,970 pixels, are refused before they are decoded.
 
 Shapes: an image is uint8 RGB `(3, H, W)`.
 """
 
 import io
+import warnings
 from functools import cache
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from flowdopr.exits import reason
 
@@ -21,6 +23,9 @@ from flowdopr.exits import reason
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 COMMON = {"JPEG", "PNG", "WEBP"}
 SIXTEEN_BITS = {"PNG", "PPM"}  # formats that Pillow may open with 16 bits in its 32-bit mode
+
+# Pillow warns at half of the number of pixels that it refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @cache
@@ -50,7 +55,9 @@ def decode(content: bytes) -> Tensor:
             sixteen = image.mode.startswith("I;16") or (
                 image.mode == "I" and image.format in SIXTEEN_BITS
             )
-            return pil_to_tensor(_eight_bits(ImageOps.exif_transpose(image), sixteen=sixteen))
+            ImageOps.exif_transpose(image, in_place=True)
+            pixels = np.array(_eight_bits(image, sixteen=sixteen))
+            return torch.from_numpy(pixels).permute(2, 0, 1)
     except UnidentifiedImageError:
         raise ValueError("no image format that Pillow decodes") from None
     except Exception as error:  # decoders fail in many ways
@@ -66,4 +73,4 @@ def _eight_bits(image: Image.Image, *, sixteen: bool) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,84 +1,159 @@
-"""The files of a folder or of a ZIP archive, listed and read, but not decoded.
+"""The files of a data set, listed and read, but not decoded; those of a folder here.
 
-Links are followed. Hidden files and macOS's `__MACOSX` are not listed. Archives are read without
-extracting them; an archive that was made on Windows may have `\\` in its names.
+Links are followed. Hidden files and macOS's `__MACOSX` are not listed.
 """
 
 import hashlib
 import os
-import posixpath
+import stat
+import time
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from flowdopr.data.pixels import suffixes
+import numpy as np
+from torch import Tensor
+
+from flowdopr.data.listing import (
+    Listing,
+    Paths,
+    Place,
+    Stamps,
+    index_file,
+    list_files,
+    read_index,
+    write_index,
+)
 from flowdopr.exits import reason
+from flowdopr.terminal import print_line
 
 CHECKSUM_LIMIT = 2**30  # bytes; a larger folder is fingerprinted by names and sizes alone
-LABEL_FILE = "dataset.json"
+LARGEST_FILE = 2**30  # bytes of one image, unpacked; more than that is no image
 
 
 class Source:
     """The files under `root`. Paths are relative to it, with `/`.
 
+    A long list of files is kept in an index, see `listing`.
+
     Attributes:
         setting: the setting that gave `root`, for messages.
-        names: sorted paths of the images.
-        others: sorted paths of all else; those of folders end with `/`.
-        broken: images that are left out of `names`, and what is wrong with each.
+        listing: the images and all else; the first column of its places is the image's size.
+        broken: images that are left out of it, and what is wrong with each.
         checked: whether those are all that are broken.
     """
 
-    def __init__(self, root: Path, setting: str, listed: Iterable[tuple[str, bool]]):
-        """`listed` are paths, and whether each is a file."""
+    kind = ""
+
+    def __init__(self, root: Path, setting: str, *, afresh: bool = False):
+        """`afresh`: do not look for an index."""
         self.root, self.setting = root, setting
-        self.names, self.others = [], []
         self.broken: dict[str, str] = {}
         self.checked = False
-        for path, is_file in listed:
-            if not any(part.startswith((".", "__MACOSX")) for part in path.split("/")):
-                image = is_file and suffix(path) in suffixes()
-                (self.names if image else self.others).append(path)
-        self.names.sort()
-        self.others.sort()
+        self._began, real = time.time_ns(), os.path.realpath(root)
+        self._index = index_file(self.kind, real)
+        known = None if afresh else read_index(self._index)
+        if known and self._stamps(known.stamps) != known.stamps:
+            print_line(f"{shown(root)}: changed since it was indexed; its files are listed again")
+            known = None
+        self.listing = known or self._listed()
+        if not known:
+            write_index(self._index, self.listing, self._began)
 
-    def read(self, path: str) -> bytes:
-        raise NotImplementedError
+    @property
+    def names(self) -> Paths:
+        """Sorted paths of the images."""
+        return self.listing.paths
+
+    def read(self, number: int) -> bytes:
+        """The bytes of the image `names[number]`."""
+        place = self.listing.places[number].tolist()
+        if place[0] > LARGEST_FILE:
+            raise ValueError(f"{place[0]:,} bytes, more than {LARGEST_FILE:,}")
+        return self._bytes(self.names[number], place)
+
+    def read_labels(self, path: str) -> bytes:
+        """The bytes of one of `listing.label_files`."""
+        return self._bytes(path, self.listing.label_files[path])
 
     def where(self, path: str) -> str:
         """The place of a file, for messages."""
         raise NotImplementedError
 
-    def stamps(self) -> list[tuple[int, int]]:
-        """(size, CRC-32) of each image."""
-        raise NotImplementedError
+    def labels(self) -> Tensor | None:
+        """`(N,)` int64 where the source itself says the label of each image."""
+        return None
+
+    def class_folder(self, folder: str) -> str:
+        """The part of a folder's path that may tell a class."""
+        return folder
+
+    def crcs(self) -> np.ndarray:
+        """`(N,)` CRC-32 of each image; 0 for every one if all together exceed 1 GiB.
+
+        Raises:
+            ValueError: an image cannot be read.
+        """
+        if self.listing.crcs is not None:
+            return self.listing.crcs
+        sizes = self.listing.places[:, 0]
+        crcs = np.zeros(len(sizes), np.int64)
+        if sizes.sum() <= CHECKSUM_LIMIT:
+            crcs[:] = [self._crc(number) for number in range(len(sizes))]
+        self.listing = replace(self.listing, crcs=crcs)
+        write_index(self._index, self.listing, self._began)
+        return crcs
 
     def state(self) -> str:
-        """A sha256 that changes whenever a file of `names` is written anew."""
-        raise NotImplementedError
+        """A sha256 that changes whenever an image is written anew."""
+        archives = {path: at for path, at in self.listing.stamps.items() if at[0]}
+        digest = hashlib.sha256(repr((os.path.realpath(self.root), archives)).encode())
+        for part in (self.names.text, self.names.ends, self.listing.places):
+            digest.update(part.tobytes())
+        return digest.hexdigest()
 
     def leave_out(self, broken: Mapping[str, str]) -> None:
-        """Take the images `broken` out of `names`; all others were found whole."""
-        self.names = [name for name in self.names if name not in broken]
+        """Take the images `broken` out of the listing; all others were found whole."""
+        self.crcs()  # the index is that of all images
+        rows = [number for number, name in enumerate(self.names) if name in broken]
+        self.listing = self.listing.without(rows)
         self.broken, self.checked = dict(broken), True
 
     def remarks(self) -> list[str]:
         """What is not used, and why."""
-        kinds: Counter[str] = Counter()
-        for path in self.others:
-            if not path.endswith("/") and posixpath.basename(path) != LABEL_FILE:
-                # What has the suffix of an image and is not one of `names` is no regular file.
-                kind = "links to nothing" if suffix(path) in suffixes() else suffix(path)
-                kinds[kind or "without suffix"] += 1
-        found = ", ".join(f"{count} {shown(kind)}" for kind, count in kinds.most_common(5))
+        kinds = sorted(self.listing.skipped.items(), key=lambda item: (-item[1], item[0]))
+        found = ", ".join(f"{count} {shown(kind)}" for kind, count in kinds[:5])
         remarks = [f"skipped as no images: {found}"] if kinds else []
+        if climbing := self.listing.climbing:
+            what = f"{len(climbing):,} that lead out of '{shown(self.root)}'"
+            remarks.append(f"skipped by their names: {what}, the first is '{shown(climbing[0])}'")
         if self.broken:
             name, reason = next(iter(self.broken.items()))
             first = f"the first is {self.where(name)} ({reason})"
             remarks.append(f"skipped as broken: {len(self.broken):,}, {first}")
         return remarks
+
+    def _bytes(self, path: str, place: Sequence[int]) -> bytes:
+        raise NotImplementedError
+
+    def _stamps(self, of: Stamps) -> Stamps:
+        """The stamps of now, where those of a listing are `of`."""
+        raise NotImplementedError
+
+    def _listed(self) -> Listing:
+        raise NotImplementedError
+
+    def _crc(self, number: int) -> int:
+        try:
+            return zlib.crc32(self.read(number))
+        except Exception as error:
+            place = self.where(self.names[number])
+            raise ValueError(
+                f"{self.setting}: cannot read the image '{place}' ({why(error)}); put it back, "
+                "make it readable or remove it"
+            ) from None
 
 
 class Folder(Source):
@@ -89,107 +164,69 @@ class Folder(Source):
             back to a folder that holds the link.
     """
 
-    def __init__(self, root: str | Path, setting: str = "data.root"):
+    kind = "folder"
+
+    def __init__(self, root: str | Path, setting: str = "data.root", *, afresh: bool = False):
         place = Path(root)
         if not place.is_dir():
             archive = place.is_file() and zipfile.is_zipfile(place)
             remedy = "set data.name=zip for an archive" if archive else "give the folder of images"
             raise ValueError(f"{setting}: there is no folder '{shown(root)}'; {remedy}")
-        above = frozenset(map(str, Path(os.path.realpath(place)).parents))
-        try:
-            super().__init__(place, setting, _below(os.fspath(place), above))
-        except OSError as error:
-            what = f"cannot list '{shown(error.filename)}' ({error.strerror}); make it readable"
-            raise ValueError(f"{setting}: {what}, or move it away") from None
-        except ValueError as error:
-            raise ValueError(f"{setting}: {error}") from None
-
-    def read(self, path: str) -> bytes:
-        return (self.root / path).read_bytes()
+        self._prefix = os.path.join(place, "")
+        super().__init__(place, setting, afresh=afresh)
 
     def where(self, path: str) -> str:
         return shown(self.root / path)
 
-    def stamps(self) -> list[tuple[int, int]]:
-        """(size, CRC-32) of each image; 0 for every CRC where the folder exceeds 1 GiB."""
-        sizes = [(self.root / name).stat().st_size for name in self.names]
-        read = sum(sizes) <= CHECKSUM_LIMIT
-        return [
-            (size, zlib.crc32(self.read(name)) if read else 0)
-            for name, size in zip(self.names, sizes, strict=True)
-        ]
+    def read_labels(self, path: str) -> bytes:
+        return (self.root / path).read_bytes()
 
-    def state(self) -> str:
-        stats = [(self.root / name).stat() for name in self.names]
-        return _digest(
-            [os.path.realpath(self.root)], self.names, [(s.st_size, s.st_mtime_ns) for s in stats]
-        )
+    def _bytes(self, path: str, place: Sequence[int]) -> bytes:
+        """Refuses a file that is not the one that was listed: its label may be another's."""
+        with open(self._prefix + path, "rb", buffering=0) as file:
+            now = os.fstat(file.fileno())
+            if [now.st_size, now.st_mtime_ns] != list(place):
+                again = f"flowdopr check {shown(self.root)}"
+                raise OSError(f"changed since it was listed: {again} lists all anew")
+            return file.readall()
 
+    def _stamps(self, of: Stamps) -> Stamps:
+        found = {}
+        for path in of:
+            try:
+                found[path] = stamp(self._prefix + path)
+            except OSError:
+                found[path] = []
+        return found
 
-class Archive(Source):
-    """The files in a ZIP archive, read in place.
-
-    Each process opens the file for itself at its first read: a file position shared with a forked
-    loader worker would hand one process the other's bytes.
-
-    Raises:
-        ValueError: there is no such file, or it is no ZIP archive.
-    """
-
-    def __init__(self, root: str | Path, setting: str = "data.root"):
-        self.root = Path(root)
-        if not self.root.is_file():
-            folder = self.root.is_dir()
-            remedy = "set data.name=folder for a folder" if folder else "give the archive itself"
-            raise ValueError(f"{setting}: there is no ZIP file '{shown(root)}'; {remedy}")
-        self._opened: tuple[int, zipfile.ZipFile] | None = None
+    def _listed(self) -> Listing:
+        above = frozenset(map(str, Path(os.path.realpath(self.root)).parents))
+        stamps: Stamps = {}
         try:
-            self._entries = {_plain(entry.filename): entry for entry in self._zip().infolist()}
-        except Exception as error:  # zipfile fails in many ways on damaged bytes
-            raise ValueError(
-                f"{setting}: '{shown(root)}' cannot be read as a ZIP: {why(error)}; copy or "
-                "download it again"
-            ) from None
-        listed = ((path, not path.endswith("/")) for path in self._entries)
-        super().__init__(self.root, setting, listed)
-
-    def _zip(self) -> zipfile.ZipFile:
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), zipfile.ZipFile(self.root))
-        return self._opened[1]
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_opened": None}
-
-    def read(self, path: str) -> bytes:
-        return self._zip().read(self._entries[path])
-
-    def where(self, path: str) -> str:
-        return f"{shown(self.root)}:{shown(path)}"
-
-    def stamps(self) -> list[tuple[int, int]]:
-        """(size, CRC-32) of each image, from the archive's own directory."""
-        return [(self._entries[name].file_size, self._entries[name].CRC) for name in self.names]
-
-    def state(self) -> str:
-        stat = self.root.stat()
-        return _digest([stat.st_size, stat.st_mtime_ns], self.names, self.stamps())
+            return list_files(_below(os.fspath(self.root), above, stamps), stamps)
+        except OSError as error:
+            what = f"cannot list '{shown(error.filename)}' ({error.strerror}); make it readable"
+            raise ValueError(f"{self.setting}: {what}, or move it away") from None
+        except ValueError as error:
+            raise ValueError(f"{self.setting}: {error}") from None
 
 
 def fingerprint_files(source: Source, settings: Sequence[object]) -> str:
     """sha256 over the settings and each image's name, size and CRC-32.
 
     Of a folder of more than 1 GiB only names and sizes count: reading it all at every start would
-    take minutes. An archive brings its CRCs along.
+    take minutes. A ZIP archive brings its CRCs along.
     """
-    return _digest(settings, source.names, source.stamps())
+    columns = (source.names, source.listing.places[:, 0].tolist(), source.crcs().tolist())
+    lines = (f"{name}\0({size}, {crc})\n" for name, size, crc in zip(*columns, strict=True))
+    text = repr(tuple(settings)) + "".join(lines)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _digest(settings: Sequence[object], names: list[str], stamps: Sequence[object]) -> str:
-    digest = hashlib.sha256(repr(tuple(settings)).encode())
-    for name, stamp in zip(names, stamps, strict=True):
-        digest.update(f"{name}\0{stamp}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+def stamp(path: str | Path) -> list[int]:
+    """Size and time in ns of a file; the size of a folder is left out, as disks differ in it."""
+    now = os.stat(path)
+    return [0 if stat.S_ISDIR(now.st_mode) else now.st_size, now.st_mtime_ns]
 
 
 def shown(path: object) -> str:
@@ -203,21 +240,14 @@ def why(error: Exception) -> str:
     return shown(reason(error))
 
 
-def suffix(path: str) -> str:
-    """`.png` of `cat/1.PNG`."""
-    return posixpath.splitext(path)[1].lower()
-
-
-def _plain(path: str) -> str:
-    """`cat/1.png` of `.\\cat\\1.png`, as some programs write it into archives."""
-    return path.replace("\\", "/").removeprefix("./").lstrip("/")
-
-
-def _below(folder: str, above: frozenset[str], prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """All paths below `folder`, and whether each is a file; those of folders end with `/`.
+def _below(
+    folder: str, above: frozenset[str], stamps: Stamps, prefix: str = ""
+) -> Iterator[tuple[str, Place | None]]:
+    """All paths below `folder`, with sizes and times of regular files; folders end with `/`.
 
     Args:
         above: the real paths of all folders that hold this one.
+        stamps: gets that of each folder, taken before it is listed.
     """
     real = os.path.realpath(folder)
     if real in above:
@@ -225,12 +255,21 @@ def _below(folder: str, above: frozenset[str], prefix: str = "") -> Iterator[tup
             f"the link '{shown(folder)}' leads back to '{shown(real)}', which holds it; "
             "remove the link"
         )
+    stamps[prefix] = stamp(folder)
     with os.scandir(folder) as entries:
         for entry in entries:
             link = entry.is_symlink()  # of a link that leads to itself, entry.is_dir() would raise
             if not (os.path.isdir(entry.path) if link else entry.is_dir()):
-                yield prefix + entry.name, os.path.isfile(entry.path) if link else entry.is_file()
+                yield prefix + entry.name, _place(entry, link)
             elif not entry.name.startswith("."):
                 path = f"{prefix}{entry.name}/"
-                yield path, False
-                yield from _below(entry.path, above | {real}, path)
+                yield path, None
+                yield from _below(entry.path, above | {real}, stamps, path)
+
+
+def _place(entry: os.DirEntry, link: bool) -> Place | None:
+    """Size and time of a regular file that may be an image."""
+    if not (os.path.isfile(entry.path) if link else entry.is_file()):
+        return None
+    found = entry.stat()
+    return found.st_size, found.st_mtime_ns

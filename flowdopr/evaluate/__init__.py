@@ -1,7 +1,7 @@
 """Measuring a trained run: one-step loss, distances to the real images, label accuracy, samples."""
 
 from flowdopr.evaluate.classifier import trained_classifier
-from flowdopr.evaluate.draw import sample
+from flowdopr.evaluate.draw import sample, sample_overrides
 from flowdopr.evaluate.extractors import (
     Extractor,
     Features,
@@ -13,6 +13,7 @@ from flowdopr.evaluate.gallery import Gallery
 from flowdopr.evaluate.generate import RolloutsFailed
 from flowdopr.evaluate.measure import Evaluator, evaluate
 from flowdopr.evaluate.real import RealImages
+from flowdopr.room import make_callable
 
 __all__ = [
     "Evaluator",
@@ -27,5 +28,8 @@ __all__ = [
     "inception_extractor",
     "reference_features",
     "sample",
+    "sample_overrides",
     "trained_classifier",
 ]
+
+make_callable(__name__)

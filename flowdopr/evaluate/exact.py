@@ -116,7 +116,7 @@ def likelihood(config: Config, model: nn.Module, datasets: Datasets, device: Any
     num = min(chosen.num_images, len(held_out))
     images, labels = held_out.batch(picks_between(0, len(held_out), 0, num).indices)
     solver = {"solver": LIKELIHOOD_SOLVER, "atol": chosen.atol, "rtol": chosen.rtol}
-    sampling = _unguided(config, time_grid="uniform", **solver)
+    sampling = unguided(config, time_grid="uniform", **solver)
     with full_float32():
         bits, nfe = bits_per_dim(
             model,
@@ -172,7 +172,7 @@ def excess(config: Config, model: nn.Module, datasets: Datasets, device: Any) ->
             num_images=num,
             seed=seed,
             space=chosen.space,
-            sampling=_unguided(config),
+            sampling=unguided(config),
             device=device,
         )
     metrics = {
@@ -206,8 +206,10 @@ def drift(config: Config, model: nn.Module, datasets: Datasets, device: Any) -> 
     held_out, seed = datasets.held_out, config.evaluate.seed
     num = min(chosen.num_images, len(held_out))
     points = picks_between(0, len(held_out), 0, num).indices
-    parts = [held_out.drawn(Picks(part, part < 0, 0 * part), 0) for part in points.split(128)]
-    x_1, labels = (torch.cat(column).to(device) for column in zip(*parts, strict=True))
+    parts = [
+        held_out.drawn(Picks(part, part < 0, 0 * part), 0).on(device) for part in points.split(128)
+    ]
+    x_1, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     with full_float32():
         found = rollout_drift(
             build_objective(config),
@@ -215,13 +217,13 @@ def drift(config: Config, model: nn.Module, datasets: Datasets, device: Any) -> 
             x_1,
             labels if num_classes_of(model) else None,
             seed=seed,
-            sampling=_unguided(config),
+            sampling=unguided(config),
         )
     metrics = {"drift": found.mean, "drift_by_time": found.by_time}
     return metrics, {"num_images": num, "guidance_scale": 1.0, "seed": seed}
 
 
-def _unguided(config: Config, **changes: Any) -> Sampling:
+def unguided(config: Config, **changes: Any) -> Sampling:
     """The run's sampling without guidance: a guided velocity belongs to no distribution."""
     return replace(build_sampling(config), guidance_scale=1.0, **changes)
 
@@ -234,5 +236,5 @@ def _training_points(config: Config, datasets: Datasets) -> tuple[Tensor, Tensor
         return images, train.labels
     parts = torch.arange(len(train)).split(4096)
     picks = (Picks(part, torch.ones(len(part), dtype=torch.bool), 0 * part) for part in parts)
-    mirrored = torch.cat([train.drawn(pick, 0)[0] for pick in picks])
+    mirrored = torch.cat([train.drawn(pick, 0).on("cpu")[0] for pick in picks])
     return torch.cat([images, mirrored]), torch.cat([train.labels, train.labels])

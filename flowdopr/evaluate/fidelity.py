@@ -1,17 +1,20 @@
 """Distances between generated and real images, computed from features by torch-fidelity.
 
+The Frechet distance needs the mean and covariance of features alone, which are taken from sums over
+the images (`Moments`), so that processes that share them add up theirs.
+
 Shapes: images uint8 `(N, C, H, W)`; features `(N, D)` and logits `(N, K)` on the CPU.
 """
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from statistics import fmean, linear_regression
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch_fidelity
 from torch import Tensor
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -27,7 +30,8 @@ KID_SUBSETS, LARGEST_KID_SUBSET = 100, 1000
 PRC_NEIGHBOURS = 3
 HALVINGS, FEWEST_BY_IMAGES = 3, 64
 
-NEED_MOMENTS = frozenset({"fd", "fd_by_images"})
+NEED_MOMENTS = frozenset({"fd", "fd_by_images"})  # of the real images
+NEED_ALL_FEATURES = frozenset({"fd_by_images", "kid", "isc", "prc"})
 # torch-fidelity's names -> ours; the extractor names the Frechet distance, "fd" or "fid".
 NAMES = {
     torch_fidelity.KEY_METRIC_KID_MEAN: "kid_mean",
@@ -38,6 +42,31 @@ NAMES = {
     torch_fidelity.KEY_METRIC_RECALL: "recall",
     torch_fidelity.KEY_METRIC_F_SCORE: "f_score",
 }
+
+
+class Moments(NamedTuple):
+    """Sums over the features x of images, in float64: their number, x (D,), x x^T (D, D)."""
+
+    count: int
+    total: Tensor
+    products: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Moments":
+        """Those of features (N, D)."""
+        x = features.double()
+        return cls(len(x), x.sum(0), x.T @ x)
+
+    def distance(self, other: "Moments") -> float:
+        """The Frechet distance of two sets of images."""
+        both = self._statistics(), other._statistics()
+        return fid_statistics_to_metric(*both, verbose=False)[torch_fidelity.KEY_METRIC_FID]
+
+    def _statistics(self) -> dict[str, Any]:
+        """Mean and covariance, as torch-fidelity has them."""
+        mean = self.total / self.count
+        covariance = (self.products - self.total[:, None] * mean) / (self.count - 1)
+        return {"mu": mean.numpy(), "sigma": covariance.numpy()}
 
 
 def check_numbers(metrics: Collection[str], generated: int, reference: int) -> None:
@@ -81,15 +110,16 @@ def fidelity(
     extractor: Extractor,
     metrics: Collection[str],
     *,
-    moments: Mapping[str, Any] | None = None,
+    moments: tuple[Moments, Moments] | None = None,
 ) -> tuple[dict[str, float | None], dict[str, Any]]:
     """The chosen `metrics` (fd, fd_by_images, kid, isc, prc) of generated against real images.
 
     Args:
+        generated: of the generated images; may be none for metrics that need only `moments`.
         reference: features of the real images.
         extractor: that of all features.
-        moments: what torch-fidelity's `fid_features_to_statistics` returns of `reference`, where
-            it is known; otherwise computed now.
+        moments: of the generated and of the real images, where they are known; otherwise computed
+            now.
 
     Returns:
         The metrics: "fd" or "fid" (by the extractor), the same with "_by_images" and "_infinity"
@@ -101,16 +131,16 @@ def fidelity(
     Raises:
         ValueError: too few images for a metric.
     """
-    check_numbers(metrics, len(generated.features), len(reference))
     found, ours, how, features = {}, {}, {}, generated.features
-    if moments is None and NEED_MOMENTS & set(metrics):
-        moments = fid_features_to_statistics(reference)
-    if "fd" in metrics:
-        found[torch_fidelity.KEY_METRIC_FID] = _distance(features, moments or {})
-    if "fd_by_images" in metrics:
-        points = fd_by_images(features, moments or {})
-        ours[f"{extractor.distance}_by_images"] = points
-        ours[f"{extractor.distance}_infinity"] = extrapolated(points)
+    check_numbers(metrics, moments[0].count if moments else len(features), len(reference))
+    if NEED_MOMENTS & set(metrics):
+        own, real = moments or (Moments.of(features), Moments.of(reference))
+        if "fd" in metrics:
+            found[torch_fidelity.KEY_METRIC_FID] = own.distance(real)
+        if "fd_by_images" in metrics:
+            points = fd_by_images(features, real)
+            ours[f"{extractor.distance}_by_images"] = points
+            ours[f"{extractor.distance}_infinity"] = extrapolated(points)
     if "kid" in metrics:
         fewest = min(len(features), len(reference))
         size = min(LARGEST_KID_SUBSET, fewest)
@@ -129,7 +159,7 @@ def fidelity(
     return {names[key]: value for key, value in found.items()} | ours, how
 
 
-def fd_by_images(features: Tensor, reference: Mapping[str, Any]) -> list[tuple[int, float]]:
+def fd_by_images(features: Tensor, reference: Moments) -> list[tuple[int, float]]:
     """The Frechet distance of n, n/2, n/4 and n/8 images, as pairs (number, distance), ascending.
 
     Each is the mean over as many disjoint parts of the n images as there are. Numbers below 64, or
@@ -137,7 +167,7 @@ def fd_by_images(features: Tensor, reference: Mapping[str, Any]) -> list[tuple[i
 
     Args:
         features: (n, D).
-        reference: what torch-fidelity's `fid_features_to_statistics` returns of the real images.
+        reference: of the real images.
     """
     total, dimension = features.shape
     sizes = {total // 2**halving for halving in range(HALVINGS + 1)}
@@ -145,7 +175,7 @@ def fd_by_images(features: Tensor, reference: Mapping[str, Any]) -> list[tuple[i
     points = []
     for size in sorted(size for size in sizes if size >= fewest or size == total):
         parts = [part for part in features.split(size) if len(part) == size]
-        points.append((size, fmean(_distance(part, reference) for part in parts)))
+        points.append((size, fmean(Moments.of(part).distance(reference) for part in parts)))
     return points
 
 
@@ -156,8 +186,3 @@ def extrapolated(points: Sequence[tuple[int, float]]) -> float | None:
         return None
     numbers, distances = zip(*points, strict=True)
     return linear_regression([1 / number for number in numbers], distances).intercept
-
-
-def _distance(features: Tensor, reference: Mapping[str, Any]) -> float:
-    own = fid_features_to_statistics(features)
-    return fid_statistics_to_metric(own, reference, verbose=False)[torch_fidelity.KEY_METRIC_FID]

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowdopr.config.schema import EvaluateConfig
@@ -23,11 +24,19 @@ from flowdopr.disk import cache_folder
 from flowdopr.evaluate.cache import cached_numbers
 from flowdopr.evaluate.exact import Measured
 from flowdopr.evaluate.extractors import CLASSIFIER, Extractor, Features
-from flowdopr.evaluate.fidelity import NEED_MOMENTS, TOGETHER, check_numbers, fidelity
+from flowdopr.evaluate.fidelity import (
+    NEED_ALL_FEATURES,
+    NEED_MOMENTS,
+    TOGETHER,
+    Moments,
+    check_numbers,
+    fidelity,
+)
 from flowdopr.evaluate.gallery import MOST_HELD_OUT, Gallery, nearest
 from flowdopr.evaluate.generate import ImageSampler, mean_nfe
 from flowdopr.evaluate.real import RealImages
 from flowdopr.evaluate.spectrum import PrincipalDirections, spectrum
+from flowdopr.processes import gathered
 from flowdopr.terminal import counting
 
 NEED_FEATURES = frozenset({"fd", "fd_by_images", "kid", "isc", "prc"})
@@ -35,16 +44,35 @@ FEWEST_FOR_FLOOR = 8  # real held-out images
 FLOOR_VERSION = 1  # part of the cache key: raise it with any change of what a metric is
 
 
+class Sums(NamedTuple):
+    """What adds up over images and processes.
+
+    features: for the Frechet distance, of no coordinates where that is not measured. spectrum:
+    along the principal directions, if they are measured. right: images that the extractor gives
+    their label.
+    """
+
+    features: Moments
+    spectrum: Tensor
+    right: int
+
+    def plus(self, other: Sums) -> Sums:
+        """The sums over the images of both."""
+        features = Moments(*map(add, self.features, other.features))
+        return Sums(features, self.spectrum + other.spectrum, self.right + other.right)
+
+
 class Drawn(NamedTuple):
     """What is kept of the generated images, of which there may be more than memory holds.
 
-    first: the first `evaluate.gallery` of them. moments: along the principal directions, if the
-    spectrum is measured. nfe: their mean NFE.
+    first: the first `evaluate.gallery` of them; first_features: theirs. features: of all images,
+    or of none where no metric needs more than `sums`. nfe: their mean NFE.
     """
 
     first: Tensor
+    first_features: Tensor
     features: Features
-    moments: Tensor
+    sums: Sums
     nfe: int | float
 
 
@@ -81,44 +109,63 @@ class ImageMetrics:
 
     def draw(
         self, sampler: ImageSampler, labels: Tensor | None, decode: Callable[[Tensor], Tensor]
-    ) -> Drawn:
-        """Draw `evaluate.fid_num_images` images, shared out over the processes; the result is the
-        same in all of them."""
+    ) -> Drawn | None:
+        """Draw `evaluate.fid_num_images` images, shared out over the processes, which add up what
+        adds up; the first one alone gets the result, the others None."""
         main = sampler.state.is_main_process
-        batches, found = sampler.share(self.chosen.fid_num_images), []
+        batches, found, own = sampler.share(range(self.chosen.fid_num_images)), [], []
         with counting("sampling", sum(map(len, batches)), shown=main) as progress:
             for batch in batches:
                 images, nfe = sampler.draw(batch, labels, seed=self.chosen.seed, decode=decode)
-                first = images[: max(0, self.chosen.gallery - batch.start)]
-                found.append((batch, first, self._features(images), self._moments(images), nfe))
+                features = self._features(images)
+                of_batch = None if labels is None else labels[list(batch)]
+                own = [reduce(Sums.plus, [*own, self._sums(images, features, of_batch)])]
+                first = slice(max(0, self.chosen.gallery - batch[0]))
+                kept = Features(*(part[slice(self._kept)].clone() for part in features))
+                beginning = images[first].clone(), features.features[first].clone()
+                found.append((batch, *beginning, kept, nfe))
                 progress(len(batch))
-        if sampler.state.num_processes > 1:
-            found = sorted(gather_object(found), key=lambda item: item[0].start)
-        batches, first, features, moments, calls = zip(*found, strict=True)
+        every = gathered((found, own), sampler.state)
+        if every is None:
+            return None
+        found = sorted((item for part, _ in every for item in part), key=lambda item: item[0][0])
+        batches, first, first_features, features, calls = zip(*found, strict=True)
         joined = Features(*(torch.cat(column) for column in zip(*features, strict=True)))
+        sums = reduce(Sums.plus, (one for _, part in every for one in part))
         nfe = mean_nfe(dict(zip(batches, calls, strict=True)))
-        return Drawn(torch.cat(first), joined, torch.stack(moments).sum(0), nfe)
+        return Drawn(torch.cat(first), torch.cat(first_features), joined, sums, nfe)
 
     def _features(self, images: Tensor) -> Features:
         if self.extractor is None:
             return Features(torch.zeros(len(images), 0), torch.zeros(len(images), 0))
         return self.extractor(images)
 
+    @property
+    def _kept(self) -> int | None:
+        """How many features of a batch are kept: all (None) or none."""
+        return None if NEED_ALL_FEATURES & set(self.chosen.metrics) else 0
+
+    def _sums(self, images: Tensor, features: Features, labels: Tensor | None) -> Sums:
+        x = features.features if "fd" in self.chosen.metrics else features.features[:, :0]
+        judged = labels is not None and features.logits.shape[1] > 0
+        right = int((features.logits.argmax(1) == labels).sum()) if judged else 0
+        return Sums(Moments.of(x), self._moments(images), right)
+
     def _moments(self, images: Tensor) -> Tensor:
         return torch.zeros(2, 0) if self.directions is None else self.directions.moments(images)
 
     def measure(self, drawn: Drawn, labels: Tensor | None) -> Measured:
         """The metrics of generated images of these labels; the settings include the `floor`."""
-        metrics, how = self._distances(drawn.features)
-        metrics |= self._spectrum(drawn.moments, self.chosen.fid_num_images)
+        number = self.chosen.fid_num_images
+        metrics, how = self._distances(drawn.features, drawn.sums.features)
+        metrics |= self._spectrum(drawn.sums.spectrum, number)
         if (
             labels is not None
             and self.chosen.labels == "balanced"
             and self.extractor is not None
             and self.extractor.name == CLASSIFIER
         ):
-            right = drawn.features.logits.argmax(1) == labels
-            metrics["label_accuracy"] = right.double().mean().item()
+            metrics["label_accuracy"] = drawn.sums.right / number
         return metrics, how | {"floor": self.floor()} if metrics else how
 
     def write_gallery(self, drawn: Drawn, labels: Tensor | None, card: Path) -> dict[str, Any]:
@@ -136,7 +183,7 @@ class ImageMetrics:
         if self.extractor is None or not self._needed():
             return found
         real = self.real.features
-        distances, indices = nearest(drawn.features.features[:num], real)
+        distances, indices = nearest(drawn.first_features, real)
         held_out = self.real.held_out_features[self._held_out(MOST_HELD_OUT)]
         return replace(
             found,
@@ -168,7 +215,8 @@ class ImageMetrics:
         found = {"num_images": num} | self._spectrum(moments, num)
         if self.extractor is not None and self._needed():
             own = self.real.held_out_features[chosen]
-            distances, _ = self._distances(Features(own, own[:, :0]), without=("isc",))
+            features = Features(own, own[:, :0])
+            distances, _ = self._distances(features, Moments.of(own), without=("isc",))
             found |= distances
         return found
 
@@ -180,12 +228,14 @@ class ImageMetrics:
     def _needed(self) -> list[str]:
         return sorted(NEED_FEATURES & set(self.chosen.metrics))
 
-    def _distances(self, features: Features, without: tuple[str, ...] = ()) -> Measured:
+    def _distances(
+        self, features: Features, moments: Moments, without: tuple[str, ...] = ()
+    ) -> Measured:
         if self.extractor is None or not self._needed():
             return {}, {}
         wanted = [one for one in self._needed() if one not in without]
-        moments = self.real.moments if NEED_MOMENTS & set(wanted) else None
-        return fidelity(features, self.real.features, self.extractor, wanted, moments=moments)
+        both = (moments, self.real.moments) if NEED_MOMENTS & set(wanted) else None
+        return fidelity(features, self.real.features, self.extractor, wanted, moments=both)
 
     def _spectrum(self, moments: Tensor, num: int) -> dict[str, Any]:
         return {} if self.directions is None else spectrum(moments, num, self.directions)

@@ -28,7 +28,7 @@ from flowdopr.runs import RunFolder, check_no_links
 from flowdopr.terminal import print_line
 
 FEWEST_FOR_FID = 50_000  # with fewer generated images, the card says that its distances are proxies
-PLACES = ("root", "held_out_root", "download", "num_workers", "autoencoder", "source_root")
+PLACES = ("root", "held_out_root", "download", "num_workers", "cache", "autoencoder", "source_root")
 CHANGEABLE = ("sample.", "evaluate.", *(f"data.{key}=" for key in PLACES))
 
 
@@ -97,7 +97,7 @@ class Evaluator:
         record = autoencoder_record(datasets.info, config)
         labels = _labels(config, sampler.num_classes, datasets)
         drawn = metrics.draw(sampler, labels, load_decoder(record, sampler.device))
-        if sampler.state.is_main_process:
+        if drawn is not None:
             extractor = metrics.extractor.to_dict() if metrics.extractor else {}
             if extractor.get("warning"):
                 print_line(f"warning: {extractor['warning']}")

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch_fidelity.metric_fid import fid_features_to_statistics
 
 from flowdopr.config.schema import EvaluateConfig
 from flowdopr.data import Datasets
 from flowdopr.disk import cache_folder
 from flowdopr.evaluate.extractors import Extractor, classifier_extractor, inception_extractor
-from flowdopr.evaluate.fidelity import reference_features
+from flowdopr.evaluate.fidelity import Moments, reference_features
 from flowdopr.evaluate.pretrained import NETWORKS, pretrained_extractor
 from flowdopr.evaluate.spectrum import PrincipalDirections, principal_directions
 
@@ -44,9 +41,9 @@ class RealImages:
         return reference_features(self.pixels.reference, fingerprint, self.extractor)
 
     @cached_property
-    def moments(self) -> Mapping[str, Any]:
-        """Mean and covariance of `features`, as torch-fidelity has them."""
-        return fid_features_to_statistics(self.features)
+    def moments(self) -> Moments:
+        """Those of `features`."""
+        return Moments.of(self.features)
 
     @cached_property
     def held_out_features(self) -> Tensor:

@@ -35,6 +35,7 @@ from flowdopr.flow.solver import (
     solve,
 )
 from flowdopr.flow.time import TimeSampler, shift_time, time_grid
+from flowdopr.flow.trajectory import Trajectory, trajectory
 
 __all__ = [
     "ADAPTIVE_SOLVERS",
@@ -64,6 +65,7 @@ __all__ = [
     "Samples",
     "Sampling",
     "TimeSampler",
+    "Trajectory",
     "TrigonometricPath",
     "VariancePreservingPath",
     "bits_per_dim",
@@ -89,4 +91,5 @@ __all__ = [
     "solve",
     "solve_sde",
     "time_grid",
+    "trajectory",
 ]

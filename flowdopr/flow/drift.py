@@ -63,8 +63,8 @@ def rollout_drift(
     sampling = sampling or Sampling()
     count, shape, device = len(x_1), tuple(x_1.shape[1:]), x_1.device
     velocity, bins = sampling.velocity(model, y), TimeBins()
-    noise = ImageNoise(seed, 0, count, shape, device)
-    of_path = ImageNoise(seed, count, count, shape, device)
+    noise = ImageNoise(seed, range(count), shape, device)
+    of_path = ImageNoise(seed, range(count, 2 * count), shape, device)
     x_0 = objective.coupling(of_path.normal(), x_1, y, of_path.uniform().flatten(1)[:, 0])
 
     def measured(x: Tensor, t: Tensor) -> Tensor:

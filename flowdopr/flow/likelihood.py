@@ -176,7 +176,8 @@ def bits_per_dim(
         part = slice(first, min(first + batch_size, len(images)))
         levels = images[part].to(device).float()
         shape = tuple(levels.shape[1:])
-        noise = ImageNoise(seed, first_index + first, len(levels), shape, device)
+        indices = range(first_index + part.start, first_index + part.stop)
+        noise = ImageNoise(seed, indices, shape, device)
         x_1 = (levels + noise.uniform() - 0.5) / HALF_RANGE - 1
         probes = noise.signs() if trace == "hutchinson" else None
         labels = None if y is None else y[part].to(device)

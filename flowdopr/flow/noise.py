@@ -1,5 +1,7 @@
 """Random numbers for image i that depend only on a seed and i, whatever batch the image is in."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,11 +23,11 @@ def image_generator(seed: int, index: int) -> torch.Generator:
 
 
 class ImageNoise:
-    """Streams of random numbers (count, *shape) for images first to first + count - 1.
+    """Streams of random numbers (B, *shape) for the images of these B indices.
 
     Each call continues every stream, so call k gives image i the same numbers in any batch.
 
-    >>> noise = ImageNoise(0, 5, 2, (1, 4, 4))
+    >>> noise = ImageNoise(0, [5, 2], (1, 4, 4))
     >>> noise.normal().shape
     torch.Size([2, 1, 4, 4])
     """
@@ -33,12 +35,11 @@ class ImageNoise:
     def __init__(
         self,
         seed: int,
-        first: int,
-        count: int,
+        indices: Sequence[int],
         shape: tuple[int, ...],
         device: torch.device | str = "cpu",
     ) -> None:
-        self.streams = [image_generator(seed, first + i) for i in range(count)]
+        self.streams = [image_generator(seed, index) for index in indices]
         self.shape, self.device = shape, device
 
     def normal(self) -> Tensor:

@@ -237,7 +237,7 @@ def rollout_excess(
             bins.add(batch_times(t, x), squared_error(x_1, oracle.posterior_mean(x, t, oracle_y)))
         return v
 
-    noise = ImageNoise(seed, 0, count, oracle.image_shape, device)
+    noise = ImageNoise(seed, range(count), oracle.image_shape, device)
     with torch.no_grad():
         sampling.rollout(measured, noise.normal(), noise.normal)
     return bins.result()

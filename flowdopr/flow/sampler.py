@@ -196,7 +196,7 @@ def generate(
     labels: Tensor | None,
     *,
     seed: int,
-    first_index: int = 0,
+    indices: Sequence[int] | None = None,
     num_images: int | None = None,
     batch_size: int = 256,
     device: torch.device | str | None = None,
@@ -213,11 +213,12 @@ def generate(
     (torch.Size([3, 1, 4, 4]), 4)
 
     All noise for image i, also that of stochastic solvers, comes from a CPU generator seeded by
-    (seed, first_index + i). Except with BATCH_DEPENDENT_SOLVERS, the image is therefore the same,
-    up to rounding, for any batch size and number of processes.
+    (seed, indices[i]). Except with BATCH_DEPENDENT_SOLVERS, the image is therefore the same, up to
+    rounding, for any batch size and number of processes.
 
     Args:
         labels: (N,) int64, or None for an unconditional model, together with `num_images`.
+        indices: of the images, by default 0 to N - 1.
         device: where to sample; by default the device of the model's parameters.
         guide_model: second model for autoguidance.
         image_shape: of one sample, (C, H, W) or any other; by default `model.image_shape`.
@@ -229,6 +230,9 @@ def generate(
     """
     sampling = replace(sampling or Sampling(), **settings)
     total = _number_of_images(labels, num_images, batch_size)
+    indices = range(total) if indices is None else indices
+    if len(indices) != total:
+        raise ValueError(f"{len(indices)} indices for {total} images: give one for each")
     shape = image_shape or getattr(getattr(model, "module", model), "image_shape", None)
     if shape is None:
         raise ValueError("the model has no image_shape: give image_shape=(C, H, W)")
@@ -240,7 +244,7 @@ def generate(
         y = None if labels is None else labels[part].to(device)
         velocity = sampling.velocity(model, y, guide_model)
         count = part.stop - first
-        noise = ImageNoise(seed, first_index + first, count, shape, device)
+        noise = ImageNoise(seed, indices[part], shape, device)
         with torch.no_grad():
             x_1, nfe = sampling.rollout(velocity, noise.normal(), noise.normal)
         images[part] = x_1.cpu()

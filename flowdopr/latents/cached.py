@@ -28,7 +28,7 @@ from flowdopr.config import Config, DataConfig
 from flowdopr.config.schema import USED_BY
 from flowdopr.data import build_image_datasets
 from flowdopr.data.info import DatasetInfo, Datasets
-from flowdopr.data.memory import ImageDataset, Picks
+from flowdopr.data.memory import Batch, ImageDataset, Picks
 from flowdopr.data.sources import shown, why
 from flowdopr.disk import parse_json
 from flowdopr.latents.notes import NOTES, SPLITS, Notes, Shard, read_notes
@@ -136,11 +136,11 @@ class LatentShards(ImageDataset):
         keys = [(0, 0, 3, index) for index in indices.tolist()]
         return self._latents(indices, torch.zeros(len(indices)), keys), self.labels[indices]
 
-    def drawn(self, picks: Picks, seed: int) -> tuple[Tensor, Tensor]:
+    def drawn(self, picks: Picks, seed: int) -> Batch:
         pairs = zip(picks.epochs.tolist(), picks.indices.tolist(), strict=True)
         keys = [(seed, epoch, 2, index) for epoch, index in pairs]
         latents = self._latents(picks.indices, picks.mirrored, keys)
-        return latents, self.labels[picks.indices]
+        return Batch(latents, self.labels[picks.indices])
 
     def _latents(self, indices: Tensor, mirrored: Tensor, keys: Sequence[tuple]) -> Tensor:
         prefixes = ["mirrored_" if flag else "" for flag in mirrored.tolist()]

@@ -5,35 +5,43 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from flowdopr.config import ConfigError, load_data_config
-from flowdopr.data import check_all, open_sources
+from flowdopr.data import SOURCES, check_all, open_sources
 from flowdopr.data.labels import refuse_empty
-from flowdopr.data.sources import Archive, Folder, Source, shown
+from flowdopr.data.sources import Source, shown
 from flowdopr.disk import file_sha256
 from flowdopr.latents.notes import SPLITS, read_notes
 from flowdopr.terminal import counting, print_line
 
 
 def check(place: str | Path, overrides: Sequence[str] = ()) -> list[str]:
-    """One line for each broken file of the data at `place`: a config, or a folder or ZIP of images.
+    """One line for each broken file of the data at `place`: a config, or a folder, ZIP or tar of
+    images.
 
-    Images are decoded as in training; shards of latents are compared with their checksums.
+    Images are listed afresh and decoded as in training; shards of latents are compared with their
+    checksums.
 
     Raises:
         ConfigError, ValueError: no such place, overrides of what is no config, no images there, or
             a data set that has no files of its own.
     """
     place = Path(place)
-    folder = place.is_dir()
-    if folder or zipfile.is_zipfile(place):
+    if kind := _kind(place):
         if overrides:
             raise ConfigError(f"check: {overrides[0]}: '{shown(place)}' is no config to change")
-        return _broken_images([Folder(place, "check") if folder else Archive(place, "check")])
+        return _broken_images([SOURCES[kind](place, "check", afresh=True)])
     data = load_data_config(place, overrides).data
     if data.name == "latents":
         return _broken_shards(Path(data.root))
-    if data.name not in ("folder", "zip"):
+    if data.name not in SOURCES:
         raise ConfigError(f"check: data.name={data.name} has no files that are checked one by one")
-    return _broken_images(open_sources(data))
+    return _broken_images(open_sources(data, afresh=True))
+
+
+def _kind(place: Path) -> str | None:
+    """The `data.name` of what lies at `place`, None for a config."""
+    if place.suffix == ".tar" or any(place.glob("*.tar")):
+        return "tar"
+    return "folder" if place.is_dir() else "zip" if zipfile.is_zipfile(place) else None
 
 
 def _broken_images(sources: Iterable[Source]) -> list[str]:

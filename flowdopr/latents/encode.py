@@ -48,7 +48,9 @@ def encode(
     model = Autoencoder.from_pretrained(autoencoder)
     with state.main_process_first():
         datasets = build_image_datasets(data)
-    settings = data.model_dump(exclude={"num_workers", "download", "autoencoder", "source_root"})
+    settings = data.model_dump(
+        exclude={"num_workers", "cache", "download", "autoencoder", "source_root"}
+    )
     places = {key: settings[key] for key in ("root", "held_out_root") if settings[key]}
     encoding = Encoding(
         source=settings | {key: str(Path(place).resolve()) for key, place in places.items()},

@@ -4,6 +4,7 @@ from flowdopr.linalg import newton_schulz
 from flowdopr.optim.adamuon import AdaMuon
 from flowdopr.optim.build import OPTIMIZER_NAMES, build_optimizer
 from flowdopr.optim.dopr import DoPr, LayerRule
+from flowdopr.optim.dopr.reports import DeferredRead
 from flowdopr.optim.kfac import KFAC
 from flowdopr.optim.muon import Muon
 from flowdopr.optim.outside import averages_itself
@@ -21,6 +22,7 @@ __all__ = [
     "KFAC",
     "OPTIMIZER_NAMES",
     "AdaMuon",
+    "DeferredRead",
     "DoPr",
     "LayerRule",
     "Muon",

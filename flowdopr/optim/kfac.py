@@ -101,6 +101,10 @@ class KFAC(DoPr):
         for name, weight in _layer_weights(model, bypassed).items():
             mode = "full" if weight in taken else "none"
             rules.append(LayerRule(f"^{re.escape(name)}$", mode))
+        for name, module in model.named_modules():
+            if isinstance(module, nn.MultiheadAttention):
+                inside = re.escape(f"{name}." if name else "")
+                rules.append(LayerRule(f"^{inside}[a-z]+_proj$", "none"))
         super().__init__(
             optimizer,
             model,

@@ -35,6 +35,7 @@ class MetricsLine(TypedDict):
     loss: NotRequired[float | None]
     held_out_loss: NotRequired[float | None]
     seconds_per_step: NotRequired[float]
+    data_wait: NotRequired[float]
     peak_memory_mib: NotRequired[float]
 
 
@@ -58,5 +59,6 @@ class State(TypedDict):
     """state.pt of a checkpoint."""
 
     losses: Tensor
+    skipped: NotRequired[list[int]]
     optimizer: dict[str, Any]
     scaler: dict[str, Any] | None

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 # Settings that may change when a run is resumed: they do not change what the weights become.
 FREE_ON_RESUME = (
     *("name", "output", "sample", "evaluate", "compare"),
-    *("data.root", "data.held_out_root", "data.download", "data.num_workers"),
+    *("data.root", "data.held_out_root", "data.download", "data.num_workers", "data.cache"),
     "data.on_bad_image",  # which images are left is in the fingerprint
     *("data.autoencoder", "data.source_root"),
     *(f"train.{key}" for key in ("steps", "log_every", "validate_every", "sample_every")),
@@ -21,6 +21,7 @@ FREE_ON_RESUME = (
         f"train.{key}"
         for key in ("checkpoint_every", "keep_checkpoints", "keep_every", "keep_best")
     ),
+    *("train.max_skipped_steps", "train.patience"),
 )
 
 

@@ -1,5 +1,6 @@
 """Training: from a config to a finished run, the loop, weight averages and the log."""
 
+from flowdopr.room import make_callable
 from flowdopr.train.ema import EMA
 from flowdopr.train.loop import Trainer
 from flowdopr.train.signals import Interrupted, StopSignal, TrainingFailed
@@ -13,3 +14,5 @@ __all__ = [
     "TrainingFailed",
     "train",
 ]
+
+make_callable(__name__)

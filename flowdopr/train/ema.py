@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowdopr.linalg import local
 from flowdopr.runs import OWN, Average
 
 
@@ -42,12 +43,12 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Update all averages after optimizer step number `step` (from 1)."""
-        live = [self.live[name] for name in self._moving]
+        live = [local(self.live[name]) for name in self._moving]
         for average in self.averages:
             values = self.values[average.name]
             for name in self._others:
                 values[name].copy_(self.live[name])
-            moving = [values[name] for name in self._moving]
+            moving = [local(values[name]) for name in self._moving]
             torch._foreach_lerp_(moving, live, 1.0 - average.keep(step))
 
     def load(self, name: str, values: Mapping[str, Tensor]) -> None:

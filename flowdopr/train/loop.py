@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torchvision.utils import save_image
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torchvision.transforms.v2.functional import to_pil_image
 
 from flowdopr.config import Config
-from flowdopr.data import Datasets, build_loader, plain_batches
+from flowdopr.data import Batch, Datasets, build_loader, plain_batches, to_uint8
 from flowdopr.disk import WriteError, replacing
 from flowdopr.exits import is_out_of_memory, one_line
 from flowdopr.flow import (
@@ -34,20 +37,24 @@ from flowdopr.flow import (
     generate,
     one_step_loss,
 )
-from flowdopr.linalg import tf32_products
+from flowdopr.linalg import local, tf32_products
+from flowdopr.optim import DeferredRead
+from flowdopr.pictures import grid
 from flowdopr.processes import Agreement
 from flowdopr.runs import Average, RunFolder
 from flowdopr.terminal import Counter, counting
+from flowdopr.train.culprit import culprit
 from flowdopr.train.ema import EMA, OwnAverage
 from flowdopr.train.log import FILE_ONLY, shown_line
 from flowdopr.train.meter import Meter
 from flowdopr.train.saving import Saver
 from flowdopr.train.schedule import derive_seed, lr_factor
+from flowdopr.train.shards import placed_state, placed_weights, whole
 from flowdopr.train.signals import Interrupted, StopSignal, TrainingFailed
+from flowdopr.train.spikes import Spikes
 
 log = logging.getLogger("flowdopr.train")
 
-Batch = tuple[Tensor, Tensor]
 HELD_OUT, GRID = "held-out loss", "sample grid"
 TRY = "lower optimizer.lr, lengthen train.warmup_steps, or use train.precision=bf16 or no"
 
@@ -67,6 +74,10 @@ class Components:
     sampling: Sampling
     guide_model: nn.Module | None
     decode: Callable[[Tensor], Tensor]
+    initial: Mapping[str, Any]
+    """For versions.json: the file that the weights started from, if any."""
+    sharded: bool
+    """Whether the processes share out the weights: see `shards`."""
 
 
 class Trainer:
@@ -89,7 +100,8 @@ class Trainer:
         # accelerate wraps model and optimizer for mixed precision and several processes; the raw
         # ones underneath hold the same tensors.
         self.raw_model, self.raw_optimizer = components.model, components.optimizer
-        self.model, self.optimizer = accelerator.prepare(self.raw_model, self.raw_optimizer)
+        self.model = accelerator.prepare_model(self.raw_model, evaluation_mode=components.sharded)
+        self.optimizer = accelerator.prepare_optimizer(self.raw_optimizer)
         if config.train.compile:
             self.model.compile()
         for group in self.raw_optimizer.param_groups:
@@ -99,8 +111,9 @@ class Trainer:
             if components.averages
             else OwnAverage(self.raw_model, self.raw_optimizer)
         )
-        self.meter = Meter(accelerator)
-        self.agreement = Agreement(accelerator.num_processes)
+        self.meter, self.spikes = Meter(accelerator), Spikes()
+        self.grad_norm, self.skipped, self.skipped_in_a_row = 0.0, 0, 0
+        self.agreement = Agreement(accelerator.num_processes, config.train.patience)
         self.missing: list[str] = []
         """Held-out losses and sample grids that failed."""
         self.step = self._restore()
@@ -124,17 +137,19 @@ class Trainer:
         bar = counting("training", settings.steps, completed=self.step, shown=shown)
         with StopSignal() as stop, bar as progress, self.saver:
             if self.step:
-                self._look(done=self._looked_at())
-            batch, ending = self._next(loader, stop)
+                done = self._looked_at()
+                self.accelerator.wait_for_everyone()  # before the first process adds to it
+                self._look(done)
+            batch, ending = self._next(self.step, loader, stop)
             while batch and not ending:
-                loss, grad_norm = self.optimizer_step(*batch)
+                loss, grad_norm = self._clipped_gradients(batch)
+                following, ending = self._next(self.step + 1, loader, stop)
+                self._take_or_skip(batch, loss, grad_norm)
                 self.step += 1
-                self.ema.update(self.step)
-                self.meter.add(loss)
+                batch = following
                 progress()
                 if self._due(settings.log_every):
-                    self._log(grad_norm, progress)
-                batch, ending = self._next(loader, stop)
+                    self._log(progress)
                 if ending or self._due(settings.checkpoint_every):
                     self._save()
                 self._look()
@@ -156,54 +171,112 @@ class Trainer:
         if ending:
             raise ending
 
-    def _next(self, loader: Iterator[Batch], stop: StopSignal) -> tuple[Batch | None, Any]:
-        """The batch of the next step, None after the last one, and the error with which the run
-        must end now, the same in every process: a signal, or images that cannot be loaded."""
+    def _next(
+        self, step: int, loader: Iterator[Batch], stop: StopSignal
+    ) -> tuple[Batch | None, Any]:
+        """The batch that follows step number `step`, None after the last one, and the error with
+        which the run must end once that step is done, the same in every process: a signal, or
+        images that cannot be loaded."""
         batch = failure = None
         try:
-            batch = next(loader) if self.step < self.config.train.steps else None
+            with self.meter.waiting():
+                batch = next(loader) if step < self.config.train.steps else None
         except Exception as error:
-            log.info("the images of step %d", self.step + 1, exc_info=True, extra=FILE_ONLY)
+            log.info("the images of step %d", step + 1, exc_info=True, extra=FILE_ONLY)
             failure = error
         own = self.accelerator.process_index + 1 if failure else 0
         signum, failed = self.agreement.largest(stop.received or 0, own)
-        saved = f"step {self.step} is saved" if self.step else "nothing was trained"
+        saved = f"step {step} is saved" if step else "nothing was trained"
         if failed:
             what = one_line(failure) if failure else f"process {failed - 1} failed"
             remedy = "mend it, and go on with the same command and --resume"
             return None, TrainingFailed(f"{self.run.path}: {what}; {saved}: {remedy}")
         if signum:
-            what = f"{self.run.path}: stopped after step {self.step}; {saved}"
+            what = f"{self.run.path}: stopped after step {step}; {saved}"
             return batch, Interrupted(f"{what}: go on with the same command and --resume", signum)
         return batch, None
 
-    def optimizer_step(self, x_1: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Forward and backward over the micro-batches, then one step of the optimizer.
+    def _clipped_gradients(self, batch: Batch) -> tuple[Tensor, DeferredRead]:
+        """Forward, backward and clipping.
 
-        Returns the mean loss of this process and the gradient's norm before clipping, both on the
-        device: reading them would make the host wait.
+        Returns the mean loss of this process, on the device, and the gradient's norm over all
+        processes before clipping, on its way to the host. The norm is finite only if the loss of
+        every process is.
         """
+        loss = self._gradients(self.model, batch)
+        self.accelerator.unscale_gradients()
+        parameters = list(self.raw_model.parameters())
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        sent = DeferredRead(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if self.config.train.max_grad_norm is not None:  # the device does it while the host waits
+            clip_grads_with_norm_(parameters, self.config.train.max_grad_norm, norm)
+        return loss, sent
+
+    def _gradients(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Forward and backward over the micro-batches; returns the mean loss of this process."""
         settings, accelerator = self.config.train, self.accelerator
-        self._set_lr()
-        draw = self._draw(x_1.shape[0])
-        micro = x_1.shape[0] // settings.accumulation_steps
+        size = len(batch.labels)
+        draw = self._draw(size)
+        micro = size // settings.accumulation_steps
         total = torch.zeros((), device=accelerator.device)
-        for first in range(0, x_1.shape[0], micro):
+        for first in range(0, size, micro):
             part = slice(first, first + micro)
-            last = first + micro >= x_1.shape[0]
-            x_part = x_1[part].to(accelerator.device, non_blocking=True)
-            y_part = y[part].to(accelerator.device, non_blocking=True)
-            with nullcontext() if last else accelerator.no_sync(self.model):
-                loss = self.objective(self.model, x_part, y_part, draw[part]).mean()
-                accelerator.backward(loss / settings.accumulation_steps)
+            last = first + micro >= size
+            x_part, y_part = batch.part(part).on(accelerator.device)
+            with nullcontext() if last else accelerator.no_sync(model):
+                loss = self.objective(model, x_part, y_part, draw[part]).mean()
+                # A loss that overflowed may have finite gradients, and no other process sees it.
+                finite = torch.where(loss.detach().isfinite(), 1.0, math.nan)
+                accelerator.backward(loss * finite / settings.accumulation_steps)
             total += loss.detach() / settings.accumulation_steps
-        grad_norm = None
-        if settings.max_grad_norm is not None:
-            grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
-        with tf32_products(settings.precision != "no"):  # rounds less than autocast did to G
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return total, grad_norm
+        return total
+
+    def _take_or_skip(self, batch: Batch, loss: Tensor, grad_norm: DeferredRead) -> None:
+        """One step of the optimizer and the averages, unless the loss or the gradient of any
+        process is not finite: then the step leaves no trace but a line of metrics.jsonl.
+
+        The host waits for the norm, as any optimizer may be skipped only by not calling it. The
+        next batch is loaded before, and the device clips meanwhile.
+        """
+        norm = grad_norm.read()
+        if math.isfinite(norm):
+            self.grad_norm, self.skipped_in_a_row = norm, 0
+            self._set_lr()
+            with tf32_products(self.config.train.precision != "no"):  # rounds less than autocast
+                self.optimizer.step()
+            self.ema.update(self.step + 1)
+            self.meter.add(loss)
+            self.optimizer.zero_grad()
+        else:
+            self.optimizer.zero_grad()
+            self._skip(batch)
+
+    def _skip(self, batch: Batch) -> None:
+        """Count the step.
+
+        Raises:
+            TrainingFailed: it is one too many in a row; the message names the layer.
+        """
+        settings = self.config.train
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        self.meter.add(None)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # lowers the scale of the loss
+        step, images = self.step + 1, (self.step + 1) * settings.global_batch_size
+        self._append({"step": step, "images": images, "skipped": self.skipped})
+        log.warning("step %d: the loss or the gradient is not finite; the step is skipped", step)
+        if self.skipped_in_a_row < settings.max_skipped_steps:
+            return
+        own = culprit(self.raw_model, lambda: self._gradients(self.raw_model, batch))
+        causes = [cause for cause in gather_object([own]) if cause]
+        self.saver.wait()
+        saved = self.run.steps()
+        sound = self.run.checkpoint_path(saved[-1]) if saved else "none"
+        raise TrainingFailed(
+            f"{self.run.path}: the loss or the gradient was not finite on {self.skipped_in_a_row} "
+            f"steps in a row, up to step {step}: {causes[0] if causes else 'the cause is gone'}; "
+            f"newest checkpoint: {sound}; {TRY}"
+        )
 
     def _set_lr(self) -> None:
         settings = self.config.train
@@ -233,7 +306,7 @@ class Trainer:
         first = accelerator.process_index * batch_size
         return draw[first : first + batch_size]
 
-    def _loader(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _loader(self) -> Iterator[Batch]:
         return build_loader(
             self.config,
             self.datasets.train,
@@ -248,32 +321,39 @@ class Trainer:
         last = self.step == self.config.train.steps
         return last or (every is not None and self.step % every == 0)
 
-    def _log(self, grad_norm: Tensor | None, progress: Counter) -> None:
-        line = {"step": self.step, "images": self.step * self.config.train.global_batch_size}
-        line |= self.meter.close(self.config.train.global_batch_size)
+    def _log(self, progress: Counter) -> None:
+        """Log the steps since the last line, if any was taken."""
+        losses, batch = self.meter.state(), self.config.train.global_batch_size
+        if not len(losses):
+            return
+        if spikes := self.spikes.among(losses.tolist()):
+            log.warning("by step %d: %s", self.step, spikes)
+        line = {"step": self.step, "images": self.step * batch}
+        line |= self.meter.close(losses, batch)
         line["lr"] = self.raw_optimizer.param_groups[0]["lr"]
-        if grad_norm is not None:
-            line["grad_norm"] = float(grad_norm)
-        if not math.isfinite(line["loss"]):
-            raise TrainingFailed(
-                f"{self.run.path}: the loss is {line['loss']} by step {self.step}; {TRY}"
-            )
+        if self.config.train.max_grad_norm is not None:
+            line["grad_norm"] = self.grad_norm
         progress.note(f"loss {line['loss']:.4f}")
         self._record(line)
 
     def _record(self, line: dict[str, Any]) -> None:
+        self._append(line)
+        if self.accelerator.is_main_process:
+            log.info(shown_line(line, self.config.train.steps))
+
+    def _append(self, line: dict[str, Any]) -> None:
+        """Write a line of metrics.jsonl; a disk that cannot take it now does not end training."""
         if self.accelerator.is_main_process:
             try:
                 self.run.append_metrics(line)
             except WriteError as error:
                 log.warning("%s; the next line tries again", error.what)
-            log.info(shown_line(line, self.config.train.steps))
 
     def _look(self, done: Collection[str] = ()) -> None:
         """Validate and draw samples where this step is due, except for what is `done`.
 
-        The first process does it, and decides alone what is done: the others may see its new files.
-        A failure is logged, and training goes on.
+        The first process does it; the others help where they hold parts of the weights. A failure
+        is logged, and training goes on.
         """
         settings = self.config.train
         looks = {
@@ -284,7 +364,7 @@ class Trainer:
         if not due:
             return
         self.meter.pause()
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or self.components.sharded:
             for what in (what for what in due if what not in done):
                 try:
                     with self._averaged_model() as model:
@@ -341,8 +421,9 @@ class Trainer:
         images = self.components.decode(samples.images)
         if not images.isfinite().all():  # they would become black
             raise TrainingFailed(f"images are not finite; {TRY}")
-        with replacing(self._grid_path()) as part:
-            save_image(images / 2 + 0.5, part, format="png", nrow=math.ceil(number**0.5))
+        if self.accelerator.is_main_process:
+            with replacing(self._grid_path()) as part:
+                to_pil_image(grid(to_uint8(images))).save(part, format="png")
 
     def _grid_path(self) -> Path:
         return self.run.path / "samples" / f"step-{self.step:08d}.png"
@@ -352,26 +433,24 @@ class Trainer:
     def _save(self) -> None:
         """Begin a checkpoint; weights that are not finite end the run and replace no checkpoint."""
         self.meter.pause()
-        norms = torch._foreach_norm([p.detach() for p in self.raw_model.parameters()])
-        if not torch.stack(list(norms)).isfinite().all():
+        norms = torch._foreach_norm([local(p.detach()) for p in self.raw_model.parameters()])
+        broken = not torch.stack(list(norms)).isfinite().all()
+        if any(self.agreement.largest(int(broken))):
             what = f"weights are not finite by step {self.step}"
             raise TrainingFailed(f"{self.run.path}: {what}; {TRY}")
-        losses = self.meter.state()
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            state = {
-                "losses": losses,
-                "optimizer": self.raw_optimizer.state_dict(),
-                "scaler": scaler.state_dict() if scaler else None,
-            }
-            self.saver.save(
-                self.step,
-                model=self.raw_model.state_dict(),
-                averages=self.ema.state_dicts(),
-                state=state,
-                texts=self.run.texts(),
-                note={"images": self.step * self.config.train.global_batch_size},
-            )
+        scaler = self.accelerator.scaler
+        state = {
+            "losses": self.meter.state(),
+            "skipped": [self.skipped, self.skipped_in_a_row],
+            "optimizer": self.raw_optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        weights = {"model": self.raw_model.state_dict(), "averages": self.ema.state_dicts()}
+        main = self.accelerator.is_main_process
+        content = whole({**weights, "state": state}, kept=main)
+        if main:
+            note = {"images": self.step * self.config.train.global_batch_size}
+            self.saver.save(self.step, **content, texts=self.run.texts(), note=note)
         self.meter.go_on()
 
     def _restore(self) -> int:
@@ -381,12 +460,15 @@ class Trainer:
             return 0
         step, wanted = steps[-1], self.raw_model.state_dict()
         state = self.run.load_state(step)
-        self.raw_model.load_state_dict(self.run.load_weights(step, "raw", wanted))
+        raw = self.run.load_weights(step, "raw", wanted)
+        self.raw_model.load_state_dict(placed_weights(raw, wanted))
         for average in self.ema.averages:
-            self.ema.load(average.name, self.run.load_weights(step, average.name, wanted))
+            values = self.run.load_weights(step, average.name, wanted)
+            self.ema.load(average.name, placed_weights(values, wanted))
         self.meter.restore(state["losses"])
+        self.skipped, self.skipped_in_a_row = state.get("skipped", (0, 0))
         with self.run.reading(step, "state.pt"):
-            self.raw_optimizer.load_state_dict(state["optimizer"])
+            self.raw_optimizer.load_state_dict(placed_state(state["optimizer"], self.raw_optimizer))
             if self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         return step

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import reduce
 from typing import Any
 
@@ -21,7 +23,7 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        self.steps, self.seconds = 0, 0.0
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
         self.restored = torch.zeros(0, device=self.accelerator.device)
         self.losses: list[Tensor] = []
         self.go_on()
@@ -39,9 +41,17 @@ class Meter:
         """Continue with the losses of `state`; the time before them is not restored."""
         self.restored = losses.to(self.accelerator.device)
 
-    def add(self, loss: Tensor) -> None:
-        self.losses.append(loss)
+    def add(self, loss: Tensor | None) -> None:
+        """Count a step and its loss; None for a step that was skipped."""
+        self.losses += [] if loss is None else [loss]
         self.steps += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time within the block as waiting for images."""
+        since = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - since
 
     def pause(self) -> None:
         if self.accelerator.device.type == "cuda":
@@ -51,15 +61,16 @@ class Meter:
     def go_on(self) -> None:
         self._since = time.perf_counter()
 
-    def close(self, global_batch_size: int) -> dict[str, float]:
-        """Means since the last call, then start again; the loss is averaged over processes."""
-        loss = float(self.state().mean())
+    def close(self, losses: Tensor, global_batch_size: int) -> dict[str, float]:
+        """Means since the last call, of which `losses` is the `state`; then start again."""
+        loss = float(losses.mean())
         self.pause()
-        per_step = self.seconds / self.steps
+        per_step, data_wait = self.seconds / self.steps, self.waited / self.seconds
         self.start()
         return {
             "loss": loss,
             "seconds_per_step": per_step,
             "images_per_second": global_batch_size / per_step,
+            "data_wait": data_wait,
             "peak_memory_mib": peak_memory_mib(self.accelerator.device),
         }

@@ -16,7 +16,8 @@ class Interrupted(Exception):
 
     @property
     def exit_code(self) -> int:
-        """The shell's convention: 128 + signal number (130 for Ctrl-C, 143 for SIGTERM)."""
+        """The shell's convention: 128 + signal number (130 for Ctrl-C, 143 for SIGTERM, on Linux
+        138 for SIGUSR1)."""
         return 128 + self.signum
 
 
@@ -29,13 +30,13 @@ class TrainingFailed(RuntimeError):
 class StopSignal:
     """Within its block, the first SIGINT or SIGTERM only sets `received`; the second interrupts.
 
-    SIGUSR2, which a cluster sends before it ends a job, never interrupts, and stands where SIGTERM
-    comes with it, but not against SIGINT. All this does nothing outside the main thread, where
-    Python allows no signal handlers.
+    SIGUSR1 and SIGUSR2, which a cluster sends before it ends a job, never interrupt, and stand
+    where SIGTERM comes with them, but not against SIGINT. All this does nothing outside the main
+    thread, where Python allows no signal handlers.
     """
 
     URGENT = (signal.SIGINT, signal.SIGTERM)
-    SIGNALS = (*URGENT, *([signal.SIGUSR2] if hasattr(signal, "SIGUSR2") else []))
+    SIGNALS = (*URGENT, *(s for s in signal.Signals if s.name in ("SIGUSR1", "SIGUSR2")))
 
     def __init__(self) -> None:
         self.received: int | None = None

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    TorchDynamoPlugin,
+    patch_environment,
+)
 
 from flowdopr.config import Config, ConfigError, effective
 from flowdopr.data import DatasetInfo, check_start
@@ -19,11 +26,11 @@ from flowdopr.flow import build_objective, build_sampling
 from flowdopr.latents import build_datasets, load_decoder
 from flowdopr.models import build_model
 from flowdopr.optim import averages_itself, build_optimizer
-from flowdopr.processes import check_launch, keep_freed_memory
+from flowdopr.processes import asks_for_shards, check_launch, keep_freed_memory
 from flowdopr.runs import RunFolder, averages_of, load_guide, load_initial, provenance
 from flowdopr.train.log import log_roles, run_log
 from flowdopr.train.loop import Components, Trainer
-from flowdopr.train.signals import TrainingFailed
+from flowdopr.train.shards import share_out
 
 log = logging.getLogger("flowdopr.train")
 
@@ -44,17 +51,18 @@ def train(
         ConfigError, ValueError: settings or data that cannot be used, or another process is
             training this run; nothing was trained.
         Interrupted: stopped by Ctrl-C or SIGTERM, after saving.
-        TrainingFailed: the loss, the weights or the inputs of layers are not finite.
+        TrainingFailed: the loss, the gradient or the weights are not finite.
     """
     config = effective(config)
     accelerator = make_accelerator(config)
     with accelerator.main_process_first():
         datasets = build_datasets(config)
-    components = build_components(config, datasets.info, accelerator.device)
     run = RunFolder(Path(config.output) / config.name, config, datasets.info)
-    initial = {}
-    if config.train.init_from and not run.newest_sound()[0]:
-        initial = {"init_from": load_initial(components.model, config.train.init_from)}
+    sharded = accelerator.num_processes > 1 and asks_for_shards()
+    starts = config.train.init_from is not None and not run.newest_sound()[0]
+    components = build_components(
+        config, datasets.info, accelerator.device, starts=starts, sharded=sharded
+    )
     with ExitStack() as held:
         if accelerator.is_main_process:
             allowed = {"resume": resume, "changed_data": changed_data}
@@ -66,7 +74,7 @@ def train(
             for line in (datasets.summary(), *unchecked):
                 log.info("%s", line)
             made_by = provenance(accelerator.device) | {"processes": accelerator.num_processes}
-            made_by |= {"data": datasets.info.fingerprint} | initial
+            made_by |= {"data": datasets.info.fingerprint} | components.initial
             run = RunFolder.create(config, datasets.info, made_by, **allowed)
         else:
             held.enter_context(run_log(None))
@@ -83,20 +91,27 @@ def train(
             trainer.fit()
             if trainer.missing:
                 log.warning("%s: trained, but without %s", run.path, ", ".join(trainer.missing))
-        except FloatingPointError as error:  # DoPr saw inputs that are not finite too often
-            raise TrainingFailed(f"{run.path}: {error}") from None
         finally:
             accelerator.free_memory()
     return run.path
 
 
 def build_components(
-    config: Config, dataset: DatasetInfo, device: torch.device | str = "cpu"
+    config: Config,
+    dataset: DatasetInfo,
+    device: torch.device | str = "cpu",
+    *,
+    starts: bool = False,
+    sharded: bool = False,
 ) -> Components:
     """The seeded model, its optimizer, and all else that training needs of the config.
 
     What the sample grids need is loaded here too, on `device`: a guide or an autoencoder that is
     missing must show now, and not at the first grid, after days of training.
+
+    Args:
+        starts: whether the model gets the weights of `train.init_from`, if there are any.
+        sharded: whether the processes share out the weights.
 
     Raises:
         ConfigError, ValueError: settings that do not fit together; nothing has been written yet.
@@ -108,6 +123,11 @@ def build_components(
     averages = averages_of(config)
     torch.manual_seed(config.seed)
     model = build_model(config, dataset.image_shape, dataset.num_classes)
+    initial = {}
+    if starts and config.train.init_from:
+        initial = {"init_from": load_initial(model, config.train.init_from)}
+    if sharded:
+        share_out(model, torch.device(device))
     optimizer = build_optimizer(model, **optimizer_arguments(config))
     _check_averages(config, averages_itself(optimizer))
     decode = load_decoder(dataset.autoencoder, device)
@@ -120,6 +140,8 @@ def build_components(
         sampling=sampling,
         guide_model=guide.model,
         decode=decode,
+        initial=initial,
+        sharded=sharded,
     )
 
 
@@ -164,12 +186,16 @@ def make_accelerator(config: Config) -> Accelerator:
     try:
         # With cpu=True, accelerate connects several processes without a GPU through gloo.
         cpu = not torch.accelerator.is_available()
-        accelerator = Accelerator(
-            mixed_precision=settings.precision,
-            cpu=cpu,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            dynamo_plugin=TorchDynamoPlugin(backend="no"),  # pyright: ignore
-        )
+        with patch_environment(ACCELERATE_USE_FSDP="false"):  # which it can on GPUs alone
+            accelerator = Accelerator(
+                mixed_precision=settings.precision,
+                cpu=cpu,
+                kwargs_handlers=[
+                    InitProcessGroupKwargs(timeout=timedelta(seconds=settings.patience))
+                ],
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                dynamo_plugin=TorchDynamoPlugin(backend="no"),  # pyright: ignore
+            )
     except ValueError as error:
         raise ConfigError(f"train.precision={settings.precision}: {error}") from None
     if accelerator.distributed_type not in (
@@ -183,6 +209,8 @@ def make_accelerator(config: Config) -> Accelerator:
         )
     if settings.precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("train.precision=fp16: CPUs train in float32 then; use bf16 or no")
+    if settings.precision == "fp16" and asks_for_shards():
+        raise ConfigError("train.precision=fp16: not with FSDP2; use bf16 or no")
     share = accelerator.num_processes * settings.accumulation_steps
     if settings.global_batch_size % share:
         raise ConfigError(

@@ -13,6 +13,7 @@ from PIL import Image
 
 from flowdopr.cli import run_command
 from flowdopr.data import build_loader, check_start
+from flowdopr.data.sources import Folder
 from flowdopr.disk import cache_folder
 from flowdopr.latents import build_datasets
 
@@ -56,9 +57,9 @@ def test_skipping_is_as_if_the_broken_images_were_not_there(make_config, roots):
     assert "dog/cut.png (" in remark
     halves = [build_loader(skipping, found.train, rank=rank, world_size=2) for rank in (0, 1)]
     plain = build_loader(make_config(name=kind, root=whole), expected.train)
-    for *parts, (x_1, y) in islice(zip(*halves, plain, strict=True), 5):  # three epochs
-        assert torch.equal(torch.cat([x for x, _ in parts]), x_1)
-        assert torch.equal(torch.cat([labels for _, labels in parts]), y)
+    for *parts, batch in islice(zip(*halves, plain, strict=True), 5):  # three epochs
+        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+        assert torch.equal(torch.cat([part.labels for part in parts]), batch.labels)
 
 
 def test_the_decision_is_remembered_until_a_file_changes(make_config, folder, monkeypatch):
@@ -81,12 +82,12 @@ def test_the_decision_is_remembered_until_a_file_changes(make_config, folder, mo
 
 
 def test_an_image_that_memory_lacks_is_not_skipped(make_config, folder, monkeypatch):
-    def decode(image):
+    def decode(image, sixteen):
         raise MemoryError
 
     config = make_config(name="folder", root=str(folder), on_bad_image="skip")
     with monkeypatch.context() as patched:
-        patched.setattr("flowdopr.data.pixels.pil_to_tensor", decode)
+        patched.setattr("flowdopr.data.pixels._eight_bits", decode)
         with pytest.raises(ValueError, match=r"png' \(out of memory\); free memory, or remove it"):
             build_datasets(config)
     assert "skipped as broken: 3" in build_datasets(config).remarks[0]
@@ -95,16 +96,15 @@ def test_an_image_that_memory_lacks_is_not_skipped(make_config, folder, monkeypa
 def test_a_file_that_cannot_be_read_is_not_skipped(make_config, folder, monkeypatch):
     """A network disk may fail once; the data set must not depend on that."""
     config = make_config(name="folder", root=str(folder), on_bad_image="skip")
-    vanishing = folder / "cat" / "2.png"
-    real = type(vanishing).read_bytes
+    real = Folder._bytes
 
-    def read_bytes(path):
-        if path == vanishing:
+    def read(source, path, place):
+        if path == "cat/2.png":
             raise TimeoutError(110, "Connection timed out")
-        return real(path)
+        return real(source, path, place)
 
     with monkeypatch.context() as patched:
-        patched.setattr(type(vanishing), "read_bytes", read_bytes)
+        patched.setattr(Folder, "_bytes", read)
         patched.setattr("flowdopr.data.sources.CHECKSUM_LIMIT", 0)
         for _ in range(2):  # and nothing is cached
             with pytest.raises(ValueError, match=r"cat/2.png' \(Connection timed out\); put it"):
@@ -113,7 +113,8 @@ def test_a_file_that_cannot_be_read_is_not_skipped(make_config, folder, monkeypa
 
 
 def test_training_looks_at_the_images_first_for_some_seconds(make_config, write_images, tmp_path):
-    data = build_datasets(make_config(name="folder", root=str(write_images(tmp_path, {"": 600}))))
+    config = make_config(name="folder", root=str(write_images(tmp_path, {"": 600})))
+    data = build_datasets(config)
     assert check_start(data) == []
     unchecked, held_out = check_start(data, seconds=1e-9)
     assert unchecked.startswith("0 of 540 images in")
@@ -122,11 +123,16 @@ def test_training_looks_at_the_images_first_for_some_seconds(make_config, write_
     assert check_start(data, seconds=1e-9) == []  # as all were decoded before
     for name in ("7.png", "8.png"):
         os.truncate(tmp_path / name, 60)
-    with pytest.raises(ValueError, match=r"[78].png' \(.*; so it is with 2 of the 540 images"):
+    several = r"; so it is with 2 of the 540 images"
+    with pytest.raises(ValueError, match=rf"[78].png' \(changed since it was listed: .*{several}"):
         check_start(data)
+    with pytest.raises(ValueError, match=rf"[78].png' \((?!changed).*{several}"):
+        check_start(build_datasets(config))
     write_images(tmp_path, {"": 9}, size=9)
-    with pytest.raises(ValueError, match=r"has 9x9 pixels, the others 8x8; set data.image_size"):
-        check_start(data)
+    with pytest.raises(
+        ValueError, match=r"has \dx\d pixels, the others \dx\d; set data.image_size"
+    ):
+        check_start(build_datasets(config))
 
 
 def test_the_command_lists_what_is_broken(roots, folder, tmp_path, capsys):

@@ -41,7 +41,7 @@ def test_links_in_a_circle_and_to_nothing(write_images, tmp_path):
     (tmp_path / "self.png").symlink_to(tmp_path / "self.png")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     folder = Folder(tmp_path)
-    assert folder.names == ["a/0.png", "b/0.png"]
+    assert list(folder.names) == ["a/0.png", "b/0.png"]
     assert folder.remarks() == ["skipped as no images: 2 links to nothing"]
     (tmp_path / "a" / "b").symlink_to(tmp_path / "b")
     (tmp_path / "b" / "a").symlink_to(tmp_path / "a")

@@ -5,8 +5,9 @@ import zipfile
 
 import pytest
 
+from flowdopr.data.archives import Archive
 from flowdopr.data.labels import find_classes
-from flowdopr.data.sources import Archive, Folder
+from flowdopr.data.sources import Folder
 from flowdopr.latents import build_datasets
 
 PNG = b"not opened here"
@@ -43,7 +44,7 @@ def edm(labels, prefix="", count=6):
 def test_labels_are_those_of_dataset_json(make_source, prefix):
     source = make_source(edm(lambda number: (number * 2) % 5, prefix))
     found = find_classes(source)
-    assert found.labels == [0, 2, 4, 1, 3, 0]
+    assert found.labels.tolist() == [0, 2, 4, 1, 3, 0]
     assert found.names == ("0", "1", "2", "3", "4")
     assert found.remarks == (f"classes as in '{source.where(prefix + 'dataset.json')}'",)
     assert source.remarks() == []
@@ -51,7 +52,8 @@ def test_labels_are_those_of_dataset_json(make_source, prefix):
 
 @pytest.mark.parametrize("files", [edm(None), {k: v for k, v in edm(None).items() if "img" in k}])
 def test_chunks_without_labels_are_no_classes(make_source, files):
-    assert find_classes(make_source(files))[:2] == ([0] * 6, ())
+    found = find_classes(make_source(files))
+    assert (found.labels.tolist(), found.names) == ([0] * 6, ())
 
 
 @pytest.mark.parametrize(
@@ -139,5 +141,7 @@ def test_archives_from_windows_and_with_dots_keep_their_classes(tmp_path):
         for name in ("set\\cat\\1.png", "./set/dog/1.png", "/set/dog/2.png"):
             out.writestr(name, PNG)
     source = Archive(tmp_path / "a.zip")
-    assert find_classes(source)[:2] == ([0, 1, 1], ("cat", "dog"))
-    assert source.read("set/cat/1.png") == PNG
+    found = find_classes(source)
+    assert (found.labels.tolist(), found.names) == ([0, 1, 1], ("cat", "dog"))
+    assert list(source.names) == ["set/cat/1.png", "set/dog/1.png", "set/dog/2.png"]
+    assert source.read(0) == PNG

@@ -7,6 +7,8 @@ import torch
 
 from flowdopr.data import build_loader, from_uint8, plain_batches
 from flowdopr.data.loader import epoch_picks, picks_between
+from flowdopr.data.memory import free_memory
+from flowdopr.data.sources import Folder
 from flowdopr.latents import build_datasets
 
 
@@ -16,13 +18,49 @@ def digits(make_config):
 
 
 def take(config, dataset, count, **where):
-    return list(islice(build_loader(config, dataset, **where), count))
+    """Steps as (x_1, y)."""
+    return [batch.on("cpu") for batch in islice(build_loader(config, dataset, **where), count)]
 
 
 def assert_same(left, right):
     for (x_left, y_left), (x_right, y_right) in zip(left, right, strict=True):
         assert torch.equal(x_left, x_right)
         assert torch.equal(y_left, y_right)
+
+
+def test_images_are_uint8_until_the_device(make_config, write_images, tmp_path, digits):
+    write_images(tmp_path, {"": 9})
+    files = build_datasets(make_config(name="folder", root=str(tmp_path))).train
+    for dataset, workers in ((digits, 0), (files, 0), (files, 1)):
+        config = make_config(
+            name="folder", root=str(tmp_path), num_workers=workers, horizontal_flip=True
+        )
+        batch = next(build_loader(config, dataset))
+        assert batch.images.dtype == torch.uint8
+        assert batch.mirrored.any()
+        halves = [batch.part(slice(first, first + 4)).on("cpu") for first in (0, 4)]
+        joined = [torch.cat(column) for column in zip(*halves, strict=True)]
+        assert_same([joined], [batch.on("cpu")])
+
+
+def test_a_cache_decodes_each_image_once(make_config, write_images, tmp_path, monkeypatch):
+    """The batches are those without it, and no file is read after the first of them."""
+    write_images(tmp_path, {"a": 6, "b": 7})
+    settings = {"name": "folder", "root": str(tmp_path), "horizontal_flip": True, "batch": 4}
+    train = build_datasets(make_config(**settings)).train
+    expected = take(make_config(**settings), train, 9)
+    for workers in (0, 1):
+        config = make_config(**settings, cache="memory", num_workers=workers)
+        loader = build_loader(config, train)
+        with monkeypatch.context() as patched:
+            patched.setattr(Folder, "_bytes", None)  # would fail if a file was read
+            assert_same([batch.on("cpu") for batch in islice(loader, 9)], expected)
+    monkeypatch.setattr("flowdopr.data.loader.free_memory", lambda: 11 * 3 * 8 * 8 - 1)
+    with pytest.raises(
+        ValueError, match=r"^data.cache=memory: 11 images of 3 x 8 x 8 take .* free"
+    ):
+        build_loader(make_config(**settings, cache="memory"), train)
+    assert free_memory() > 2**20
 
 
 def test_a_batch_has_the_contract_shape_and_range(make_config, digits):
@@ -45,8 +83,8 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others(make_confi
 @pytest.mark.parametrize("start", [0, 1, 5, 201, 202, 1000])
 def test_any_step_can_be_the_first(make_config, digits, start):
     config = make_config(name="digits", batch=8, horizontal_flip=True)
-    whole = islice(build_loader(config, digits), start, start + 3)
-    assert_same(list(whole), take(config, digits, 3, start_step=start))
+    whole = take(config, digits, start + 3)
+    assert_same(whole[start:], take(config, digits, 3, start_step=start))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flowdopr.data import check_start
 from flowdopr.data.pixels import decode, formats, suffixes
 from flowdopr.latents import build_datasets
 
@@ -72,6 +73,73 @@ def test_pixels_without_a_range_are_refused(mode):
         decode(stored(Image.new(mode, (1, 1)), "TIFF"))
 
 
+def colours(mode, first, *others):
+    return [Image.new(mode, (16, 8), colour) for colour in (first, *others)]
+
+
+def animated(kind):
+    first, *others = colours("RGB", RED, WHITE, (0, 0, 255))
+    return stored(first, kind, save_all=True, append_images=others)
+
+
+def turned(kind):
+    """Black above, white below, stored lying on its side."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("L", (8, 16))
+    image.paste(255, (0, 0, 8, 16))
+    image.paste(0, (0, 0, 4, 16))
+    return stored(image, kind, exif=exif)
+
+
+NOISE = stored(Image.effect_noise((64, 32), 50), "JPEG")
+USED = {
+    "animated.gif": (animated("GIF"), RED),
+    "animated.png": (animated("PNG"), RED),
+    "pages.tif": (animated("TIFF"), RED),
+    "cmyk.jpg": (stored(*colours("CMYK", (255, 0, 0, 0)), "JPEG"), (0, 255, 255)),
+    "cmyk.tif": (stored(*colours("CMYK", (0, 255, 255, 0)), "TIFF"), RED),
+    "palette.gif": (stored(colours("RGB", RED)[0].quantize(4), "GIF"), RED),
+    "deep.png": (stored(Image.fromarray(np.full((8, 16), 0x80FF, np.uint16))), (0x80,) * 3),
+    "turned.jpg": (turned("JPEG"), (0, 0, 0)),
+    "turned.png": (turned("PNG"), (0, 0, 0)),
+}
+BROKEN = {
+    "cut.jpg": (NOISE[: len(NOISE) // 2], "truncated"),
+    "cut.png": (stored(Image.effect_noise((16, 8), 50))[:90], "truncated|broken"),
+    "gigantic.png": (stored(Image.new("1", (20_000, 10_000)), compress_level=1), "exceeds limit"),
+    "float.tif": (stored(Image.new("F", (16, 8)), "TIFF"), "F pixels have no known range"),
+    "empty.webp": (b"", "no image format that Pillow decodes"),
+}
+
+
+@pytest.mark.parametrize("name", USED)
+def test_a_file_of_an_odd_kind_is_used_by_its_rule(make_config, tmp_path, name):
+    """All of them are 16 pixels wide and 8 high, after turning those that say so."""
+    for place in (name, f"2-{name}"):
+        (tmp_path / place).write_bytes(USED[name][0])
+    data = build_datasets(make_config(name="folder", root=str(tmp_path)))
+    assert check_start(data) == []
+    image, _ = data.train[0]
+    assert image.shape == (3, 8, 16)
+    assert np.abs(image[:, 1, 1].numpy().astype(int) - USED[name][1]).max() <= 1  # JPEG rounds
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_cannot_be_used_is_named_and_counted(make_config, tmp_path, name):
+    content, reason = BROKEN[name]
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(stored(Image.new("RGB", (16, 8))))
+    (tmp_path / name).write_bytes(content)
+    config = make_config(name="folder", root=str(tmp_path))
+    with pytest.raises(ValueError, match=rf"cannot read the image '.*/{name}' \(.*({reason})"):
+        check_start(build_datasets(config))
+    data = build_datasets(make_config(name="folder", root=str(tmp_path), on_bad_image="skip"))
+    assert data.info.num_train + data.info.num_held_out == 3
+    (remark,) = data.remarks
+    assert remark.startswith(f"skipped as broken: 1, the first is {tmp_path / name} (")
+
+
 def test_opaque_pixels_are_unchanged():
     pixels = torch.randint(256, (9, 9, 3), dtype=torch.uint8).numpy()
     image = Image.fromarray(pixels)
@@ -91,7 +159,7 @@ def test_what_pillow_decodes_is_an_image_and_nothing_runs_another_program(make_c
     data = build_datasets(make_config(name="folder", root=str(tmp_path)))
     assert data.info.num_train + data.info.num_held_out == len(written)
     assert data.remarks == (
-        "skipped as no images: 2 .txt, 1 without suffix, 1 .eps, 1 .h5, 1 .pdf",
+        "skipped as no images: 2 .txt, 1 .eps, 1 .h5, 1 .pdf, 1 without suffix",
     )
     assert not {".eps", ".ps", ".wmf", ".mpg", ".h5"} & suffixes()
     assert "EPS" not in formats()

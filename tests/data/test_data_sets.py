@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import pickle
+import socket
 import struct
 import zipfile
 
@@ -15,7 +16,7 @@ from torchvision import datasets as torchvision_sets
 
 from flowdopr.data import DatasetInfo, from_uint8, to_uint8
 from flowdopr.data.datasets import split
-from flowdopr.data.transforms import fit
+from flowdopr.data.transforms import Fit
 from flowdopr.disk import parse_json, to_json
 from flowdopr.latents import build_datasets
 
@@ -176,6 +177,30 @@ def test_a_missing_torchvision_set_names_folder_and_remedy(
     assert str(e.value).isprintable()
 
 
+def test_a_download_of_other_bytes_is_refused(make_config, tmp_path, monkeypatch, mnist):
+    """torchvision knows the checksum of each file; nothing of a wrong one is read."""
+    served, raw = tmp_path / "served", tmp_path / "sets" / "MNIST" / "raw"
+    served.mkdir()
+    for path in (tmp_path / "MNIST" / "raw").iterdir():
+        (served / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    monkeypatch.setattr(torchvision_sets.MNIST, "mirrors", [f"file://{served}/"])
+    config = make_config(name="mnist", root=str(tmp_path / "sets"))
+    for _ in range(2):  # what came is not taken for downloaded the second time
+        with pytest.raises(ValueError, match=r"^data.root: mnist is not in .* could not be downl"):
+            build_datasets(config)
+    assert not list(raw.glob("*-ubyte"))
+
+
+@pytest.mark.parametrize("settings", [{"name": "mnist", "download": False}, {"name": "folder"}])
+def test_without_a_download_no_network_is_used(make_config, tmp_path, monkeypatch, settings):
+    def refused(*arguments):
+        raise AssertionError("a socket was connected")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    with pytest.raises(ValueError, match=r"^data.root: "):
+        build_datasets(make_config(root=str(tmp_path / "nothing"), **settings))
+
+
 def test_archives_that_were_put_there_by_hand_are_unpacked(
     make_config, tmp_path, monkeypatch, mnist
 ):
@@ -312,7 +337,7 @@ def test_adm_halves_by_the_mean_of_four_pixels(channels):
     for size in (16, 8):
         for window in ((1, 2), (2, 1)):
             expected = (torch.nn.functional.avg_pool2d(expected, window) + 0.5).floor()
-        assert torch.equal(fit(size, channels, "adm")(image), expected.to(torch.uint8))
+        assert torch.equal(Fit(size, channels, "adm")(image), expected.to(torch.uint8))
 
 
 @pytest.mark.parametrize("sides", [(41, 30), (30, 47), (16, 19), (9, 12)])
@@ -321,7 +346,7 @@ def test_adm_interpolates_and_crops_as_published(sides):
     width, height = sides
     across = torch.linspace(0, 255, width).expand(3, height, width).to(torch.uint8)
     size = 8 if min(sides) > 10 else 10
-    out = fit(size, 3, "adm")(across)
+    out = Fit(size, 3, "adm")(across)
     assert out.shape == (3, size, size)
     halvings = 0
     while min(width, height) >= 2 * size:

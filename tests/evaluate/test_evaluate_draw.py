@@ -12,32 +12,38 @@ import torch
 from PIL import Image
 
 from flowdopr.cli import run_command
+from flowdopr.data import to_uint8
+from flowdopr.disk import write_json
 from flowdopr.evaluate import Gallery, draw, evaluate, sample
-from flowdopr.evaluate.draw import grid
-from flowdopr.evaluate.generate import ImageSampler
+from flowdopr.evaluate.generate import ImageSampler, label_numbers
+from flowdopr.flow import image_generator
+from flowdopr.pictures import grid
 
 MIDPOINT = "sample.solver={name: midpoint, steps: 3}"
 
 
 def pixels(folder, index):
-    return np.asarray(Image.open(folder / f"{index:06d}.png")).astype(int)
+    (path,) = folder.glob(f"{index:06d}*.png")
+    return np.asarray(Image.open(path)).astype(int)
 
 
 def test_a_folder_of_samples(make_run, tmp_path):
     run, out = make_run(), tmp_path / "deep" / "out"
     assert sample(run.path, [MIDPOINT], num=12, out=out, npz=True) == out
     names = {path.name for path in out.iterdir()}
-    assert names == {f"{i:06d}.png" for i in range(12)} | {
+    assert names == {f"{i:06d}-{i % 10}.png" for i in range(12)} | {
         *("grid.png", "sampling.json", "samples.npz")
     }
     arrays = np.load(out / "samples.npz")
     assert (arrays["arr_0"].shape, arrays["arr_0"].dtype) == ((12, 8, 8, 1), np.uint8)
-    assert arrays["labels"].tolist() == [*range(10), 0, 1]
+    assert arrays["arr_1"].tolist() == [*range(10), 0, 1]
     assert np.array_equal(arrays["arr_0"][5, :, :, 0], pixels(out, 5))
     card = json.loads((out / "sampling.json").read_text())
     assert card["sampling"]["nfe"] == 6
     assert (card["step"], card["weights"], card["sampling"]["labels"]) == (2, "ema", "balanced")
     assert card["sampling"]["batch_size"] == 256
+    assert card["images"]["000011-1.png"] == 1
+    assert card["class_names"] == [str(i) for i in range(10)]
 
 
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])  # dopri5: as its tolerance is small
@@ -49,6 +55,57 @@ def test_image_i_depends_on_the_seed_and_i_alone(make_run, tmp_path, solver):
     for index in range(4):
         assert np.abs(pixels(many, index) - pixels(few, index)).max() <= 1
         assert np.abs(pixels(other, index) - pixels(few, index)).max() > 9
+
+
+@pytest.mark.parametrize("solver", ["euler", "dopri5"])
+@pytest.mark.parametrize("labels", [None, "3-5,9"])
+def test_single_images_are_drawn_again_as_a_large_run_drew_them(make_run, tmp_path, solver, labels):
+    """With dopri5, which chooses its steps for a batch, all others of their batch are drawn too."""
+    run, request = make_run(), {"labels": labels, "seed": 4}
+    overrides = [f"sample.solver={solver}", "sample.batch_size=3"]
+    many = contents(sample(run.path, overrides, num=12, out=tmp_path / "many", **request))
+    out = sample(
+        run.path, overrides, numbers="10,2,7-8", out=tmp_path / "some", **request, npz=True
+    )
+    few = contents(out)
+    pngs = sorted(name for name in few if re.match(r"\d", name))
+    assert [name[:6] for name in pngs] == ["000002", "000007", "000008", "000010"]
+    assert all(few[name] == many[name] for name in pngs)
+    assert json.loads(few["sampling.json"])["sampling"]["numbers"] == [10, 2, 7, 8]
+    assert np.array_equal(np.load(out / "samples.npz")["arr_0"][0, :, :, 0], pixels(out, 10))
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [("3", [3]), ("0-2,cat", [0, 1, 2, 1]), ("owl, grey", [2]), (["cat", 0], [1, 0])],
+)
+def test_labels_are_numbers_ranges_and_names(labels, found):
+    assert label_numbers(labels, ["dog", "cat", "owl, grey"]) == found
+
+
+def test_classes_named_by_a_stranger_cannot_leave_the_folder(tmp_path, digits, make_run):
+    run = make_run()
+    names = ("../../up", "a/b", ".", "x" * 300, *map(str, range(6)))
+    write_json(run.path / "dataset.json", run.dataset.to_dict() | {"class_names": list(names)})
+    out = sample(run.path, num=4, out=tmp_path / "out")
+    assert sorted(path.name for path in out.glob("0*")) == [
+        *("000000-_up.png", "000001-a_b.png", "000002-_.png", f"000003-{'x' * 40}.png")
+    ]
+
+
+@pytest.mark.parametrize("solver", ["midpoint", "dopri5", "euler_maruyama"])
+def test_a_trajectory_leads_from_noise_to_the_images(make_run, tmp_path, solver):
+    request = {"overrides": [f"sample.solver={solver}"], "num": 4, "out": tmp_path / "out"}
+    sample(make_run().path, **request)
+    out = sample(tmp_path / "tiny", **request, trajectory=True)
+    way = np.asarray(Image.open(out / "trajectory.png"))[..., 0].astype(int)
+    rows = way[2:].reshape(8, 34, -1)[:, :32:4].reshape(8, 8, -1)  # undo margins and magnification
+    columns = rows[..., 2:].reshape(8, 8, -1, 34)[..., :32:4]
+    first = to_uint8(torch.randn(1, 8, 8, generator=image_generator(0, 0)))[0].numpy()
+    assert np.abs(columns[0, :, 0] - first).max() <= 1
+    for index in range(4):
+        ends = columns[2 * index : 2 * index + 2, :, -1]
+        assert np.abs(ends - pixels(out, index)).max() <= 1
 
 
 def test_labels_weights_and_checkpoint_matter(make_run, tmp_path):
@@ -100,8 +157,8 @@ def test_a_cut_sampling_goes_on(make_run, tmp_path, monkeypatch, solver, damage)
         with pytest.raises(KeyboardInterrupt):
             sample(run.path, out=out, **request)
     assert not (out / "sampling.json").exists()
-    assert sorted(images_only(out)) == [f"{i:06d}.png" for i in range(7)]
-    damaged = out / "000001.png"
+    assert sorted(images_only(out)) == [f"{i:06d}-{i}.png" for i in range(7)]
+    damaged = out / "000001-1.png"
     if damage == "cut":
         damaged.write_bytes(damaged.read_bytes()[:-1])
     elif damage == "missing":
@@ -111,7 +168,7 @@ def test_a_cut_sampling_goes_on(make_run, tmp_path, monkeypatch, solver, damage)
     drawn, whole = [], ImageSampler.draw
 
     def noted(self, batch, *args, **kwargs):
-        drawn.append(batch.start)
+        drawn.append(batch[0])
         return whole(self, batch, *args, **kwargs)
 
     monkeypatch.setattr(ImageSampler, "draw", noted)
@@ -128,8 +185,8 @@ def test_a_finished_sampling_can_still_get_its_npz(make_run, tmp_path):
     sample(run.path, num=2, out=out, npz=True)
     assert np.load(out / "samples.npz")["arr_0"].shape == (2, 8, 8, 1)
     (out / "samples.npz").unlink()
-    (out / "000001.png").unlink()
-    with pytest.raises(ValueError, match=r"000001.png: is missing; draw the images anew"):
+    (out / "000001-1.png").unlink()
+    with pytest.raises(ValueError, match=r"000001-1.png: is missing; draw the images anew"):
         sample(run.path, num=2, out=out, npz=True)
 
 
@@ -169,7 +226,7 @@ def test_a_folder_with_other_files_is_refused_and_an_empty_one_taken(make_run, t
     out.mkdir()
     sample(run.path, num=1, out=out)
     (out / "sampling.json").write_text("[]")
-    for place in (out, tmp_path / "out" / "000000.png"):
+    for place in (out, tmp_path / "out" / "000000-0.png"):
         with pytest.raises(ValueError, match=r"holds files already; give a new or an empty"):
             sample(run.path, num=1, out=place)
 
@@ -198,6 +255,12 @@ def test_two_samplings_into_one_folder_are_refused(make_run, tmp_path):
         ({"overrides": ["sample.solver.steps=0"]}, "sample.solver.steps"),
         ({"step": 7}, "no checkpoint at step 7; there are: 1, 2"),
         ({"num": 0}, "at least one image"),
+        ({"numbers": [3]}, "num=2 beside the numbers of images: give one of the two"),
+        *(
+            ({"num": None, "numbers": n}, "give numbers of 0")
+            for n in ("", "3-1", "x", "3,3", [-1])
+        ),
+        ({"labels": "tree"}, "no class is called 'tree'; give class numbers, 0-9 or class names"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_writes_nothing(make_run, tmp_path, wrong, message):
@@ -257,10 +320,12 @@ def test_small_images_are_magnified_in_the_grid():
 
 
 def test_two_processes_draw_and_measure_what_one_does(make_run, tmp_path):
-    """Bit for bit, also with a solver whose steps depend on the batch."""
+    """Images bit for bit, also with a solver whose steps depend on the batch; metrics, which add up
+    sums of the processes, to rounding."""
     run, wanted = make_run(), ["sample.solver=dopri5", "sample.batch_size=2"]
     alone = sample(run.path, wanted, num=7, out=tmp_path / "alone")
-    measured = [*wanted, "evaluate.metrics=[fd]", "evaluate.fid_num_images=9"]
+    measured = [*wanted, "evaluate.metrics=[fd, kid, isc, prc, spectrum]"]
+    measured += ["evaluate.fid_num_images=9"]
     card = evaluate(run.path, measured)
     metrics, gallery = json.loads(card.read_text())["metrics"], Gallery.beside(card)
     pictures = gallery.read_bytes()
@@ -283,4 +348,7 @@ def test_two_processes_draw_and_measure_what_one_does(make_run, tmp_path):
     assert contents(tmp_path / "both") == contents(alone)
     assert set(card.parent.iterdir()) == {card, gallery}
     assert gallery.read_bytes() == pictures
-    assert json.loads(card.read_text())["metrics"] == metrics
+    again = json.loads(card.read_text())["metrics"]
+    assert again.keys() == metrics.keys()
+    for name, value in metrics.items():
+        assert again[name] == pytest.approx(value, rel=1e-6), name

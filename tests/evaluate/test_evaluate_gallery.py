@@ -34,7 +34,7 @@ def test_the_gallery_holds_the_first_images_and_their_nearest_training_images(
     card = evaluate(run.path, FEW)
     gallery = Gallery.read(Gallery.beside(card))
     out = sample(run.path, num=3, out=tmp_path / "drawn")
-    drawn = [np.asarray(Image.open(out / f"{number:06d}.png")) for number in range(3)]
+    drawn = [np.asarray(Image.open(out / f"{number:06d}-{number}.png")) for number in range(3)]
     assert np.array_equal(gallery.images[:, 0].numpy(), drawn)
     assert gallery.labels.tolist() == [0, 1, 2]
     extractor = classifier_extractor(digits)

@@ -71,14 +71,15 @@ def test_shards_hold_the_autoencoders_posterior(tmp_path, vae, pictures):
 
 
 def test_sample_grids_and_samples_are_decoded(run, tmp_path):
-    assert pixels(run / "samples" / "step-00000004.png").shape == (2 * 18 + 2, 2 * 18 + 2, 3)
+    assert pixels(run / "samples" / "step-00000004.png").shape == (2 * 34 + 2, 2 * 34 + 2, 3)
     out = sample(run, num=3, out=tmp_path / "out", seed=5)
     folder = RunFolder.open(run)
     model, _ = folder.load_model()
     plain = generate(model, torch.tensor([0, 1, 0]), seed=5, sampling=build_sampling(folder.config))
     expected = to_uint8(load_decoder(folder.dataset.autoencoder)(plain.images))
     for index in range(3):
-        found = pixels(out / f"{index:06d}.png")
+        (path,) = out.glob(f"{index:06d}-*.png")
+        found = pixels(path)
         assert np.abs(found - expected[index].permute(1, 2, 0).numpy()).max() <= 1
     card = json.loads((out / "sampling.json").read_text())
     assert card["autoencoder"] == folder.dataset.autoencoder

@@ -41,10 +41,10 @@ def test_image_i_is_the_same_in_any_batch_and_process(solver, guidance_scale):
     settings = {"seed": 3, "solver": solver, "steps": 6, "guidance_scale": guidance_scale}
     whole = generate(Labelled(), LABELS, batch_size=7, **settings)
     batches = generate(Labelled(), LABELS, batch_size=2, **settings)
-    second = generate(Labelled(), LABELS[4:], first_index=4, batch_size=7, **settings)
+    some = generate(Labelled(), LABELS[[6, 3]], indices=[6, 3], batch_size=7, **settings)
     assert torch.allclose(whole.images, batches.images, atol=1e-5)
-    assert torch.allclose(whole.images[4:], second.images, atol=1e-5)
-    assert whole.nfe == batches.nfe == second.nfe
+    assert torch.allclose(whole.images[[6, 3]], some.images, atol=1e-5)
+    assert whole.nfe == batches.nfe == some.nfe
     assert not torch.allclose(whole.images[0], whole.images[3])
 
 
@@ -203,6 +203,7 @@ def test_settings_by_name_take_precedence_over_sampling():
         ({"num_images": 0}, "nothing to sample"),
         ({"batch_size": 0}, "nothing to sample"),
         ({"labels": LABELS}, "leave num_images out"),
+        ({"indices": [5]}, "1 indices for 2 images: give one for each"),
         ({"image_shape": None}, "image_shape"),
         ({"seed": -1}, "negative"),
     ],

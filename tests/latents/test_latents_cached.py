@@ -95,7 +95,7 @@ def test_latents_are_drawn_from_the_posterior_anew_each_epoch(encode, latents, s
     train = build_datasets(config).train
     mean, std = encoder(next(plain_batches(build_datasets(source).train, 100))[0])
     standard = []
-    for epoch, (x, y) in enumerate(islice(build_loader(config, train), 400)):
+    for epoch, (x, y, _) in enumerate(islice(build_loader(config, train), 400)):
         order = epoch_picks(0, epoch, 9).indices
         assert torch.equal(y, train.labels[order])
         standard.append((x - mean[order]) / std[order])
@@ -115,7 +115,7 @@ def test_any_step_and_any_process_draws_the_same(encode, latents, workers):
         loader = build_loader(
             config, build_datasets(config).train, rank=rank, world_size=2, start_step=3
         )
-        for (x, y), (x_all, y_all) in zip(islice(loader, 4), whole[3:], strict=True):
+        for (x, y, _), (x_all, y_all, _) in zip(islice(loader, 4), whole[3:], strict=True):
             part = slice(2 * rank, 2 * rank + 2)
             assert torch.equal(x, x_all[part])
             assert torch.equal(y, y_all[part])
@@ -124,7 +124,7 @@ def test_any_step_and_any_process_draws_the_same(encode, latents, workers):
 def test_mirrored_copies_are_the_latents_of_mirrored_images(encode, latents, source):
     config = latents(encode(kept="mean", mirrored=True), batch=9, horizontal_flip=True)
     pixels = next(plain_batches(build_datasets(source).train, 100))[0]
-    ((x, _),) = islice(build_loader(config, build_datasets(config).train), 1)
+    ((x, _, _),) = islice(build_loader(config, build_datasets(config).train), 1)
     picks = epoch_picks(0, 0, 9)
     assert 0 < picks.mirrored.sum() < 9
     for row, index, mirrored in zip(x, picks.indices, picks.mirrored, strict=True):

@@ -277,8 +277,7 @@ def test_tied_weights_pool_or_are_left_to_the_gp() -> None:
     gp = torch.optim.SGD(model.parameters(), lr=1.0)
     optimizer = DoPr(gp, model, max_rows=None, cov_decay=0.0)
     roles = {name: (mode, reason) for name, _, mode, reason in optimizer.roles()}
-    assert roles["table.weight"][0] == "none"
-    assert "tied" in roles["table.weight"][1]
+    assert roles["table.weight"] == ("full", "input of head, with which an embedding is tied")
     index, before = torch.arange(9), model.first.weight.detach().clone()
     with torch.no_grad():
         first = model.table(index)
@@ -291,11 +290,78 @@ def test_tied_weights_pool_or_are_left_to_the_gp() -> None:
     torch.testing.assert_close(before - model.first.weight.detach(), expected)
 
 
-def test_multihead_attention_is_said_to_be_left_to_the_gp() -> None:
-    model = nn.TransformerEncoderLayer(8, 2, 16)
+class Attention(nn.Module):
+    """`nn.MultiheadAttention` on projections of the input, of one tensor or of three."""
+
+    def __init__(self, same: bool, **sizes: int) -> None:
+        super().__init__()
+        self.same, self.attention = same, nn.MultiheadAttention(4, 2, batch_first=True, **sizes)
+        self.sizes = (4, sizes.get("kdim", 4), sizes.get("vdim", 4))
+
+    def inputs(self, x: Tensor) -> list[Tensor]:
+        query, key, value = (x[..., :size] for size in self.sizes)
+        return [query] * 3 if self.same else [query, key[:, :3].cos(), value[:, :3].sin()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.inputs(x)
+        return self.attention(query, value=value, key=key, need_weights=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("same", "sizes"), [(True, {}), (False, {}), (False, {"kdim": 5, "vdim": 3})], ids=str
+)
+def test_attention_is_preconditioned_by_query_key_and_value(same: bool, sizes: dict) -> None:
+    torch.manual_seed(0)
+    model = Attention(same, **sizes).double()
+    optimizer = DoPr(
+        torch.optim.SGD(model.parameters(), lr=1.0), model, max_rows=None, cov_decay=0.0
+    )
+    x = torch.randn(6, 5, 5, dtype=torch.float64)
+    weights = [p for name, p in model.named_parameters() if "proj_weight" in name]
+    before = [weight.detach().clone() for weight in weights]
+    model(x).sin().sum().backward()
+    grads = [grad for weight in weights for grad in weight.grad.split(4)]
+    optimizer.step()
+    moved = [b - w.detach() for b, w in zip(before, weights, strict=True)]
+    parts = [part for whole in moved for part in whole.split(4)]
+    for part, grad, read in zip(parts, grads, model.inputs(x), strict=True):
+        sigma = reference.second_moment(read.reshape(-1, read.shape[-1]))
+        torch.testing.assert_close(part, reference.precondition(grad, sigma, 0.1))
+
+
+def test_what_a_layer_does_not_show_is_left_to_the_gp_with_one_warning(caplog) -> None:
+    model = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(3, 3)])
+    nn.utils.parametrizations.weight_norm(model[1])
     optimizer = DoPr(torch.optim.SGD(model.parameters()), model)
     roles = {name: (mode, reason) for name, _, mode, reason in optimizer.roles()}
-    for name in ("self_attn.in_proj_weight", "self_attn.out_proj.weight"):
-        assert roles[name][0] == "none"
-        assert "bypasses" in roles[name][1]
-    assert roles["linear1.weight"][0] == "full"
+    assert roles["0.self_attn.in_proj_weight"] == ("full", "layer input")
+    assert roles["0.self_attn.out_proj.weight"][0] == "none"
+    assert "without calling" in roles["0.self_attn.out_proj.weight"][1]
+    assert "parametrized" in roles["1.parametrizations.weight.original1"][1]
+    (record,) = caplog.records
+    assert "'0.self_attn.out_proj' and of 1 more to the optimizer alone" in record.getMessage()
+    caplog.clear()
+    rules = [LayerRule("out_proj|^1$", "none")]
+    DoPr(torch.optim.SGD(model.parameters()), model, rules=rules)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_an_embedding_and_its_head_have_the_ap_of_the_heads_input(head_first: bool) -> None:
+    torch.manual_seed(0)
+    table, head = nn.Embedding(7, 4).double(), nn.Linear(4, 7, bias=False).double()
+    head.weight = table.weight
+    model = nn.ModuleDict({"a": head, "b": table} if head_first else {"a": table, "b": head})
+    optimizer = DoPr(
+        torch.optim.SGD(model.parameters(), lr=1.0), model, max_rows=None, cov_decay=0.0
+    )
+    name = "a" if head_first else "b"
+    assert optimizer.roles() == [
+        ("a.weight", (7, 4), "full", f"input of {name}, with which an embedding is tied")
+    ]
+    before, z = table.weight.detach().clone(), table(torch.arange(7)).tanh()
+    head(z).sin().sum().backward()
+    grad = table.weight.grad
+    optimizer.step()
+    expected = reference.precondition(grad, reference.second_moment(z.detach()), 0.1)
+    torch.testing.assert_close(before - table.weight.detach(), expected)

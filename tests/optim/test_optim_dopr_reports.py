@@ -1,4 +1,4 @@
-"""What a refresh finds, told at the next one: skips, stops, and dampings that were too small."""
+"""What a refresh finds, told at the next one: skips, and dampings that were too small."""
 
 import logging
 
@@ -8,12 +8,11 @@ import torch
 from layer_cases import adamw
 from torch import Tensor, nn
 
-from flowdopr.optim.dopr import DoPr, reports
+from flowdopr.optim.dopr import DoPr
 
 
-def test_nonfinite_activations_are_skipped_counted_and_end_in_a_stop(caplog, monkeypatch) -> None:
+def test_nonfinite_activations_are_skipped_and_counted(caplog) -> None:
     layer = nn.Linear(3, 2)
-    monkeypatch.setattr(reports, "MAX_NONFINITE", 3)
     optimizer = adamw(layer, refresh_every=1)
     with caplog.at_level(logging.WARNING, "flowdopr.optim"):
         for poison in (0.0, float("nan"), float("inf"), float("nan")):
@@ -21,12 +20,11 @@ def test_nonfinite_activations_are_skipped_counted_and_end_in_a_stop(caplog, mon
             layer.zero_grad()
             optimizer.step()
         numbers = optimizer.diagnostics()[""]
-        assert (numbers.skipped, numbers.skipped_in_a_row, numbers.refreshes) == (3, 3, 1)
+        assert (numbers.skipped, numbers.refreshes) == (3, 1)
         assert caplog.text.count("not finite, refresh skipped") == 2  # the third is told next
         assert torch.isfinite(optimizer.transforms[0]).all()
         layer(torch.ones(4, 3)).sum().backward()
-        with pytest.raises(FloatingPointError, match="3 refreshes in a row"):
-            optimizer.step()
+        optimizer.step()
         assert caplog.text.count("not finite, refresh skipped") == 3
 
 
@@ -40,51 +38,6 @@ def test_what_the_last_refresh_has_to_report_is_not_lost(last_words, caplog) -> 
         last_words(optimizer)
         last_words(optimizer)
     assert caplog.text.count("not finite, refresh skipped") == 1
-
-
-def poisoned_steps(optimizer: DoPr, layer: nn.Module, steps: int, after_step=None) -> int:
-    """Steps on NaN until one raises; returns how many did not."""
-    for step in range(steps):
-        layer(torch.full((4, 3), torch.nan)).sum().backward()
-        try:
-            optimizer.step()
-        except FloatingPointError:
-            return step
-        if after_step is not None:
-            after_step()
-    return steps
-
-
-def test_saving_does_not_lose_the_stop(monkeypatch) -> None:
-    monkeypatch.setattr(reports, "MAX_NONFINITE", 2)
-    layer = nn.Linear(3, 2)
-    optimizer = adamw(layer, refresh_every=1)
-    assert poisoned_steps(optimizer, layer, 9, optimizer.state_dict) == 2
-
-
-def test_the_stop_comes_though_ap_has_faded_meanwhile(monkeypatch) -> None:
-    monkeypatch.setattr(reports, "MAX_NONFINITE", 2)
-    layer = nn.Linear(3, 2)
-    optimizer = adamw(layer, refresh_every=2, anneal=(1, 3))
-    assert poisoned_steps(optimizer, layer, 9) == 3
-
-
-def test_the_stop_comes_once_for_a_layer_that_runs_no_more(monkeypatch) -> None:
-    monkeypatch.setattr(reports, "MAX_NONFINITE", 1)
-    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
-    optimizer = adamw(nn.ModuleList([first, second]), refresh_every=1)
-    stops = []
-    for step in range(5):
-        optimizer.zero_grad()
-        loss = first(torch.randn(4, 3)).sum()
-        if step == 0:
-            loss = loss + second(torch.full((4, 3), torch.nan)).sum()
-        loss.backward()
-        try:
-            optimizer.step()
-        except FloatingPointError:
-            stops.append(step)
-    assert stops == [1]
 
 
 @pytest.mark.parametrize("poison", ["first", "later"])

@@ -104,19 +104,24 @@ def test_each_process_says_its_own_error(tmp_path, images):
     assert RunFolder.open(tmp_path / "runs" / "tiny").steps() == [2]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("killed", [0, 1])
-def test_the_death_of_a_process_ends_the_other_in_one_line(tmp_path, killed):
-    path, shared = tiny_file(tmp_path, "train.checkpoint_every=5", "train.steps=1000000")
+def test_the_end_of_a_process_ends_the_other_in_one_line(tmp_path, killed, signum):
+    """Within a minute if it dies, and within train.patience if it hangs."""
+    settings = ["train.checkpoint_every=5", "train.steps=1000000", "train.patience=10"]
+    path, shared = tiny_file(tmp_path, *settings)
     processes = start_two("-m", "flowdopr", "train", str(path), *shared)
     while not list(tmp_path.glob("runs/tiny/checkpoints/step-????????")):
         assert all(process.poll() is None for process in processes)
         time.sleep(0.05)
-    processes[killed].send_signal(signal.SIGKILL)
-    said = processes[1 - killed].communicate(timeout=200)[1]
+    processes[killed].send_signal(signum)
+    said = processes[1 - killed].communicate(timeout=60)[1]
     assert processes[1 - killed].returncode == 1
     line = said.strip().split("\n")[-1]
     assert line.startswith(f"flowdopr: process {1 - killed}: stopped, because another process")
     assert "Traceback" not in said
+    processes[killed].kill()
     processes[killed].communicate()
 
 
@@ -246,8 +251,16 @@ def test_the_environment_of_accelerate_changes_nothing(tmp_path, monkeypatch):
     assert_same_checkpoint(plain, train(tiny(tmp_path, "name=other", "train.steps=3")), 3)
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
-def test_an_environment_that_asks_for_more_than_ddp_is_refused(tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_an_environment_that_asks_for_more_than_ddp_and_fsdp2_is_refused(
+    tmp_path, monkeypatch, kind
+):
     monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
     with pytest.raises(ValueError, match=rf"^ACCELERATE_USE_{kind}=true: .*; unset it, or"):
+        train(tiny(tmp_path))
+
+
+def test_the_older_fsdp_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"^FSDP_VERSION=1: .*; set fsdp_version: 2"):
         train(tiny(tmp_path))

@@ -3,9 +3,11 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from tiny import again, tiny, weights
 
@@ -14,6 +16,7 @@ from flowdopr.cli import run_command
 from flowdopr.config import ConfigError, to_yaml
 from flowdopr.runs.folder import RunFolder
 from flowdopr.train import TrainingFailed, train
+from flowdopr.train.meter import Meter
 from flowdopr.train.schedule import lr_factor
 
 
@@ -24,16 +27,35 @@ def test_a_run_leaves_everything_its_readers_need(tmp_path):
     logged = [line for line in run.metrics() if "loss" in line]
     assert [line["step"] for line in logged] == [2, 4, 6, 8]
     assert all(line["seconds_per_step"] > 0 for line in logged)
+    assert all(0 < line["data_wait"] < 1 for line in logged)
     assert logged[-1]["images"] == 8 * 16
     held_out = {line["step"]: line["held_out_loss"] for line in run.metrics() if "loss" not in line}
     assert list(held_out) == [4, 8]
     assert 0 < held_out[8] < 3
     with Image.open(path / "samples" / "step-00000008.png") as grid:
-        assert grid.size == (22, 22)
+        assert grid.size == (70, 70)
     versions = json.loads((path / "versions.json").read_text())
     assert versions["versions"]["torch"] == torch.__version__.split("+")[0]
     assert "blocks.0.attention.qkv.weight" in (path / "log.txt").read_text()
     assert (path / "config.yaml").read_text().endswith(f"\n{to_yaml(run.config)}")
+
+
+def test_waiting_for_data_is_a_share_of_the_measured_time(monkeypatch):
+    """The second window lasts 8 s, of which 3 were spent waiting; pauses do not count."""
+    accelerator, clock = Accelerator(cpu=True), iter([0, 0, 0, 2, 2, 3, 6, 7, 17, 20, 20])
+    timer = SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr("flowdopr.train.meter.time", timer)
+    meter = Meter(accelerator)
+    shares = []
+    for _ in range(2):
+        with meter.waiting():
+            pass
+        meter.add(torch.zeros(()))
+        if shares:
+            meter.pause()
+            meter.go_on()
+        shares.append(meter.close(16)["data_wait"])
+    assert shares == [0, 3 / 8]
 
 
 def test_loaded_models_are_the_saved_weights(tmp_path):
@@ -90,25 +112,12 @@ def test_unconditional_training(tmp_path):
     assert run.load_model()[0].num_classes == 0
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    config = tiny(tmp_path, "optimizer.name=sgd", "optimizer.lr=1e30", "train.max_grad_norm=null")
-    with pytest.raises(TrainingFailed, match=r"by step \d; lower optimizer.lr"):
-        train(config)
-
-
 def test_broken_weights_are_not_saved(tmp_path):
     settings = ["optimizer.name=sgd", "optimizer.lr=1e30", "train.max_grad_norm=null"]
     settings += ["train.log_every=100", "train.steps=20", "train.checkpoint_every=5"]
     with pytest.raises(TrainingFailed, match=r"weights are not finite by step 5"):
         train(tiny(tmp_path, *settings))
     assert RunFolder.open(tmp_path / "runs" / "tiny").steps() == []
-
-
-def test_inputs_that_are_not_finite_end_the_run(tmp_path):
-    settings = ["optimizer.lr=1e30", "train.max_grad_norm=null", "train.log_every=100"]
-    settings += ["optimizer.name=dopr-sgd", "optimizer.dopr.refresh_every=1", "train.steps=50"]
-    with pytest.raises(TrainingFailed, match=r"not finite on 10 refreshes in a row"):
-        train(tiny(tmp_path, *settings))
 
 
 def test_learning_rate_over_a_run():

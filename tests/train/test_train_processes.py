@@ -23,14 +23,18 @@ def assert_close_weights(run, other, step, loose=()):
             torch.testing.assert_close(mine[key], theirs[key], rtol=1e-4, atol=atol, msg=key)
 
 
-def train_on_two(folder, *settings):
-    """The run folder of a training on two gloo processes."""
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def train_on_two(folder, *settings, sharded=False):
+    """The run folder of a training on two gloo processes, with DDP or with FSDP2."""
     path, shared = tiny_file(folder, *settings)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *("-m", "flowdopr", "train", str(path), *shared, "--resume"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    environment = os.environ | (SHARDED if sharded else {})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     run = Path(done.stdout.strip().split("\n")[-1])
     assert json.loads((run / "versions.json").read_text())["processes"] == 2
@@ -48,13 +52,39 @@ def test_two_processes_equal_one(tmp_path, optimizer):
     assert_close_weights(one, two, 8, loose)
 
 
-def test_two_processes_resume_bitwise(tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_run_moves_from_one_process_to_two_and_back(tmp_path, sharded):
+    """The same images, noise and losses as on one; averages of weights and of Sigma go along."""
+    settings = ["optimizer.name=dopr-adamw", "optimizer.eps=1e-4", "optimizer.dopr.refresh_every=3"]
+    settings += ["train.log_every=1", "train.checkpoint_every=4", "train.validate_every=4"]
+    straight = train(tiny(tmp_path, *settings, "name=straight", "train.steps=12"))
+    moved = train(tiny(tmp_path, *settings, "name=moved", "train.steps=4"))
+    assert_same_checkpoint(straight, moved, 4)
+    train_on_two(tmp_path, *settings, "name=moved", "train.steps=8", sharded=sharded)
+    train(tiny(tmp_path, *settings, "name=moved", "train.steps=12"), resume=True)
+    for step in (8, 12):
+        assert_close_weights(straight, moved, step)
+        states = [RunFolder.open(run).load_state(step)["optimizer"] for run in (straight, moved)]
+        assert states[0]["dopr"].keys() == states[1]["dopr"].keys()
+        averages = [state["dopr"]["averages"] for state in states]
+        torch.testing.assert_close(*averages, rtol=1e-3, atol=1e-5)
+    lines = [RunFolder.open(run).metrics() for run in (straight, moved)]
+    for key in ("step", "loss", "held_out_loss", "grad_norm"):
+        found = [[line.get(key, 0.0) for line in some] for some in lines]
+        assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_resume_bitwise(tmp_path, sharded):
     settings = ["optimizer.name=dopr-muon", "optimizer.dopr.refresh_every=4"]
     settings += ["train.log_every=8", "train.checkpoint_every=3"]
-    straight = train_on_two(tmp_path, *settings, "name=straight")
-    cut = train_on_two(tmp_path, *settings, "name=cut")
+    straight = train_on_two(tmp_path, *settings, "name=straight", sharded=sharded)
+    cut = train_on_two(tmp_path, *settings, "name=cut", sharded=sharded)
     os.truncate(cut / "checkpoints" / "step-00000008" / "state.pt", 5000)
-    train_on_two(tmp_path, *settings, "name=cut")  # from step 6, within the window of the loss
+    # From step 6, within the window of the loss.
+    train_on_two(tmp_path, *settings, "name=cut", sharded=sharded)
     assert (cut / "checkpoints" / "step-00000008.damaged").is_dir()
     assert_same_checkpoint(straight, cut, 8)
     losses = [RunFolder.open(run).metrics()[0]["loss"] for run in (straight, cut)]

@@ -42,12 +42,16 @@ def weights(run: Path, step: int, name: str = "model") -> dict[str, torch.Tensor
     return load_file(run / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
 
 
-def start_two(*arguments: str) -> list[subprocess.Popen]:
-    """`python ARGUMENTS` in two processes that are connected by gloo, by rank."""
+def free_port() -> str:
+    """The number of a port of this machine that nothing uses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return str(free.getsockname()[1])
+
+
+def start_two(*arguments: str) -> list[subprocess.Popen]:
+    """`python ARGUMENTS` in two processes that are connected by gloo, by rank."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [
         subprocess.Popen(
             [sys.executable, *arguments],

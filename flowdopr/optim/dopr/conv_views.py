@@ -183,7 +183,7 @@ class MeanChannelView(ChannelView):
 class TransposedView(ChannelView):
     """A transposed convolution, whose weight is (C_in, C_out / g, k, k)."""
 
-    rows_are_weight_rows = False
+    free_axis = None
 
     def matrix(self, grads: Sequence[Tensor]) -> Tensor:
         weight = grads[0].reshape(self.groups, self.blocks, self.side, -1)

@@ -62,9 +62,8 @@ class DoPr(SteadyOptimizer):
     """Wraps a constructed optimizer over `model`'s parameters with activation preconditioning.
 
     After a step `.grad` holds what the GP saw, M. Besides what the constructor refuses, a step
-    raises FloatingPointError at the refresh after the last of `reports.MAX_NONFINITE` refreshes in
-    a row in which a layer's inputs were not finite, and ValueError where a layer that shares its
-    Sigma has read another tensor than the layer it shares with.
+    raises ValueError where a layer that shares its Sigma has read another tensor than the layer it
+    shares with.
 
     Args:
         optimizer: the GP. Its param_groups and state are shared: schedulers, GradScaler and
@@ -157,7 +156,7 @@ class DoPr(SteadyOptimizer):
         if self.statistics.gathering:
             self._refresh()
         elif strength == 0:  # AP has faded, and no refresh will come to report the last one
-            self._reporter.log_sent_and_stop()
+            self._reporter.log_sent()
         # T is applied in the program's own precision of matrix products, as G was made.
         self._step_preconditioned(self._ready_layers() if strength > 0 else [])
         self.steps += 1
@@ -266,7 +265,8 @@ class DoPr(SteadyOptimizer):
         weight = layer.parameters[0]
         moment = SecondMoment(layer.name, layer.view, weight, rows, layer.rule.pattern)
         for module, view in layer.modules:
-            self.statistics.watch_inputs(moment, module, view)
+            for part in view.parts():
+                self.statistics.watch_inputs(moment, module, part)
         return moment
 
     def _schedule(self, step: int) -> tuple[float, float]:
@@ -290,7 +290,7 @@ class DoPr(SteadyOptimizer):
         """
         self._refreshed_at = self.steps
         damping, strength = self._schedule(self.steps)
-        self._reporter.log_sent_and_stop()
+        self._reporter.log_sent()
         with full_float32():
             self.statistics.refresh()
             self.statistics.set_damping(damping)

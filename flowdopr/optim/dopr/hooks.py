@@ -66,12 +66,23 @@ class Hook:
 
 
 class InputHook(Hook):
-    """The forward pre-hook that gathers the input."""
+    """The forward pre-hook that gathers an input, the `argument` of this place and name."""
+
+    def __init__(
+        self,
+        handle: int = -1,
+        index: int = 0,
+        token: Tensor | None = None,
+        argument: tuple[int, str] = (0, "input"),
+    ) -> None:
+        super().__init__(handle, index, token)
+        self.argument = argument
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.token is None or not module.training or not torch.is_grad_enabled():
             return
-        x = args[0] if args else kwargs.get("input")
+        place, name = self.argument
+        x = args[place] if place < len(args) else kwargs.get(name)
         if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided:
             return  # it has no rows of z, and the layer is reported as one without statistics
         if torch.compiler.is_compiling():

@@ -4,7 +4,7 @@ parameter that is left to the gradient preconditioner (GP) alone."""
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -14,21 +14,34 @@ from torch.nn.utils import parametrize
 
 from flowdopr.linalg import is_sharded
 from flowdopr.optim.dopr.conv_views import ChannelView, MeanChannelView, PatchView, TransposedView
-from flowdopr.optim.dopr.processes import has_whole_rows
-from flowdopr.optim.dopr.views import BiasedLinearView, EmbeddingView, LayerView, LinearView
+from flowdopr.optim.dopr.processes import is_split_along
+from flowdopr.optim.dopr.views import (
+    AttentionView,
+    BiasedLinearView,
+    EmbeddingView,
+    LayerView,
+    LinearView,
+)
 from flowdopr.patterns import finder
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Embedding, *CONVS, *TRANSPOSED)
+JOINT_PROJECTION = "in_proj_weight"
+PROJECTIONS = (JOINT_PROJECTION, "q_proj_weight", "k_proj_weight", "v_proj_weight")
+"""Of `nn.MultiheadAttention`, which has the first one or the other three."""
 CUT_MODES = ("full", "blocks", "diagonal")
 CONV_MODES = ("auto", *CUT_MODES, "sua", "sua-mean")
 MODES = {
     "a Linear": ("auto", *CUT_MODES),
     "an Embedding": ("auto", "diagonal"),
+    "an attention": ("auto", *CUT_MODES),
     "a transposed convolution": ("auto", *CUT_MODES),
     "a convolution": CONV_MODES,
 }
+# Reasons that a user of DoPr may not expect.
+UNCALLED = "nn.MultiheadAttention applies it without calling its layer; use nn.Linear layers"
+PARAMETRIZED = "parametrized, so that its gradient is not that of the weight in use"
 WIDEST_PATCH = 128  # a convolution with a wider patch takes "sua-mean" under "auto"
 NARROWEST_BLOCK = 64  # "auto" cuts no layer into narrower blocks
 logger = logging.getLogger("flowdopr.optim")
@@ -123,6 +136,7 @@ class Layer:
     """One preconditioned weight, with its bias where that is a coordinate of z.
 
     modules: the modules that use the weight, each with its view: several where it is tied.
+    reads: whose inputs count, for the table of roles.
     """
 
     name: str
@@ -130,6 +144,7 @@ class Layer:
     rule: LayerRule
     view: LayerView
     modules: list[tuple[nn.Module, LayerView]] = field(default_factory=list)
+    reads: str = "layer input"
 
 
 @dataclass
@@ -153,7 +168,7 @@ def find_layers(
             parameters that the optimizer lacks, which another optimizer may have, are logged.
     """
     found, reasons = _walk(model, rules, defaults)
-    modes: dict[int, str] = {}
+    modes: dict[int, tuple[str, str]] = {}
     layers, frozen = [], []
     for layer in found.values():
         if not layer.parameters[0].requires_grad:
@@ -167,24 +182,28 @@ def find_layers(
                     f"{layer.name!r} is trainable but not in the optimizer: add it to a parameter "
                     "group or set requires_grad_(False)"
                 )
-            modes[id(parameter)] = layer.view.describe()
+            modes[id(parameter)] = layer.view.describe(), layer.reads
         layers.append(layer)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no trainable layer to precondition (Linear, Conv, "
-            "ConvTranspose, Embedding, not ruled out): use the optimizer without DoPr"
+            "ConvTranspose, Embedding, MultiheadAttention, not ruled out): use the optimizer "
+            "without DoPr"
         )
     return FoundLayers(layers, _roles(model, modes, reasons, optimized), frozen)
 
 
 def _roles(
-    model: nn.Module, modes: dict[int, str], reasons: dict[int, str], optimized: set[int]
+    model: nn.Module,
+    modes: dict[int, tuple[str, str]],
+    reasons: dict[int, str],
+    optimized: set[int],
 ) -> list[tuple[str, tuple[int, ...], str, str]]:
     roles, missing = [], []
     for name, parameter in model.named_parameters():
-        mode = modes.get(id(parameter), "none")
         other = "not the weight of a layer" if parameter.requires_grad else "frozen"
-        reason = "layer input" if mode != "none" else reasons.get(id(parameter), other)
+        without = "none", reasons.get(id(parameter), other)
+        mode, reason = modes.get(id(parameter), without)
         roles.append((name, tuple(parameter.shape), mode, reason))
         if parameter.requires_grad and id(parameter) not in optimized:
             missing.append(name)
@@ -202,43 +221,35 @@ def _walk(
 ) -> tuple[dict[int, Layer], dict[int, str]]:
     """All layers with a view, and the reasons why other weights have none, by the weight's id."""
     layers: dict[int, Layer] = {}
-    reasons: dict[int, str] = {}
+    reasons, used = _unusual(model, rules)
     owners = Counter(id(module._parameters.get("weight")) for module in model.modules())
-    used: set[int] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            bypassed = "nn.MultiheadAttention bypasses module hooks; use separate nn.Linear layers"
-            reasons |= {id(p): bypassed for p in module.parameters() if p.dim() > 1}
-        if isinstance(module, LAYERS) and parametrize.is_parametrized(module, "weight"):
-            inside = "parametrized, so that its gradient is not that of the weight in use"
-            originals = module.parametrizations["weight"].parameters()  # pyright: ignore
-            reasons |= dict.fromkeys(map(id, originals), inside)
-        weight = module._parameters.get("weight")
-        if not isinstance(module, LAYERS) or weight is None or id(weight) in reasons:
+    for name, module, leaf, weight in _weights(model):
+        if id(weight) in reasons:
             continue
         known = layers.get(id(weight))
         if known is not None:
             rule = known.rule
         else:
-            number = next((i for i, r in enumerate(rules) if finder(r.pattern)(name)), None)
+            number = _first_match(rules, name)
             rule = defaults.rule(module) if number is None else rules[number]
-            used.add(-1 if number is None else number)
+            used.add(number)
         if owners[id(weight)] > 1 or not _trains_bias(module):
             rule = replace(rule, bias=False)  # a bias is a coordinate of one layer only
-        view = _why_not(name, weight) or make_view(module, rule, defaults)
+        view = _why_not(name, weight) or make_view(module, rule, defaults, leaf)
         if isinstance(view, LayerView) and not _can_be_sharded_as_it_is(view, weight):
             view = "sharded along the coordinates of z, where AP would need a gather"
         if isinstance(view, str):
             reasons[id(weight)] = view
             layers.pop(id(weight), None)
-        elif known is None:
-            biases = [module.bias] if view.takes_bias and isinstance(module, nn.Linear) else []
-            layers[id(weight)] = Layer(name, [weight, *biases], rule, view, [(module, view)])
+            continue
+        biases = [module.bias] if view.takes_bias and isinstance(module, nn.Linear) else []
+        layer = Layer(name, [weight, *biases], rule, view, [(module, view)])
+        if known is None:
+            layers[id(weight)] = layer
         elif view.kind == known.view.kind:
             known.modules.append((module, view))
         else:
-            reasons[id(weight)] = "tied between layers that read it in different orientations"
-            del layers[id(weight)]
+            _tie(layers, reasons, known, layer)
     for number, rule in enumerate(rules):
         if number not in used:
             raise ValueError(
@@ -246,6 +257,62 @@ def _walk(
                 "a weight, or an earlier rule takes them all; correct or remove it"
             )
     return layers, reasons
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """(name of a layer, its module, name of the parameter in it, the parameter)."""
+    for name, module in model.named_modules():
+        inside = isinstance(module, nn.MultiheadAttention)
+        leaves = PROJECTIONS if inside else ("weight",) if isinstance(module, LAYERS) else ()
+        for leaf in leaves:
+            weight = module._parameters.get(leaf)
+            if weight is not None:
+                projection = f"{name}.{leaf.removesuffix('_weight')}".lstrip(".")
+                yield projection if inside else name, module, leaf, weight
+
+
+def _first_match(rules: Sequence[LayerRule], name: str) -> int | None:
+    """The number of the rule that decides on a layer of this name."""
+    return next((i for i, rule in enumerate(rules) if finder(rule.pattern)(name)), None)
+
+
+def _unusual(
+    model: nn.Module, rules: Sequence[LayerRule]
+) -> tuple[dict[int, str], set[int | None]]:
+    """The reasons why weights of layers that are not called, or not used as they are, have no view,
+    and the numbers of the rules that match them. One warning names those without a rule."""
+    reasons, names = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            reasons[id(module.out_proj.weight)] = UNCALLED
+            names.append(f"{name}.out_proj".lstrip("."))
+        if isinstance(module, LAYERS) and parametrize.is_parametrized(module, "weight"):
+            originals = module.parametrizations["weight"].parameters()  # pyright: ignore
+            reasons |= dict.fromkeys(map(id, originals), PARAMETRIZED)
+            names.append(name)
+    numbers = [_first_match(rules, name) for name in names]
+    left = [name for name, number in zip(names, numbers, strict=True) if number is None]
+    if left:
+        logger.warning(
+            "DoPr leaves the weight of layer %r%s to the optimizer alone; roles() has the reasons, "
+            "and a rule of mode 'none' silences this",
+            left[0],
+            f" and of {len(left) - 1} more" if len(left) > 1 else "",
+        )
+    return reasons, set(numbers)
+
+
+def _tie(layers: dict[int, Layer], reasons: dict[int, str], one: Layer, other: Layer) -> None:
+    """Decide on a weight that two layers read in different orientations. Of an embedding and a
+    linear head, the head's input counts: the axis that both share are its coordinates."""
+    key, both = id(one.parameters[0]), (one, other)
+    heads = [layer for layer in both if isinstance(layer.view, LinearView)]
+    if len(heads) == 1 and any(isinstance(layer.view, EmbeddingView) for layer in both):
+        layers[key] = heads[0]
+        heads[0].reads = f"input of {heads[0].name}, with which an embedding is tied"
+    else:
+        reasons[key] = "tied between layers that read it in different orientations"
+        layers.pop(key, None)
 
 
 def _why_not(name: str, weight: nn.Parameter) -> str | None:
@@ -260,9 +327,9 @@ def _why_not(name: str, weight: nn.Parameter) -> str | None:
 
 
 def _can_be_sharded_as_it_is(view: LayerView, weight: nn.Parameter) -> bool:
-    """Whether each process can precondition its rows of the weight alone; True if it has all."""
-    alone = view.rows_are_weight_rows and view.groups == 1 and has_whole_rows(weight)
-    return alone or not is_sharded(weight)
+    """Whether each process can precondition its part of the weight alone; True if it has all."""
+    alone = view.free_axis is not None and view.groups == 1
+    return not is_sharded(weight) or (alone and is_split_along(weight, view.free_axis))
 
 
 def _trains_bias(module: nn.Module) -> bool:
@@ -270,8 +337,11 @@ def _trains_bias(module: nn.Module) -> bool:
     return bias is not None and bias.requires_grad
 
 
-def make_view(module: nn.Module, rule: LayerRule, defaults: Defaults) -> LayerView | str:
-    """The view of a layer under a rule, or the reason why it is left to the GP alone.
+def make_view(
+    module: nn.Module, rule: LayerRule, defaults: Defaults, leaf: str = "weight"
+) -> LayerView | str:
+    """The view of a layer under a rule, or the reason why it is left to the GP alone. `leaf` is the
+    name of the weight in the module.
 
     Raises:
         ValueError: a mode that this kind of layer does not have.
@@ -286,6 +356,13 @@ def make_view(module: nn.Module, rule: LayerRule, defaults: Defaults) -> LayerVi
         if bias and blocks == 1:
             return BiasedLinearView("full", 1, module.in_features + 1)
         return LinearView(_cut_mode(rule, blocks), 1, module.in_features, blocks)
+    if isinstance(module, nn.MultiheadAttention):
+        _check_mode(rule, "an attention")
+        of = (0, 1, 2) if leaf == JOINT_PROJECTION else (PROJECTIONS.index(leaf) - 1,)
+        dim = module._parameters[leaf].shape[1]  # pyright: ignore[reportOptionalMemberAccess]
+        side = _widest_side(rule, defaults, dim, module.embed_dim)
+        blocks = _number_of_blocks(rule, dim, side)
+        return AttentionView(_cut_mode(rule, blocks), dim, blocks, of)
     if isinstance(module, nn.Embedding):
         _check_mode(rule, "an Embedding")
         return "sparse gradients" if module.sparse else EmbeddingView(module.num_embeddings)

@@ -16,10 +16,10 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def has_whole_rows(tensor: Tensor) -> bool:
-    """Whether each process holds whole rows of a DTensor: split along axis 0, or not at all."""
+def is_split_along(tensor: Tensor, axis: int | None) -> bool:
+    """Whether processes hold parts of a DTensor along this axis alone, or all of it."""
     placements = getattr(tensor, "placements", ())
-    return all(placement.is_replicate() or placement.is_shard(0) for placement in placements)
+    return all(placement.is_replicate() or placement.is_shard(axis) for placement in placements)
 
 
 def agreed(numbers: list[int], device: torch.device) -> list[int]:

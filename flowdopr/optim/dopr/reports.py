@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-MAX_NONFINITE = 10  # refreshes in a row with non-finite inputs of one layer before training stops
 logger = logging.getLogger("flowdopr.optim")
 
 
@@ -21,7 +20,6 @@ class Diagnostics(NamedTuple):
     ema_weight: the sum of the weights in the moving average of Sigma; 0 before the first refresh.
     refreshes: how many refreshes are in the average.
     skipped: how many refreshes were skipped because inputs were not finite.
-    skipped_in_a_row: how many of these came after the newest refresh that was not skipped.
     damping: gamma of the newest T.
     least_damping: the least gamma of later ones; above 0 once a factorisation has failed.
     """
@@ -29,7 +27,6 @@ class Diagnostics(NamedTuple):
     ema_weight: Any
     refreshes: Any
     skipped: Any
-    skipped_in_a_row: Any
     damping: Any
     least_damping: Any
 
@@ -51,8 +48,7 @@ class DeferredRead:
 
 
 class Reporter:
-    """Logs skipped refreshes, raised dampings and layers without statistics, and stops training
-    where a layer's inputs are never finite.
+    """Logs skipped refreshes, raised dampings and layers without statistics.
 
     Args:
         weights: the weight of each layer, by layer name.
@@ -61,12 +57,11 @@ class Reporter:
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         self._weights = weights
         self._sent: tuple[list[str], DeferredRead] | None = None
-        self._stopped_by: str | None = None  # layer whose inputs were not finite too often
         self._logged: dict[str, Diagnostics] = {}
         self._logged_once: set[str] = set()
 
     def send(self, names: Sequence[str], table: Tensor) -> None:
-        """Start to send the `Diagnostics` of these layers, rows of `table` (n, 6), to the host."""
+        """Start to send the `Diagnostics` of these layers, rows of `table` (n, 5), to the host."""
         self._sent = list(names), DeferredRead(table)
 
     def log_sent(self) -> None:
@@ -77,24 +72,9 @@ class Reporter:
         for name, row in zip(names, table.read(), strict=True):
             self._log(name, Diagnostics(*row))
 
-    def log_sent_and_stop(self) -> None:
-        """`log_sent`. All ranks call this at the same steps.
-
-        Raises:
-            FloatingPointError: once, if a layer's inputs were not finite MAX_NONFINITE times in a
-                row.
-        """
-        self.log_sent()
-        name, self._stopped_by = self._stopped_by, None
-        if name is not None:
-            raise FloatingPointError(
-                f"layer {name!r}: inputs were not finite on {MAX_NONFINITE} refreshes in a row; "
-                "lower the learning rate or check the data"
-            )
-
     def start_from(self, diagnostics: Mapping[str, Diagnostics]) -> None:
         """Log only what comes after these numbers, by layer name: a run goes on."""
-        self._sent = self._stopped_by = None
+        self._sent = None
         self._logged = dict(diagnostics)
 
     def log_unseen(self, name: str) -> None:
@@ -115,12 +95,10 @@ class Reporter:
         )
 
     def _log(self, name: str, now: Diagnostics) -> None:
-        before = self._logged.get(name, Diagnostics(0, 0, 0, 0, 0, 0))
+        before = self._logged.get(name, Diagnostics(0, 0, 0, 0, 0))
         self._logged[name] = now
         if now.skipped > before.skipped:
             logger.warning("layer %s: inputs are not finite, refresh skipped", name)
-            if now.skipped_in_a_row >= MAX_NONFINITE:
-                self._stopped_by = name
         if now.least_damping > before.least_damping:
             logger.warning(
                 "layer %s: damping %.1e leaves Sigma singular; damping raised to %.1e or more from "

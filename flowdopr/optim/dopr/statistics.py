@@ -152,7 +152,7 @@ class Statistics:
     def watch_inputs(self, moment: SecondMoment, module: nn.Module, view: LayerView) -> None:
         """Feed `moment` with the inputs of `module`."""
         token = torch.zeros(1, device=moment.device)
-        hook = InputHook(self._handle, self._number(moment, view), token)
+        hook = InputHook(self._handle, self._number(moment, view), token, view.argument)
         self._removable.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def watch_output_gradients(
@@ -319,7 +319,6 @@ class Statistics:
             ema_weight=keep * weight + share,
             refreshes=old.refreshes + good,
             skipped=old.skipped + (ran & ~good),
-            skipped_in_a_row=torch.where(good, 0.0, old.skipped_in_a_row + ran),
         )
 
     def _closed_windows(self) -> list[WindowSum]:
@@ -368,7 +367,7 @@ class Statistics:
         return [i for i, moment in enumerate(self.moments) if moment.sigma is not None]
 
     def table(self) -> Tensor:
-        """The numbers of the layers in `known`, one row for each, (len(known), 6)."""
+        """The numbers of the layers in `known`, one row for each, (len(known), 5)."""
         rows = torch.stack(list(self.numbers), 1).unbind()
         return torch.stack([rows[i] for i in self.known()])
 

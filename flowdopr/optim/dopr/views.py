@@ -98,12 +98,14 @@ class LayerView:
     """The base of all views: a weight (d_out, ...) with the coordinates of z in its trailing axes.
 
     mode: as the table of roles names it. groups, blocks, side: g, b, s above.
-    rows_are_weight_rows: whether each row of G is a row of the weight along its first axis. A
-        process that holds some of these rows can then precondition them alone.
+    free_axis: the axis of the weight along which a process that holds a part of it can precondition
+        that part alone, as no coordinates of z lie there; None without one.
     """
 
     takes_bias = False
-    rows_are_weight_rows = True
+    free_axis: int | None = 0
+    argument: tuple[int, str] = (0, "input")
+    """Place and name of the argument of the module's forward that has z."""
 
     def __init__(self, mode: str, groups: int, dim: int, blocks: int = 1) -> None:
         self.mode, self.groups, self.blocks, self.side = mode, groups, blocks, dim // blocks
@@ -127,6 +129,10 @@ class LayerView:
     def key(self) -> tuple[object, ...]:
         """Two layers with equal keys make the same Sigma of one input."""
         return self.kind
+
+    def parts(self) -> "Sequence[LayerView]":
+        """The views through which hooks show the module's arguments, each one to Sigma."""
+        return [self]
 
     def describe(self) -> str:
         """The mode as the table of roles prints it."""
@@ -227,6 +233,40 @@ class BiasedLinearView(LinearView):
         return [flat[:, :-1].to(weight.dtype).contiguous(), flat[:, -1].to(bias.dtype)]
 
 
+class AttentionView(LinearView):
+    """A projection of `nn.MultiheadAttention`: of the query, the key or the value; or the joint
+    one, whose rows are those three matrices, one under the other, as three groups."""
+
+    ARGUMENTS = ((0, "query"), (1, "key"), (2, "value"))
+
+    def __init__(self, mode: str, dim: int, blocks: int, of: Sequence[int] = (0, 1, 2)) -> None:
+        super().__init__(mode, len(of), dim, blocks)
+        self.of = of
+
+    def parts(self) -> Sequence[LayerView]:
+        return [_PartView(self, group, self.ARGUMENTS[n]) for group, n in enumerate(self.of)]
+
+
+class _PartView(LinearView):
+    """One argument of `nn.MultiheadAttention`, which has one group of the projection's Sigma."""
+
+    def __init__(self, whole: AttentionView, group: int, argument: tuple[int, str]) -> None:
+        super().__init__(whole.mode, 1, whole.blocks * whole.side, whole.blocks)
+        self.group, self.of_groups, self.argument = group, whole.groups, argument
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (*self.kind, self.group, self.of_groups)
+
+    def accumulate(self, sums: Tensor, x: Tensor, sample: Sample) -> int:
+        # Rows are counted over all groups. Where the arguments have unequal numbers of rows, this
+        # leaves a factor in each group's Sigma, on which T does not depend.
+        rows, total = self.rows(x, sample)
+        weight = self.of_groups * total / max(1, rows.shape[0])
+        add_second_moment(sums[self.group : self.group + 1], rows, weight)
+        return total
+
+
 class EmbeddingView(LayerView):
     """`nn.Embedding`: z is one-hot and Sigma = diag(p), so that M_v = G_v / (V p_v + gamma).
 
@@ -234,7 +274,7 @@ class EmbeddingView(LayerView):
     counts, whatever the sample; so does `padding_idx`, whose gradient is zero.
     """
 
-    rows_are_weight_rows = False
+    free_axis = 1
 
     def __init__(self, num_embeddings: int) -> None:
         super().__init__("diagonal", 1, num_embeddings, num_embeddings)

@@ -1,0 +1,115 @@
+"""`flowdopr status`: how far a run or a study is, from its files alone, also while it runs."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from flowdopr.compare.forecast import forecast
+from flowdopr.compare.formats import count, number, seconds
+from flowdopr.config import ConfigError, load_config
+from flowdopr.evaluate.card import read_card
+from flowdopr.runs import RunFolder
+
+WARNING = re.compile(r"^\S+ \S+ (?:WARNING|ERROR) (.*)$", re.M)
+MOST_SHOWN = 8  # runs of a study, or warnings of a run
+
+
+def status(path: str | Path) -> str:
+    """One screen about the run or the study in the folder `path`.
+
+    Raises:
+        ConfigError: the folder holds neither.
+    """
+    path = Path(path)
+    if (path / "study.yaml").is_file():
+        return _study(path)
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"{path}: neither a run nor a study: no config.yaml and no study.yaml")
+    run = RunFolder.open(path)
+    lines = [f"{path}: {_how_far(run)}", *_numbers(run), _checkpoints(run)]
+    return "\n".join([*lines, *_health(_warnings(run))])
+
+
+def _study(path: Path) -> str:
+    """The plan and what is left of it, and a line for each run that is on its way."""
+    config = load_config(path / "study.yaml", follow_base=False)
+    folders = sorted(file.parent for file in path.glob("*/config.yaml"))
+    runs = [RunFolder.open(folder) for folder in folders]
+    going = [run for run in runs if run.config.train.steps not in run.steps()]
+    lines = [f"{path}: {count(len(runs), 'run')} begun", forecast(config)]
+    lines += [f"{run.path.name}: {_how_far(run)}" for run in going[:MOST_SHOWN]]
+    if len(going) > MOST_SHOWN:
+        lines.append(f"... and {len(going) - MOST_SHOWN} more")
+    if (path / "report.html").is_file():
+        lines.append(f"report: {path / 'report.html'}")
+    return "\n".join([*lines, *_health([line for run in runs for line in _warnings(run)])])
+
+
+def _how_far(run: RunFolder) -> str:
+    steps, lines = run.config.train.steps, run.metrics()
+    step = max((line["step"] for line in lines), default=0)
+    done = f"step {step:,} of {steps:,} ({100 * step / steps:.0f} %)"
+    if steps in run.steps():
+        return f"{done}, complete"
+    windows = [line for line in lines if "seconds_per_step" in line]
+    if not windows:
+        return f"{done}, nothing logged yet"
+    left = timedelta(seconds=round((steps - step) * windows[-1]["seconds_per_step"]))
+    age = timedelta(seconds=round(time.time() - (run.path / "metrics.jsonl").stat().st_mtime))
+    return f"{done}, {left} left, last line {age} ago"
+
+
+def _numbers(run: RunFolder) -> list[str]:
+    """The newest loss, held-out loss and FD, the speed and the memory."""
+    newest: dict[str, tuple[int, Any]] = {}
+    for line in run.metrics():
+        newest |= {key: (line["step"], value) for key, value in line.items()}
+    cards = [read_card(path) for path in (run.path / "evaluation").glob("*.json")]
+    for card in sorted((card for card in cards if card), key=lambda card: card["step"]):
+        if "fd" in card["metrics"]:
+            newest["fd"] = card["step"], card["metrics"]["fd"]
+    words = {"loss": "loss", "held_out_loss": "held-out loss", "fd": "FD", "grad_norm": "gradient"}
+    quality = [
+        f"{word} {number(newest[key][1])} (step {newest[key][0]:,})"
+        for key, word in words.items()
+        if key in newest
+    ]
+    if "seconds_per_step" not in newest:
+        return []
+    speed = [
+        f"{newest['images_per_second'][1]:,.0f} images/s",
+        f"{seconds(newest['seconds_per_step'][1])} a step",
+        f"{newest['peak_memory_mib'][1]:,.0f} MiB",
+    ]
+    return ["; ".join(quality), ", ".join(speed)]
+
+
+def _checkpoints(run: RunFolder) -> str:
+    steps = run.steps()
+    return f"checkpoints: {', '.join(f'{step:,}' for step in steps[-MOST_SHOWN:]) or 'none yet'}"
+
+
+def _warnings(run: RunFolder) -> list[str]:
+    """The warnings in log.txt: inputs that are not finite, raised dampings, layers without
+    statistics, grids that failed."""
+    file = run.path / "log.txt"
+    return (
+        WARNING.findall(file.read_text(encoding="utf-8", errors="replace"))
+        if file.is_file()
+        else []
+    )
+
+
+def _health(warnings: list[str]) -> list[str]:
+    """How often each warning occurred, the newest last."""
+    if not warnings:
+        return ["health: no warnings"]
+    counts = Counter(warnings)
+    shown = list(dict.fromkeys(reversed(warnings)))[:MOST_SHOWN][::-1]
+    lines = [f"  {counts[line]} x {line}" for line in shown]
+    return [f"health: {count(len(warnings), 'warning')}", *lines]
