@@ -1,6 +1,6 @@
 """Write crops of scikit-learn's two photographs: the folder of images that the gallery trains on.
 
-python sample/crops.py photos writes photos/flower/0000.png, ... and photos/temple/0000.png, ...
+python sample/crops.py data/photos writes data/photos/flower/0000.png, ... and so for temple
 """
 
 import sys

@@ -1,18 +1,23 @@
 """Speed of loading images compared with torchvision's ImageFolder in torch's DataLoader.
 
-    python scripts/benchmark_data.py [--root FOLDER] [--images N] [--format jpeg|png]
-                                     [--workers 0 1 2] [--rounds N] [--batches N] [--json FILE]
+    python scripts/benchmark_data.py [--root FOLDER] [--images N] [--format jpeg|png] [--json FILE]
+                                     [--workers 0 1 2] [--rounds N] [--batches N] [--start N]
 
 Both loaders shuffle, decode, mirror half of the images and end with float batches in [-1, 1] on
 the CPU, and take turns. Ours reads the images from a folder, from a ZIP, from a tar, and from
 memory (data.cache=memory); the peer reads them from the folder. Without --root, the script makes
 images of 32x32 pixels in ten classes. A ratio is the median over rounds of our images a second
 divided by the peer's; above 1 we are faster.
+
+With --start N, it measures instead how long opening N tiny images takes, without and with an index
+of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import statistics
 import tarfile
 import tempfile
@@ -57,7 +62,7 @@ def packed(folder: Path, out: Path) -> dict[str, Path]:
     with zipfile.ZipFile(out / "images.zip", "w") as archive:
         for path in files:
             archive.write(path, path.relative_to(folder))
-    with tarfile.open(out / "images.tar", "w") as archive:
+    with tarfile.open(out / "images.tar", "w", dereference=True) as archive:
         for path in files:
             archive.add(path, path.relative_to(folder))
     return {"folder": folder, "zip": out / "images.zip", "tar": out / "images.tar"}
@@ -131,6 +136,49 @@ def measure(
     return results
 
 
+def write_many(folder: Path, number: int) -> Path:
+    """Links to one tiny image, a thousand in each class, as if written a minute ago."""
+    first = write_images(folder, 1, "png") / "class0" / "000000.png"
+    for i in range(1, number):
+        path = folder / f"class{i // 1000}" / f"{i:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        if i % 1000 == 0:  # disks limit the links to one file
+            first = Path(shutil.copy(first, path))
+        else:
+            path.hardlink_to(first)
+    for path in (folder, *folder.iterdir()):
+        os.utime(path, (time.time() - 60,) * 2)
+    return folder
+
+
+def measure_start(sources: dict[str, Path], rounds: int, cache: Path) -> dict[str, dict]:
+    """Seconds and CPU seconds of opening each source, without an index and with it, in turn."""
+    os.environ["FLOWDOPR_CACHE"] = str(cache)
+    results = {}
+    for name, root in sources.items():
+        data, found = DataConfig(name=name, root=str(root)), {"without": [], "with": []}
+        for _ in range(rounds):
+            shutil.rmtree(cache, ignore_errors=True)
+            for times in found.values():
+                start = time.perf_counter(), time.process_time()
+                build_image_datasets(data)
+                times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        rows = {
+            key: [statistics.median(column) for column in zip(*times, strict=True)]
+            for key, times in found.items()
+        }
+        ratios = [a / b for (a, _), (b, _) in zip(*found.values(), strict=True)]
+        spread = {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+        results[name] = rows | spread
+        shown = {key: f"{wall:.2f} s ({cpu:.2f} s of CPU)" for key, (wall, cpu) in rows.items()}
+        print(
+            f"start, {name}: {shown['without']} without an index, {shown['with']} with it, ratio "
+            f"{spread['ratio']:.1f} ({spread['low']:.1f} to {spread['high']:.1f})",
+            flush=True,
+        )
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--root", type=Path, help="a folder of one folder for each class")
@@ -139,14 +187,20 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batches", type=int, default=40, help="in each round")
+    parser.add_argument("--start", type=int, help="measure opening so many images instead")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     report: dict[str, object] = {"machine": provenance(torch.device("cpu"))}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        root = arguments.root or write_images(out / "images", arguments.images, arguments.format)
-        sources = packed(root, out)
+        if arguments.start:
+            sources = packed(write_many(out / "images", arguments.start), out)
+            report["start"] = measure_start(sources, arguments.rounds, out / "cache")
+            arguments.workers = []
+        else:
+            made = out / "images", arguments.images, arguments.format
+            sources = packed(arguments.root or write_images(*made), out)
         for workers in arguments.workers:
             results = measure(sources, workers, arguments.rounds, arguments.batches)
             report[f"{workers} workers"] = results

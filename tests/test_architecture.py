@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "train": {"config", "optim", "flow", "models", "data", "runs", "latents", *TOOLS},
     "evaluate": {"config", "flow", "models", "data", "runs", "latents", *TOOLS},
     "compare": {"config", "data", "runs", "latents", "train", "evaluate", *TOOLS},
-    "commands": {"exits", "config", "latents", "train", "evaluate", "compare"},
+    "commands": {"exits", "terminal", "config", "latents", "train", "evaluate", "compare"},
     "api": {"config", "flow", "data", "runs", "latents", "train", "evaluate", "compare", *TOOLS},
     "cli": {"exits", "terminal", "commands"},
     "__main__": {"cli"},

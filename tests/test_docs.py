@@ -54,7 +54,12 @@ def test_the_python_of_the_page_on_optim_runs():
 
 
 def test_commands_quote_what_a_shell_would_read():
-    pages = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("configs/**/*.yaml")]
+    pages = [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("sample/*.md"),
+        *DOCS.glob("*.md"),
+        *ROOT.glob("configs/**/*.yaml"),
+    ]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     commands = re.findall(
         r"^(?:#? *|.*&& )(flowdopr (?:train|sample|evaluate|compare|encode) .*)", text, re.M

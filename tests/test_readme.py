@@ -10,7 +10,8 @@ from flowdopr.cli import run_command
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^(?:pip install .*&& )?(flowdopr .+)$", TEXT, re.M)
+GALLERY = (ROOT / "sample" / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^(?:.*&& )?(flowdopr .+)$", TEXT + GALLERY, re.M)
 
 
 def test_python_blocks_run():
@@ -31,8 +32,9 @@ def test_train_and_compare_commands_resolve(command, monkeypatch, capsys):
 
 
 def test_linked_files_exist():
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", TEXT):
-        assert (ROOT / link).exists(), link
+    for folder, text in ((ROOT, TEXT), (ROOT / "sample", GALLERY)):
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+            assert (folder / link).exists(), link
     for name in re.findall(r"`(configs/[^`/]+\.yaml)`", TEXT):
         assert (ROOT / name).exists(), name
 

@@ -73,7 +73,12 @@ def _numbers(run: RunFolder) -> list[str]:
     for card in sorted((card for card in cards if card), key=lambda card: card["step"]):
         if "fd" in card["metrics"]:
             newest["fd"] = card["step"], card["metrics"]["fd"]
-    words = {"loss": "loss", "held_out_loss": "held-out loss", "fd": "FD", "grad_norm": "gradient"}
+    words = {
+        "loss": "loss",
+        "held_out_loss": "held-out loss",
+        "fd": "FD",
+        "grad_norm": "gradient norm",
+    }
     quality = [
         f"{word} {number(newest[key][1])} (step {newest[key][0]:,})"
         for key, word in words.items()

@@ -25,7 +25,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from flowdopr.data.listing import Listing, Place, Stamps, list_files, suffix
+from flowdopr.data.listing import LABEL_FILE, Listing, Place, Stamps, list_files, suffix
 from flowdopr.data.pixels import suffixes
 from flowdopr.data.sources import LARGEST_FILE, Source, shown, stamp, why
 from flowdopr.disk import parse_json
@@ -222,6 +222,8 @@ class Shards(Source):
                 yield f"{shard}/{path}", None
                 continue
             folder, name = posixpath.split(path)
+            if name == LABEL_FILE:
+                raise ValueError(f"'{shown(path)}' is not read; give each image a .cls of its own")
             key, _, kind = name.partition(".")
             key = posixpath.join(folder, key)
             if kind.lower() in LABEL_KINDS and member.size <= LABEL_BYTES:
@@ -270,9 +272,14 @@ def _headers(file: Path) -> Iterator[tarfile.TarInfo]:
     Raises:
         ValueError: it does not end as a tar does; tarfile takes a damaged header for the end.
     """
+    end, size = 0, file.stat().st_size
     with tarfile.open(file, "r:") as archive:
-        yield from archive
-        end, size = archive.offset, file.stat().st_size
+        for member in archive:
+            if archive.offset <= end:  # with a negative size, tarfile would go round for ever
+                raise ValueError(f"a negative size at byte {member.offset:,}")
+            end = archive.offset
+            yield member
+        end = archive.offset
     with open(file, "rb") as opened:
         opened.seek(end)
         rest = opened.read(PADDING + 1)

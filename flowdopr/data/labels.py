@@ -93,6 +93,7 @@ def refuse_empty(source: Source) -> None:
         raise ValueError(
             f"{source.setting}: '{shown(source.root)}' holds no image that Pillow reads"
             + "".join(f"; {remark}" for remark in source.remarks())
+            + ("; set data.name=tar for those" if ".tar" in source.listing.skipped else "")
         )
 
 

@@ -182,7 +182,8 @@ def read_index(file: Path) -> Listing | None:
         with safe_open(file, framework="pt") as opened:
             found: dict[str, str] = opened.metadata()
             names = opened.keys()
-            arrays: dict[str, Any] = {name: opened.get_tensor(name).numpy() for name in names}
+            # Copies: another machine may replace the file, and what was mapped would be gone.
+            arrays = {name: opened.get_tensor(name).numpy().copy() for name in names}
         if _checksum(arrays, found["notes"]) != found["sha256"]:
             return None
     except Exception:  # damaged files fail in many ways

@@ -7,6 +7,8 @@ from pathlib import Path
 from flowdopr.config import ConfigError, load_data_config
 from flowdopr.data import SOURCES, check_all, open_sources
 from flowdopr.data.labels import refuse_empty
+from flowdopr.data.listing import suffix
+from flowdopr.data.pixels import suffixes
 from flowdopr.data.sources import Source, shown
 from flowdopr.disk import file_sha256
 from flowdopr.latents.notes import SPLITS, read_notes
@@ -39,9 +41,12 @@ def check(place: str | Path, overrides: Sequence[str] = ()) -> list[str]:
 
 def _kind(place: Path) -> str | None:
     """The `data.name` of what lies at `place`, None for a config."""
-    if place.suffix == ".tar" or any(place.glob("*.tar")):
+    if place.is_dir():
+        images = any(file.is_dir() or suffix(file.name) in suffixes() for file in place.iterdir())
+        return "folder" if images or not any(place.glob("*.tar")) else "tar"
+    if place.suffix == ".tar":
         return "tar"
-    return "folder" if place.is_dir() else "zip" if zipfile.is_zipfile(place) else None
+    return "zip" if zipfile.is_zipfile(place) else None
 
 
 def _broken_images(sources: Iterable[Source]) -> list[str]:

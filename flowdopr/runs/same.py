@@ -17,11 +17,8 @@ FREE_ON_RESUME = (
     "data.on_bad_image",  # which images are left is in the fingerprint
     *("data.autoencoder", "data.source_root"),
     *(f"train.{key}" for key in ("steps", "log_every", "validate_every", "sample_every")),
-    *(
-        f"train.{key}"
-        for key in ("checkpoint_every", "keep_checkpoints", "keep_every", "keep_best")
-    ),
-    *("train.max_skipped_steps", "train.patience"),
+    *(f"train.{key}" for key in ("checkpoint_every", "keep_checkpoints", "keep_every")),
+    *(f"train.{key}" for key in ("keep_best", "max_skipped_steps", "patience")),
 )
 
 

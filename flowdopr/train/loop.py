@@ -438,7 +438,7 @@ class Trainer:
         if any(self.agreement.largest(int(broken))):
             what = f"weights are not finite by step {self.step}"
             raise TrainingFailed(f"{self.run.path}: {what}; {TRY}")
-        scaler = self.accelerator.scaler
+        scaler, main = self.accelerator.scaler, self.accelerator.is_main_process
         state = {
             "losses": self.meter.state(),
             "skipped": [self.skipped, self.skipped_in_a_row],
@@ -446,7 +446,6 @@ class Trainer:
             "scaler": scaler.state_dict() if scaler else None,
         }
         weights = {"model": self.raw_model.state_dict(), "averages": self.ema.state_dicts()}
-        main = self.accelerator.is_main_process
         content = whole({**weights, "state": state}, kept=main)
         if main:
             note = {"images": self.step * self.config.train.global_batch_size}

@@ -126,6 +126,13 @@ def cut(content):
     return content[:2048]  # all files, but not the end
 
 
+def negative(content):
+    """The size of the second file as a negative number, whose end is the first file's header."""
+    member = tarfile.TarInfo("b.png")
+    member.size = -1024
+    return content[:1024] + member.tobuf(tarfile.GNU_FORMAT) + content[1536:]
+
+
 def overwritten(content):
     return content[:1024] + b"x" * 512 + content[1536:]
 
@@ -136,6 +143,8 @@ def overwritten(content):
         ([("a.png", PPM), ("b.png", PPM)], cut, "no header and no end at byte"),
         ([("a.png", PPM), ("b.png", PPM)], overwritten, "no header and no end at byte 1,024 of"),
         ([("a.png", PPM)], lambda content: content * 200, "no header and no end at byte 1,024 of"),
+        ([("a.png", PPM), ("b.png", PPM)], negative, "a negative size at byte 1,024"),
+        ([("a.png", PPM), ("dataset.json", b"{}")], None, "'dataset.json' is not read; give each"),
         ([("a.png", PPM)], gzip.compress, "as an uncompressed tar: .*; mend it, or copy or"),
         ([("a.png", PPM), ("a.cls", b"cat")], None, "'a.cls' holds no label: .*JSON"),
         ([("a.png", PPM), ("a.cls", b"-1")], None, "'a.cls' holds no label: .*greater"),

@@ -31,8 +31,8 @@ def poison(kind: str, steps: Collection[int], rank: int = 0, seed: int = 0) -> N
             output.register_hook(lambda gradient: gradient * torch.inf)
         return output * {"output": torch.nan, "loss": 1e25, "gradient": 1.0}[kind]
 
-    def build_spoilt(*arguments):
-        components = build(*arguments)
+    def build_spoilt(*arguments, **settings):
+        components = build(*arguments, **settings)
         layer = "final" if kind == "loss" else LAYER
         components.model.get_submodule(layer).register_forward_hook(spoil)
         return components
