@@ -1,6 +1,6 @@
 """Training that is stopped and harmed at random moments, again and again: is anything lost?
 
-    python scripts/recovery.py [--tries 400] [--two 40] [--out FOLDER] [--seed 0]
+    python scripts/recovery.py [--tries 400] [--two 40] [--out FOLDER] [--seed 0] [--waits]
 
 Each try harms a run of a tiny model on the digits in one way, goes on with `--resume` until the run
 is complete, and compares its last checkpoint bitwise, and the values of metrics.jsonl, with those
@@ -17,6 +17,9 @@ of a run that was never harmed:
 
 It prints a table, and exits with 1 if anything was lost. Tries are kept in FOLDER/tries.jsonl, and
 the same command goes on after an interruption. A try takes a second or two; it needs fork.
+
+With --waits it prints instead what a step waits for its checkpoint, and what writing that takes, on
+the disk of FOLDER.
 """
 
 from __future__ import annotations
@@ -35,12 +38,19 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import torch
+
 from flowdopr.cli import run_command
+from flowdopr.config import load_config
+from flowdopr.data import DatasetInfo
 from flowdopr.evaluate import evaluate
 from flowdopr.evaluate.card import read_card
+from flowdopr.models import build_model
 from flowdopr.runs import RunFolder
+from flowdopr.train.saving import Saver
 
 CONFIG = """
 name: straight
@@ -53,7 +63,7 @@ sample: {solver: {name: euler, steps: 2}, num_images: 4}
 evaluate: {metrics: [spectrum], fid_num_images: 16}
 """
 CUT_AT = 18  # the step at which the runs stop whose files are harmed
-TIMES = {"seconds_per_step", "images_per_second", "peak_memory_mib"}
+TIMES = {"seconds_per_step", "images_per_second", "peak_memory_mib", "data_wait"}
 OUTCOMES = ("same", "refused", "different", "traceback", "silent")
 HEADINGS = ("bitwise the same", "refused in one line", "divergences", "tracebacks", "silent errors")
 
@@ -141,6 +151,39 @@ def fork(work: Callable[[], int], said: Path, environment: dict[str, str], limit
 
 def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# What a checkpoint costs
+
+
+def waits(tries: Tries) -> str:
+    """A table of the seconds for which a step waits, for models of three sizes."""
+    rows = ["| checkpoint | a step waits | writing takes |", "|---" * 3 + "|"]
+    for width in (64, 256, 640):
+        size = f"model={{name: dit, depth: 4, hidden_size: {width}, num_heads: 4, patch_size: 2}}"
+        more = [size, "train.ema_lengths=[]", "train.keep_checkpoints=2"]
+        config = load_config(tries.config, tries.settings(f"waits-{width}", *more))
+        shutil.rmtree(tries.out / config.name, ignore_errors=True)
+        info = DatasetInfo("digits", (1, 8, 8), 10, tuple("0123456789"), 1, 1, "")
+        run = RunFolder.create(config, info, {}, resume=False)
+        model = build_model(config, info.image_shape, info.num_classes)
+        optimizer = torch.optim.AdamW(model.parameters())
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        weights, waited, written = model.state_dict(), [], []
+        state = {"losses": torch.zeros(0), "optimizer": optimizer.state_dict(), "scaler": None}
+        with Saver(run, 0) as saver:
+            for step in range(1, 11):
+                started = time.perf_counter()
+                averages = {"ema-0.9": weights}
+                saver.save(step, model=weights, averages=averages, state=state, note={})
+                waited.append(time.perf_counter() - started)
+                saver.wait()
+                written.append(time.perf_counter() - started - waited[-1])
+        size = sum(path.stat().st_size for path in run.checkpoint_path(10).iterdir()) / 2**20
+        rows.append(f"| {size:.0f} MiB | {mean(waited):.3f} s | {mean(written):.3f} s |")
+    return "\n".join(rows)
 
 
 # Harm to files
@@ -249,6 +292,8 @@ def try_small_disk(
         ]
     else:
         disk.mkdir(exist_ok=True)
+        if disk.is_mount():  # of a try that was stopped
+            subprocess.run(["umount", disk], check=True)
         size = chance.randint(20, 800)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk], check=True)
         try:
@@ -314,8 +359,11 @@ def main() -> None:
     parser.add_argument("--two", type=int, default=40, help="on two processes")
     parser.add_argument("--out", type=Path, default=Path("recovery"), help="folder for the runs")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--waits", action="store_true", help="what a checkpoint costs")
     chosen = parser.parse_args()
     tries, kept = Tries(chosen.out), chosen.out / "tries.jsonl"
+    if chosen.waits:
+        sys.exit(print(waits(tries)))
     for processes in (1, 2)[: 1 + bool(chosen.two)]:
         prepare(tries, processes)
     lines = kept.read_text().splitlines() if kept.exists() else []

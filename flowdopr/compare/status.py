@@ -103,7 +103,11 @@ def _warnings(run: RunFolder) -> list[str]:
     """The warnings in log.txt: inputs that are not finite, raised dampings, layers without
     statistics, grids that failed."""
     file = run.path / "log.txt"
-    return WARNING.findall(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return (
+        WARNING.findall(file.read_text(encoding="utf-8", errors="replace"))
+        if file.is_file()
+        else []
+    )
 
 
 def _health(warnings: list[str]) -> list[str]:

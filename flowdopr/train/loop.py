@@ -263,8 +263,7 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # lowers the scale of the loss
         step, images = self.step + 1, (self.step + 1) * settings.global_batch_size
-        if self.accelerator.is_main_process:
-            self.run.append_metrics({"step": step, "images": images, "skipped": self.skipped})
+        self._append({"step": step, "images": images, "skipped": self.skipped})
         log.warning("step %d: the loss or the gradient is not finite; the step is skipped", step)
         if self.skipped_in_a_row < settings.max_skipped_steps:
             return
@@ -338,12 +337,17 @@ class Trainer:
         self._record(line)
 
     def _record(self, line: dict[str, Any]) -> None:
+        self._append(line)
+        if self.accelerator.is_main_process:
+            log.info(shown_line(line, self.config.train.steps))
+
+    def _append(self, line: dict[str, Any]) -> None:
+        """Write a line of metrics.jsonl; a disk that cannot take it now does not end training."""
         if self.accelerator.is_main_process:
             try:
                 self.run.append_metrics(line)
             except WriteError as error:
                 log.warning("%s; the next line tries again", error.what)
-            log.info(shown_line(line, self.config.train.steps))
 
     def _look(self, done: Collection[str] = ()) -> None:
         """Validate and draw samples where this step is due, except for what is `done`.

@@ -59,7 +59,7 @@ def train(
         datasets = build_datasets(config)
     run = RunFolder(Path(config.output) / config.name, config, datasets.info)
     sharded = accelerator.num_processes > 1 and asks_for_shards()
-    starts = not run.newest_sound()[0]
+    starts = config.train.init_from is not None and not run.newest_sound()[0]
     components = build_components(
         config, datasets.info, accelerator.device, starts=starts, sharded=sharded
     )

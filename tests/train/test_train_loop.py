@@ -54,7 +54,7 @@ def test_waiting_for_data_is_a_share_of_the_measured_time(monkeypatch):
         if shares:
             meter.pause()
             meter.go_on()
-        shares.append(meter.close(16)["data_wait"])
+        shares.append(meter.close(meter.state(), 16)["data_wait"])
     assert shares == [0, 3 / 8]
 
 
