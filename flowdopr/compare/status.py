@@ -91,6 +91,8 @@ def _numbers(run: RunFolder) -> list[str]:
         f"{seconds(newest['seconds_per_step'][1])} a step",
         f"{newest['peak_memory_mib'][1]:,.0f} MiB",
     ]
+    if "data_wait" in newest:
+        speed.append(f"{100 * newest['data_wait'][1]:.0f} % of the time waiting for images")
     return ["; ".join(quality), ", ".join(speed)]
 
 

@@ -86,8 +86,8 @@ def train(
                 done = trainer.step >= config.train.steps
                 state = "already complete at" if done else "going on from"
                 log.info("%s step %d", state, trainer.step)
-            elif resume and accelerator.is_main_process:
-                log.warning("no checkpoint in %s: training starts at step 0", run.path)
+            elif resume:
+                log.info("no checkpoint in %s: training starts at step 0", run.path)
             trainer.fit()
             if trainer.missing:
                 log.warning("%s: trained, but without %s", run.path, ", ".join(trainer.missing))

@@ -36,7 +36,9 @@ def test_a_run_complete_and_on_its_way(study, capsys):
     assert re.fullmatch(
         r"loss [\d.]+ \(step 8\); .*FD [\d.]+ \(step 8\); gradient norm .*", quality
     )
-    assert re.fullmatch(r"[\d,]+ images/s, .* a step, [\d,]+ MiB", speed)
+    assert re.fullmatch(
+        r"[\d,]+ images/s, .* a step, [\d,]+ MiB, \d+ % of the time waiting for images", speed
+    )
     assert checkpoints == "checkpoints: 4, 8"
     assert health == ["health: 2 warnings", "  2 x layer a: damping raised"]
     cut(run)
