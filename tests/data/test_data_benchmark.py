@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
     ("options", "part", "arms"),
     [
         ("--images 300 --workers 0 --batches 1", "0 workers", "folder zip tar cache peer"),
-        ("--start 10001", "start", "folder zip tar"),
+        ("--start 11000", "start", "folder zip tar"),
     ],
 )
 def test_the_benchmark_writes_ratios(tmp_path, options, part, arms):
