@@ -128,6 +128,7 @@ def test_reading_a_run_imports_no_optimizer(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     config = path / "config.yaml"
-    config.write_text(config.read_text().replace("pytorch_optimizer.Lion", "antigravity.Lion"))
+    _, text = config.read_text().split("\n", 1)  # without the checksum
+    config.write_text(text.replace("pytorch_optimizer.Lion", "antigravity.Lion"))
     with pytest.raises(ConfigError, match="must be PACKAGE"):
         RunFolder.open(path)
