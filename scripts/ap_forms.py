@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from flowdopr.config import Config, load_config
-from flowdopr.data import Datasets, check_start
+from flowdopr.data import Datasets
+from flowdopr.data.memory import ImageTensor
 from flowdopr.disk import to_json
 from flowdopr.evaluate import Evaluator
 from flowdopr.flow import Draw, FlowMatching, TimeSampler, build_objective
@@ -118,7 +119,15 @@ VARIANTS = {
     "power 1/4, damping 0.1": Variant({"power": 0.25, "damping": 0.1}),
     "sandwich": Variant({"form": "sandwich"}),
     "sandwich, damping 0.1": Variant({"form": "sandwich", "damping": 0.1}),
-    "sandwich, damping 0.01": Variant({"form": "sandwich", "damping": 0.01}),
+    "sandwich, condition and final": Variant(
+        {"form": "sandwich", **without("^embed", "attention", "mlp")}
+    ),
+    "sandwich, condition, final and mlp.down": Variant(
+        {"form": "sandwich", **without("^embed", "attention", r"mlp\.up")}
+    ),
+    "mlp.down and final": Variant(
+        without(*CONDITION, "^embed", r"^final_", "attention", r"mlp\.up")
+    ),
     "cov_decay 0.5": Variant({"cov_decay": 0.5}),
     "cov_decay 0": Variant({"cov_decay": 0.0}),
     "refresh every 4": Variant({"refresh_every": 4}),
@@ -196,19 +205,22 @@ def name_of(plan: Plan) -> str:
 
 @contextmanager
 def same_images() -> Iterator[None]:
-    """Let all runs share the data set of the first, which alone looks for broken images."""
+    """Let all runs share the data set of the first, held in memory."""
     opened: dict[str, Datasets] = {}
 
     def build(config: Config) -> Datasets:
         key = config.data.model_dump_json()
         if key not in opened:
-            opened[key] = build_datasets(config)
-            check_start(opened[key])
+            found = build_datasets(config)
+            parts = {
+                name: ImageTensor(*part.batch(torch.arange(len(part))))
+                for name, part in (("train", found.train), ("held_out", found.held_out))
+            }
+            opened[key] = replace(found, **parts)
         return opened[key]
 
     with (
         patch("flowdopr.train.start.build_datasets", build),
-        patch("flowdopr.train.start.check_start", lambda _: []),
         patch("flowdopr.evaluate.measure.build_datasets", build),
     ):
         yield

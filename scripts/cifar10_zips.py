@@ -1,7 +1,8 @@
-"""CIFAR-10 as two ZIP archives, PREFIX-train.zip and PREFIX-test.zip, of all or some classes.
+r"""CIFAR-10 as two ZIP archives, PREFIX-train.zip and PREFIX-test.zip, of all or some classes.
 
     python scripts/cifar10_zips.py data/cifar10-16 --side 16
-    python scripts/cifar10_zips.py data/five-16 --side 16 --classes airplane bird cat deer frog
+    python scripts/cifar10_zips.py data/search-16 --side 16 \
+      --classes airplane automobile bird cat deer
 
 The images come from torchvision, which downloads them into `--root`, or with `--archives` from two
 archives with a folder for each class. They are written as PNGs, with `--side` smaller than 32 as
