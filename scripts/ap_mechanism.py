@@ -131,9 +131,12 @@ def kind_of(name: str) -> str | None:
 
 
 def measure(config: Config, run: RunFolder, batches: int) -> dict[str, Any]:
-    """Means over the layers of each kind: "spectrum", kind -> of each layer the eigenvalues over
-    their mean at the last checkpoint; "drift", kind -> one number for each checkpoint;
-    "noise", kind -> number; "efficiency", step (as text) -> kind -> direction -> share of the best."""
+    """By kind of layer, means over its layers but for the spectra.
+
+    "spectrum": kind -> of each layer the eigenvalues over their mean, at the last checkpoint.
+    "drift": kind -> one number for each checkpoint. "noise": kind -> number.
+    "efficiency": step, as text -> kind -> direction -> share of the best.
+    """
     datasets, objective = build_datasets(config), build_objective(config)
     model = build_model(config, datasets.info.image_shape, datasets.info.num_classes)
     model.train()
@@ -226,9 +229,9 @@ def draw(measured: dict[str, Any], path: Path) -> None:
         values = np.exp(
             np.mean([np.interp(ranks, np.linspace(0, 1, len(v)), v) for v in of_layers], 0)
         )
-        spectra.plot(ranks, values, color=color, label=kind)
+        spectra.plot(ranks, values, color=color)
         lags = [steps[-1] - step for step in steps[:-1]]
-        drift.plot(lags, measured["drift"][kind][:-1], color=color)
+        drift.plot(lags, measured["drift"][kind][:-1], color=color, label=kind)
         drift.axhline(measured["noise"][kind], color=color, linestyle=":", linewidth=0.8)
         ratio = [
             measured["efficiency"][str(step)][kind]["AP 1, Muon"]
@@ -244,14 +247,14 @@ def draw(measured: dict[str, Any], path: Path) -> None:
         gain.plot(steps, ratio, color=color, linestyle="--")
     spectra.set(yscale="log", xlabel="rank / dimension", ylabel="eigenvalue / mean")
     spectra.set_title("Second moments of layer inputs")
-    spectra.legend(frameon=False, fontsize=8)
+    drift.legend(frameon=False, fontsize=8)
     drift.set(
         xscale="log", yscale="log", xlabel="steps before the last", ylabel="relative distance"
     )
     drift.set_title("Drift of the second moments (dotted: noise)")
     gain.axhline(1, color="grey", linewidth=0.8)
     gain.set(yscale="log", xlabel="step", ylabel="efficiency with AP / without")
-    gain.set_title("AP, damping 1, before Muon (solid) and sign (dashed)")
+    gain.set_title("AP before Muon (solid), before sign (dashed)")
     for axes in (spectra, drift, gain):
         axes.spines[["top", "right"]].set_visible(False)
     with replacing(path) as part:
