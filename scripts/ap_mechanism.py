@@ -262,11 +262,12 @@ def draw(measured: dict[str, Any], path: Path) -> None:
 
 
 def table(measured: dict[str, Any]) -> str:
-    """Shares of the best efficiency at the last checkpoint, a Markdown table."""
-    of_kinds = measured["efficiency"][str(measured["steps"][-1])]
+    """Shares of the best efficiency, means over the checkpoints, a Markdown table."""
+    every = list(measured["efficiency"].values())
     lines = ["| direction | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
-    for name in of_kinds["embed"]:
-        values = " | ".join(f"{of_kinds[kind][name]:.2f}" for kind in KINDS)
+    for name in every[0]["embed"]:
+        means = [sum(shares[kind][name] for shares in every) / len(every) for kind in KINDS]
+        values = " | ".join(f"{mean:.2f}" for mean in means)
         lines.append(f"| {name} | {values} |")
     return "\n".join(lines)
 
