@@ -148,7 +148,7 @@ VARIANTS = {
     "without mlp.down": Variant(without(r"mlp\.down")),
     "mlp alone": Variant(without(*CONDITION, "embed", "final", "attention")),
     "attention alone": Variant(without(*CONDITION, "embed", "final", "mlp")),
-    "condition alone": Variant(without("^embed", r"^final\b(?!_)", "attention", "mlp")),
+    "condition alone": Variant(without("^embed", "^final$", "attention", "mlp")),
     "after momentum": Variant({}, AfterMomentum),
     "moments at late times": Variant({}, times=TimeSampler("logit_normal", mean=2.0)),
     "moments at early times": Variant({}, times=TimeSampler("logit_normal", mean=-2.0)),
@@ -166,6 +166,11 @@ class Plan:
     overrides: tuple[str, ...] = ()
 
 
+def dopr_options(variant: Variant) -> dict[str, Any] | None:
+    """The keyword arguments of the variant's DoPr; None for the optimizer alone."""
+    return None if variant.options is None else BASE | dict(variant.options)
+
+
 def train_and_evaluate(plan: Plan, config_path: Path, out: Path) -> dict[str, Any]:
     """Train and evaluate one run; its numbers are infinite if it diverged."""
     variant = VARIANTS[plan.variant]
@@ -177,8 +182,8 @@ def train_and_evaluate(plan: Plan, config_path: Path, out: Path) -> dict[str, An
         f"optimizer.name={plan.gp}",
         f"optimizer.lr={plan.lr!r}",
     ]
-    if variant.options is not None:
-        overrides.append(f"optimizer.dopr={json.dumps(BASE | dict(variant.options))}")
+    if dopr_options(variant) is not None:
+        overrides.append(f"optimizer.dopr={json.dumps(dopr_options(variant))}")
     config = load_config(config_path, overrides)
     with probing(variant):
         try:

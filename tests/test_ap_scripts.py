@@ -2,6 +2,7 @@
 scripts/cifar10_zips.py."""
 
 import io
+import re
 import sys
 import zipfile
 
@@ -13,11 +14,12 @@ from script_modules import load_script
 from torch import Tensor, nn
 
 from flowdopr.flow import FlowMatching, TimeSampler
+from flowdopr.models import DiT
 from flowdopr.optim import DoPr, Muon
 
-forms = load_script("ap_forms")
-mechanism = load_script("ap_mechanism")
-zips = load_script("cifar10_zips")
+forms = load_script("ap_forms.py")
+mechanism = load_script("ap_mechanism.py")
+zips = load_script("cifar10_zips.py")
 
 
 def batch(step: int) -> Tensor:
@@ -89,8 +91,6 @@ def test_moments_at_other_times_leave_the_gradient_and_change_sigma() -> None:
 
 @pytest.mark.parametrize("name", forms.VARIANTS)
 def test_every_variant_builds_a_dopr_for_a_dit(name: str) -> None:
-    from flowdopr.models import DiT
-
     variant = forms.VARIANTS[name]
     model = DiT((3, 8, 8), num_classes=2, patch_size=4, hidden_size=16, depth=1, num_heads=2)
     options = forms.dopr_options(variant)
@@ -104,8 +104,6 @@ def test_every_variant_builds_a_dopr_for_a_dit(name: str) -> None:
 
 def excluded(options: dict) -> str:
     """Which of the layers of a block a rule leaves to the GP."""
-    import re
-
     names = ("mlp.down", "mlp.up")
     patterns = [rule["pattern"] for rule in options.get("rules", ())]
     return " ".join(n for n in names if any(re.search(p, f"blocks.0.{n}") for p in patterns))
@@ -118,7 +116,9 @@ def test_the_undamped_inverse_is_the_most_efficient_direction() -> None:
     best = mechanism.efficiency(torch.linalg.solve(sigma, g, left=False), g, sigma)
     exact = torch.linalg.solve(mechanism.unit(sigma), g, left=False)
     assert best == pytest.approx(float((g * exact).sum()))
-    found = {n: mechanism.efficiency(d, g, sigma) for n, d in mechanism.directions(g, sigma).items()}
+    found = {
+        n: mechanism.efficiency(d, g, sigma) for n, d in mechanism.directions(g, sigma).items()
+    }
     assert max(found.values()) <= best * (1 + 1e-9)
     assert found["AP 0.1, SGD"] > found["SGD"]
     assert mechanism.efficiency(-g, g, sigma) == 0
