@@ -343,7 +343,7 @@ def test_two_processes_draw_and_measure_what_one_does(make_run, tmp_path):
         check=True,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
-        timeout=120,
+        timeout=250,
     )
     assert contents(tmp_path / "both") == contents(alone)
     assert set(card.parent.iterdir()) == {card, gallery}

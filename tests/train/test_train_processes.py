@@ -53,6 +53,7 @@ def test_two_processes_equal_one(tmp_path, optimizer):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # several launches, on a machine that may be busy
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_run_moves_from_one_process_to_two_and_back(tmp_path, sharded):
     """The same images, noise and losses as on one; averages of weights and of Sigma go along."""
@@ -76,6 +77,7 @@ def test_a_run_moves_from_one_process_to_two_and_back(tmp_path, sharded):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # several launches, on a machine that may be busy
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_resume_bitwise(tmp_path, sharded):
     settings = ["optimizer.name=dopr-muon", "optimizer.dopr.refresh_every=4"]
