@@ -20,7 +20,7 @@ from flowdopr.train.log import run_log
 def cut(run: RunFolder) -> None:
     """Leave the run as it was after step 4 of 8."""
     shutil.rmtree(run.path / "checkpoints" / "step-00000008")
-    run._drop_metrics_after(4)
+    (run.path / "metrics.jsonl").write_text("".join(run._lines_until(4)))
 
 
 def test_a_run_complete_and_on_its_way(study, capsys):
@@ -46,7 +46,12 @@ def test_a_run_complete_and_on_its_way(study, capsys):
         r".*: step 4 of 8 \(50 %\), 0:00:0\d left, last line 0:00:\d\d ago\n", status(run.path)
     )
     (run.path / "metrics.jsonl").unlink()
-    assert "step 0 of 8 (0 %), nothing logged yet\ncheckpoints: 4\n" in status(run.path)
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl: is damaged: \d+ lines of the newest check"
+    ):
+        status(run.path)
+    shutil.rmtree(run.checkpoint_path(4))
+    assert "step 0 of 8 (0 %), nothing logged yet\ncheckpoints: none yet\n" in status(run.path)
 
 
 def test_a_study_says_what_is_left_and_how_far_its_runs_are(study):
