@@ -84,11 +84,11 @@ class Agreement:
     The hosts exchange them, so that no process waits for its device. All processes must make one.
     """
 
-    def __init__(self, num_processes: int, patience: float):
-        """patience: seconds to wait for the other processes."""
+    def __init__(self, num_processes: int, timeout: float):
+        """timeout: seconds to wait for the other processes."""
         self.group: Any = None
         if num_processes > 1:
-            wait = timedelta(seconds=patience)
+            wait = timedelta(seconds=timeout)
             self.group = torch.distributed.new_group(backend="gloo", timeout=wait)
 
     def largest(self, *numbers: int) -> list[int]:

@@ -1,7 +1,6 @@
 """flowdopr in Python: the pages on it run, and its functions return what the commands write."""
 
 import inspect
-import json
 import re
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import flowdopr
 from flowdopr import api
 from flowdopr.cli import run_command
 from flowdopr.config import ConfigError, load_config, read_config
+from flowdopr.disk import read_json
 from flowdopr.flow import log_likelihood
 
 DOCS = PACKAGE.parent / "docs"
@@ -93,7 +93,7 @@ def test_velocity_and_likelihood_are_those_of_the_flow(page):
 def test_the_card_is_returned(page):
     names, run = page
     (file,) = (run / "evaluation").glob("*.json")
-    assert names["card"] == json.loads(file.read_text())
+    assert names["card"] == read_json(file, "")
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_a_study_returns_its_results(tmp_path):
     )
     run = [sys.executable, str(script)]
     done = subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, text=True)
-    results = json.loads((tmp_path / "runs" / "quickstart" / "results.json").read_text())
+    results = read_json(tmp_path / "runs" / "quickstart" / "results.json", "")
     assert done.stdout.splitlines()[-1] == str(sorted(results))
 
 

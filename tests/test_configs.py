@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowdopr.config import ConfigError, DoPrConfig, apply_overrides, load_config, to_dict, to_yaml
+from flowdopr.config import (
+    ConfigError,
+    DoPrConfig,
+    apply_overrides,
+    load_config,
+    shipped,
+    to_dict,
+    to_yaml,
+)
 from flowdopr.config.yaml12 import parse_yaml
 from flowdopr.flow import build_objective, build_sampling
 from flowdopr.models import build_model
@@ -13,7 +21,7 @@ from flowdopr.optim import build_optimizer, format_roles
 from flowdopr.train.start import optimizer_arguments
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-FILES = sorted({*CONFIGS.glob("**/*.yaml")} - {*CONFIGS.glob("accelerate/*")})
+FILES = list(shipped().values())
 RECIPES = CONFIGS / "recipes"
 SHAPES = {
     **dict.fromkeys(("mnist", "fashion_mnist"), (1, 28, 28)),

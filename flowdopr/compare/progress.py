@@ -83,12 +83,13 @@ class Display:
 
     def update(self, running: Sequence[RunPlan]) -> None:
         """Read and show the progress of the runs that are running."""
-        completed, self._notes = float(self.done), {}
+        completed, notes = float(self.done), {}
         for plan in running:
             fraction, note = progress_of(plan)
             completed += fraction
             self._bar.update(self._tasks[plan.name], completed=fraction, note=note)
-            self._notes[plan.name] = note
+            notes[plan.name] = note
+        self._notes = notes  # whole, as the thread that prints it may read it at any moment
         note = f"{self.done} of {self.total} runs"
         self._bar.update(self._overall, completed=completed, note=note)
 

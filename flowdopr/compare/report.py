@@ -41,11 +41,13 @@ CAPTIONS = {
     "loss-by-time": "One-step loss by time, over the mean of all arms; bars: two standard errors.",
     "learning-rate": "Rollout quality by learning rate; the tuned one is filled.",
 }
-METRIC_WORDS = {
-    "FD": "FD: Fréchet distance between rollouts and training images in the feature space of a "
-    "classifier of this data set; it is not an FID.",
-    "FID": "FID: Fréchet distance between rollouts and training images in Inception's features.",
+SPACES = {
+    "classifier": "the feature space of a classifier of this data set; it is not an FID",
+    "imagenet": "the features of a network trained on photographs; it is not an FID",
+    "dinov2": "the features of DINOv2; it is not an FID",
+    "inception": "Inception's features",
 }
+"""By the name of `evaluate.extractor`."""
 
 
 def write_report(study: Study) -> None:
@@ -78,7 +80,8 @@ def render(study: Study, table: Sequence[Row], pictures: dict[str, bytes]) -> st
     return environment.get_template("report.html").render(
         study=study,
         subtitle=_subtitle(study),
-        metric_words=METRIC_WORDS[study.metric],
+        metric_words=f"{study.metric}: Fréchet distance between rollouts and training images in "
+        f"{SPACES[study.config.evaluate.extractor.name]}.",
         table=shown_rows(study, table),
         shared=shared_values(study, table),
         runs_at_a_time=min(study_settings(study.config).workers, len(study.runs)),

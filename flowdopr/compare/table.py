@@ -129,7 +129,7 @@ def _row(metric: str, arm: ArmSummary) -> Row:
         "peak_memory_bytes": max(memories, default=None),
         "global_batch_size": first.global_batch_size if first else None,
         "hardware": distinct(run.hardware for run in trial.runs),
-        "commit": distinct(run.commit for run in trial.runs),
+        "commit": distinct(one for run in trial.runs for one in run.commit.split(" | ")),
         "config": str(first.plan.path / "config.yaml") if first else None,
     }
 
@@ -196,7 +196,8 @@ def shared_values(study: Study, table: Sequence[Row]) -> dict[str, str]:
     """Values that are usually the same for every arm; different ones side by side."""
 
     def shared(key: str, show: Callable[[Any], str] = str) -> str:
-        return distinct(show(row[key]) for row in table if row[key] is not None) or NONE
+        values = [show(row[key]) for row in table if row[key] is not None]
+        return distinct(one for value in values for one in value.split(" | ")) or NONE
 
     return {
         "generated images": shared("fd_images", "{:,}".format),

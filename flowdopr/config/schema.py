@@ -113,7 +113,7 @@ class TrainConfig(Section):
     max_skipped_steps: Count = 10
     """A step whose loss or gradient is not finite is skipped and counted. After this many in a row
     training ends, and names the layer."""
-    patience: Positive = 1800.0
+    process_timeout: Positive = 1800.0
     """Seconds that a process waits for the others before the run ends because one of them hangs.
     The first one alone computes held-out losses and sample grids, while the others wait."""
     precision: Literal["no", "bf16", "fp16"] = "no"

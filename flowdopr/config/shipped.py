@@ -11,9 +11,9 @@ PLACES = (PACKAGE / "configs", PACKAGE.parent / "configs")
 
 
 def shipped() -> dict[str, Path]:
-    """The file of each config that comes with flowdopr, by its name."""
+    """The file of each config that comes with flowdopr, by its name; those of accelerate aside."""
     folder = next((place for place in PLACES if place.is_dir()), PLACES[0])
-    files = folder.rglob("*.yaml")
+    files = {*folder.rglob("*.yaml")} - {*folder.glob("accelerate/*")}
     return dict(sorted((f.relative_to(folder).with_suffix("").as_posix(), f) for f in files))
 
 

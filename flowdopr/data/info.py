@@ -19,7 +19,7 @@ class DatasetInfo:
         image_shape: (C, H, W).
         num_classes: 0, with empty `class_names`, for images without classes.
         fingerprint: a sha256 that changes with any image, name, label, the split or the resizing;
-            of a folder of more than 1 GiB, only with names and file sizes.
+            of a folder or shards of more than 1 GiB, only with names and file sizes.
         autoencoder: for latents, what decodes them: name, weights_sha256, scale, shift.
     """
 

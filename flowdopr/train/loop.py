@@ -113,7 +113,7 @@ class Trainer:
         )
         self.meter, self.spikes = Meter(accelerator), Spikes()
         self.grad_norm, self.skipped, self.skipped_in_a_row = 0.0, 0, 0
-        self.agreement = Agreement(accelerator.num_processes, config.train.patience)
+        self.agreement = Agreement(accelerator.num_processes, config.train.process_timeout)
         self.missing: list[str] = []
         """Held-out losses and sample grids that failed."""
         self.step = self._restore()

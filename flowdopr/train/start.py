@@ -191,7 +191,7 @@ def make_accelerator(config: Config) -> Accelerator:
                 mixed_precision=settings.precision,
                 cpu=cpu,
                 kwargs_handlers=[
-                    InitProcessGroupKwargs(timeout=timedelta(seconds=settings.patience))
+                    InitProcessGroupKwargs(timeout=timedelta(seconds=settings.process_timeout))
                 ],
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
                 dynamo_plugin=TorchDynamoPlugin(backend="no"),  # pyright: ignore
@@ -209,7 +209,7 @@ def make_accelerator(config: Config) -> Accelerator:
         )
     if settings.precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("train.precision=fp16: CPUs train in float32 then; use bf16 or no")
-    if settings.precision == "fp16" and asks_for_shards():
+    if settings.precision == "fp16" and asks_for_shards() and accelerator.num_processes > 1:
         raise ConfigError("train.precision=fp16: not with FSDP2; use bf16 or no")
     share = accelerator.num_processes * settings.accumulation_steps
     if settings.global_batch_size % share:

@@ -233,10 +233,21 @@ def test_the_hardware_and_commit_of_every_part_are_shown(study):
         make_run(plan, 1.0)
     before = json.loads((first.path / "versions.json").read_text())
     made_by = before | {"from_step": 4, "hardware": "slide rule", "earlier": [before]}
+    made_by |= {"commit": "fedcba9876543210fedcba9876543210fedcba98"}
     write_json(first.path / "versions.json", sealed(made_by))
     assert read_result(read_run(first)).hardware == "abacus, 1 thread | slide rule"
     page = (compare(study, report_only=True) / "report.html").read_text()
     assert page.count("<td>2026-03-14 15:09 UTC, in 2 launches</td>") == 1
+    assert "0123456789ab | fedcba987654<" in page  # each of them once, whichever arms have it
+
+
+def test_the_report_says_whose_features_fd_is_in(study):
+    config = apply_overrides(study, ["evaluate.extractor=imagenet"])
+    for plan in expand(config):
+        make_run(plan, 1.0)
+    page = (compare(config, report_only=True) / "report.html").read_text()
+    assert "in the features of a network trained on photographs; it is not an FID." in page
+    assert "classifier of this data set" not in page
 
 
 def test_names_are_escaped(study):

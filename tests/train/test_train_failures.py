@@ -110,8 +110,8 @@ def test_each_process_says_its_own_error(tmp_path, images):
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("killed", [0, 1])
 def test_the_end_of_a_process_ends_the_other_in_one_line(tmp_path, killed, signum):
-    """Within a minute if it dies, and within train.patience if it hangs."""
-    settings = ["train.checkpoint_every=5", "train.steps=1000000", "train.patience=10"]
+    """Within a minute if it dies, and within train.process_timeout if it hangs."""
+    settings = ["train.checkpoint_every=5", "train.steps=1000000", "train.process_timeout=10"]
     path, shared = tiny_file(tmp_path, *settings)
     processes = start_two("-m", "flowdopr", "train", str(path), *shared)
     while not list(tmp_path.glob("runs/tiny/checkpoints/step-????????")):

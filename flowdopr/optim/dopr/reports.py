@@ -35,8 +35,9 @@ class DeferredRead:
     """Numbers on their way from the device to the host, which waits for them only to read them."""
 
     def __init__(self, numbers: Tensor) -> None:
-        self._numbers = numbers.to("cpu", non_blocking=True)
-        self._arrival = None if numbers.device.type == "cpu" else torch.Event(numbers.device)
+        later = numbers.device.type not in ("cpu", "mps")  # Apple's GPU has no stream to ask
+        self._numbers = numbers.to("cpu", non_blocking=later)
+        self._arrival = torch.Event(numbers.device) if later else None
         if self._arrival is not None:
             self._arrival.record(torch.accelerator.current_stream(numbers.device))
 

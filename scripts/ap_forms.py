@@ -1,0 +1,279 @@
+"""Which form of activation preconditioning (AP) draws the better images, before one optimizer?
+
+    python scripts/ap_forms.py CONFIG --gp muon --lr 1e-2 --out ap-forms [section.key=value ...]
+    python scripts/ap_forms_report.py ap-forms/runs.jsonl
+
+Each variant differs from the reference `BASE` in one thing: an option of DoPr, or a probe, that is
+something that the package does not offer because nothing has supported it. All variants and the
+optimizer alone train with one learning rate, on the same seeds, so with the same batches, noise and
+times, and are evaluated as the config says. Finished runs in the results file are not repeated.
+"""
+
+import argparse
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from flowdopr.config import Config, load_config
+from flowdopr.data import Datasets
+from flowdopr.data.memory import ImageTensor
+from flowdopr.disk import to_json
+from flowdopr.evaluate import Evaluator
+from flowdopr.flow import Draw, FlowMatching, TimeSampler, build_objective
+from flowdopr.latents import build_datasets
+from flowdopr.optim import DoPr
+from flowdopr.optim.dopr.layers import Layer
+from flowdopr.runs import RunFolder
+from flowdopr.train import TrainingFailed, train
+
+BASE = {"damping": 1.0}
+"""The reference: the form "inverse" with DoPr's defaults but for the damping."""
+
+
+class EarlierBatches(DoPr):
+    """A probe: the gradient of a batch is preconditioned by moments of earlier batches alone, so
+    that noise in Sigma is independent of that in the gradient."""
+
+    def _update_all(self) -> None:
+        self._step_preconditioned(self._ready_layers())
+        if self.statistics.gathering:
+            self._refresh()
+        self.steps += 1
+        self._set_gathering()
+
+
+class AfterMomentum(DoPr):
+    """A probe for Muon: momentum accumulates G, and T is applied to the momentum."""
+
+    def _step_preconditioned(self, ready: list[tuple[Layer, Tensor]]) -> None:
+        transforms = {id(layer.parameters[0]): (layer, t) for layer, t in ready}
+        momentum = self.optimizer.momentum
+
+        def preconditioned(params: list[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
+            updates = list(momentum(params, group))
+            for number, parameter in enumerate(params):
+                if id(parameter) in transforms:
+                    layer, transform = transforms[id(parameter)]
+                    updates[number] = layer.view.multiply([updates[number]], transform)[0]
+            return updates
+
+        with patch.object(self.optimizer, "momentum", preconditioned):
+            self.optimizer.step()
+
+
+class MomentsAtOtherTimes:
+    """A probe: a flow-matching objective whose layers' second moments are those of another forward
+    of the same images, with noise at times from `sampler`."""
+
+    def __init__(self, objective: FlowMatching, sampler: TimeSampler) -> None:
+        self.objective, self.sampler = objective, sampler
+        self.class_dropout_prob = objective.class_dropout_prob
+
+    def draw(self, *args: Any, **options: Any) -> Draw:
+        return self.objective.draw(*args, **options)
+
+    def __call__(self, model: Any, x_1: Tensor, y: Tensor | None, draw: Draw) -> Tensor:
+        if not model.training:
+            return self.objective(model, x_1, y, draw)
+        # DoPr gathers the inputs of forwards in train mode alone.
+        t = self.sampler(len(x_1), torch.Generator(), self.objective.path)
+        self.objective(model, x_1, y, Draw(draw.x_0, t.to(draw.t), draw.keep, draw.u))
+        model.eval()
+        losses = self.objective(model, x_1, y, draw)
+        model.train()
+        return losses
+
+
+@dataclass(frozen=True)
+class Variant:
+    """DoPr's options beside or in place of BASE's, or None for the optimizer alone; and a probe."""
+
+    options: Mapping[str, Any] | None = field(default_factory=dict)
+    dopr: type[DoPr] = DoPr
+    times: TimeSampler | None = None
+
+
+def without(*patterns: str) -> dict[str, Any]:
+    """AP for all layers but those whose names match a pattern."""
+    return {"rules": [{"pattern": "|".join(patterns), "mode": "none"}]}
+
+
+CONDITION = ("condition", "modulation")
+VARIANTS = {
+    "no AP": Variant(None),
+    "base": Variant(),
+    "damping 0.1": Variant({"damping": 0.1}),
+    "damping 10": Variant({"damping": 10.0}),
+    "power 1/2": Variant({"power": 0.5}),
+    "power 1/2, damping 0.1": Variant({"power": 0.5, "damping": 0.1}),
+    "power 1/4, damping 0.1": Variant({"power": 0.25, "damping": 0.1}),
+    "sandwich": Variant({"form": "sandwich"}),
+    "sandwich, damping 0.1": Variant({"form": "sandwich", "damping": 0.1}),
+    "sandwich, condition and final": Variant(
+        {"form": "sandwich", **without("^embed", "attention", "mlp")}
+    ),
+    "sandwich, condition, final and mlp.down": Variant(
+        {"form": "sandwich", **without("^embed", "attention", r"mlp\.up")}
+    ),
+    "mlp.down and final": Variant(
+        without(*CONDITION, "^embed", r"^final_", "attention", r"mlp\.up")
+    ),
+    "cov_decay 0.5": Variant({"cov_decay": 0.5}),
+    "cov_decay 0": Variant({"cov_decay": 0.0}),
+    "refresh every 4": Variant({"refresh_every": 4}),
+    "refresh every step": Variant({"refresh_every": 1}),
+    "refresh every step, earlier batches": Variant({"refresh_every": 1}, EarlierBatches),
+    "refresh every step, cov_decay 0": Variant({"refresh_every": 1, "cov_decay": 0.0}),
+    "refresh every step, cov_decay 0, earlier batches": Variant(
+        {"refresh_every": 1, "cov_decay": 0.0}, EarlierBatches
+    ),
+    "refresh every 64": Variant({"refresh_every": 64}),
+    "all rows": Variant({"max_rows": "all"}),
+    "bias": Variant({"bias": True}),
+    "fades out": Variant({"anneal": (0, 600)}),
+    "without condition": Variant(without(*CONDITION)),
+    "without condition, embed, final": Variant(without(*CONDITION, r"embed", r"^final")),
+    "without attention": Variant(without("attention")),
+    "without mlp": Variant(without("mlp")),
+    "without mlp.down": Variant(without(r"mlp\.down")),
+    "mlp alone": Variant(without(*CONDITION, "embed", "final", "attention")),
+    "attention alone": Variant(without(*CONDITION, "embed", "final", "mlp")),
+    "condition alone": Variant(without("^embed", "^final$", "attention", "mlp")),
+    "after momentum": Variant({}, AfterMomentum),
+    "moments at late times": Variant({}, times=TimeSampler("logit_normal", mean=2.0)),
+    "moments at early times": Variant({}, times=TimeSampler("logit_normal", mean=-2.0)),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run."""
+
+    gp: str
+    variant: str
+    lr: float
+    seed: int
+    overrides: tuple[str, ...] = ()
+
+
+def dopr_options(variant: Variant) -> dict[str, Any] | None:
+    """The keyword arguments of the variant's DoPr; None for the optimizer alone."""
+    return None if variant.options is None else BASE | dict(variant.options)
+
+
+def train_and_evaluate(plan: Plan, config_path: Path, out: Path) -> dict[str, Any]:
+    """Train and evaluate one run; its numbers are infinite if it diverged."""
+    variant = VARIANTS[plan.variant]
+    overrides = [
+        *plan.overrides,
+        f"name={name_of(plan)}",
+        f"output={json.dumps(str(out))}",
+        f"seed={plan.seed}",
+        f"optimizer.name={plan.gp}",
+        f"optimizer.lr={plan.lr!r}",
+    ]
+    if dopr_options(variant) is not None:
+        overrides.append(f"optimizer.dopr={json.dumps(dopr_options(variant))}")
+    config = load_config(config_path, overrides)
+    with probing(variant):
+        try:
+            run = train(config, resume=True)
+        except TrainingFailed:
+            return {"plan": asdict(plan), "fd": math.inf, "one_step_loss": math.inf}
+    card = json.loads(Evaluator(run).card().read_text())
+    lines = [line for line in RunFolder.open(run).metrics() if "seconds_per_step" in line]
+    seconds = sorted(line["seconds_per_step"] for line in lines)
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)  # so that many runs fit on the disk
+    return {
+        "plan": asdict(plan),
+        **{key: value for key, value in card["metrics"].items() if isinstance(value, float)},
+        "by_time": card["metrics"]["one_step_loss_by_time"],
+        "seconds_per_step": seconds[len(seconds) // 2],
+    }
+
+
+def name_of(plan: Plan) -> str:
+    """Of the run's folder."""
+    words = re.sub(r"[^a-z0-9.]+", "-", plan.variant.lower())
+    return f"{plan.gp}-{words}-lr{plan.lr:g}-s{plan.seed}"
+
+
+@contextmanager
+def same_images() -> Iterator[None]:
+    """Let all runs share the data set of the first, held in memory."""
+    opened: dict[str, Datasets] = {}
+
+    def build(config: Config) -> Datasets:
+        key = config.data.model_dump_json()
+        if key not in opened:
+            found = build_datasets(config)
+            parts = {
+                name: ImageTensor(*part.batch(torch.arange(len(part))))
+                for name, part in (("train", found.train), ("held_out", found.held_out))
+            }
+            opened[key] = replace(found, **parts)
+        return opened[key]
+
+    with (
+        patch("flowdopr.train.start.build_datasets", build),
+        patch("flowdopr.evaluate.measure.build_datasets", build),
+    ):
+        yield
+
+
+@contextmanager
+def probing(variant: Variant) -> Iterator[None]:
+    """Let training use the variant's DoPr and objective."""
+    with ExitStack() as stack:
+        stack.enter_context(patch("flowdopr.optim.build.DoPr", variant.dopr))
+        times = variant.times
+        if times is not None:
+
+            def build(config: Config) -> MomentsAtOtherTimes:
+                return MomentsAtOtherTimes(build_objective(config), times)
+
+            stack.enter_context(patch("flowdopr.train.start.build_objective", build))
+        yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("config", type=Path, help="YAML file of a run")
+    add("overrides", nargs="*", help="settings, section.key=value")
+    add("--gp", default="muon", help="the optimizer")
+    add("--lr", type=float, nargs="+", required=True, help="its learning rates")
+    add("--variants", nargs="+", default=[*VARIANTS], choices=VARIANTS, metavar="VARIANT")
+    add("--seeds", type=int, nargs="+", default=[0, 1], help="of the runs")
+    add("--out", type=Path, default=Path("ap-forms"), help="folder of the runs and runs.jsonl")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = options.out / "runs.jsonl"
+    lines = results.read_text().splitlines() if results.exists() else []
+    done = {to_json(json.loads(line)["plan"]) for line in lines}
+    plans = [
+        Plan(options.gp, name, lr, seed, tuple(options.overrides))
+        for seed in options.seeds
+        for name in options.variants
+        for lr in options.lr
+    ]
+    with same_images():
+        for plan in (one for one in plans if to_json(asdict(one)) not in done):
+            run = train_and_evaluate(plan, options.config, options.out)
+            with results.open("a") as file:
+                file.write(to_json(run, indent=None))
+            print(f"{name_of(plan)}: loss {run['one_step_loss']:.5g}  FD {run['fd']:.4g}")
+
+
+if __name__ == "__main__":
+    main()

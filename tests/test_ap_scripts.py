@@ -1,0 +1,145 @@
+"""The probes of scripts/ap_forms.py, the measure of scripts/ap_mechanism.py, and the archives of
+scripts/cifar10_zips.py."""
+
+import io
+import re
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from script_modules import load_script
+from torch import Tensor, nn
+
+from flowdopr.flow import FlowMatching, TimeSampler
+from flowdopr.models import DiT
+from flowdopr.optim import DoPr, Muon
+
+forms = load_script("ap_forms.py")
+mechanism = load_script("ap_mechanism.py")
+zips = load_script("cifar10_zips.py")
+
+
+def batch(step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(16, 3, generator=generator, dtype=torch.float64) * torch.tensor([3, 1, 0.3])
+
+
+def test_a_gradient_is_preconditioned_by_earlier_batches_alone() -> None:
+    model = nn.Linear(3, 2).double()
+    gp = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = forms.EarlierBatches(gp, model, refresh_every=1, cov_decay=0.0, damping=0.5)
+    for step in range(4):
+        before = model.weight.detach().clone()
+        optimizer.zero_grad()
+        model(batch(step)).sin().sum().backward()
+        grad = model.weight.grad.clone()
+        optimizer.step()
+        if step:
+            x = batch(step - 1)
+            sigma = x.T @ x / len(x)
+            unit = sigma / sigma.diagonal().mean() + 0.5 * torch.eye(3)
+            grad = torch.linalg.solve(unit, grad, left=False)
+        torch.testing.assert_close(model.weight.detach(), before - 0.1 * grad)
+
+
+def test_ap_after_momentum_is_ap_before_it_while_sigma_stays() -> None:
+    ends = []
+    for kind in (DoPr, forms.AfterMomentum):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+        optimizer = kind(Muon(model, lr=0.05), model, refresh_every=100)
+        for step in range(6):
+            optimizer.zero_grad()
+            model(batch(step)).sin().sum().backward()
+            optimizer.step()
+        ends.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*ends)
+
+
+class Field(nn.Module):
+    num_classes = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, t: Tensor, y: None = None) -> Tensor:
+        return self.layer(torch.cat([x, t[:, None]], 1))
+
+
+def test_moments_at_other_times_leave_the_gradient_and_change_sigma() -> None:
+    plain, late = FlowMatching(), TimeSampler("logit_normal", mean=4.0)
+    grads, times = [], []
+    for objective in (plain, forms.MomentsAtOtherTimes(plain, late)):
+        torch.manual_seed(0)
+        model = Field()
+        optimizer = DoPr(torch.optim.SGD(model.parameters()), model, cov_decay=0.0)
+        draw = objective.draw(64, (3,), generator=torch.Generator().manual_seed(1))
+        objective(model, batch(0).float().repeat(4, 1), None, draw).mean().backward()
+        grads.append(model.layer.weight.grad.clone())
+        optimizer.step()
+        (moment,) = optimizer.statistics.moments
+        times.append(float(moment.sigma[0, 0, 3, 3] / optimizer.statistics.numbers.ema_weight))
+        assert model.training
+    torch.testing.assert_close(*grads)
+    assert times[0] == pytest.approx(1 / 3, abs=0.1)
+    assert times[1] > 0.9
+
+
+@pytest.mark.parametrize("name", forms.VARIANTS)
+def test_every_variant_builds_a_dopr_for_a_dit(name: str) -> None:
+    variant = forms.VARIANTS[name]
+    model = DiT((3, 8, 8), num_classes=2, patch_size=4, hidden_size=16, depth=1, num_heads=2)
+    options = forms.dopr_options(variant)
+    if options is None:
+        assert name == "no AP"
+        return
+    optimizer = variant.dopr(Muon(model, lr=0.1), model, **options)
+    modes = {name for name, _, mode, _ in optimizer.roles() if mode != "none"}
+    assert ("blocks.0.mlp.down.weight" in modes) == ("mlp.down" not in excluded(options))
+
+
+def excluded(options: dict) -> str:
+    """Which of the layers of a block a rule leaves to the GP."""
+    names = ("mlp.down", "mlp.up")
+    patterns = [rule["pattern"] for rule in options.get("rules", ())]
+    return " ".join(n for n in names if any(re.search(p, f"blocks.0.{n}") for p in patterns))
+
+
+def test_the_undamped_inverse_is_the_most_efficient_direction() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 6, dtype=torch.float64) * torch.logspace(0, -2, 6)
+    g, sigma = torch.randn(3, 6, dtype=torch.float64), x.T @ x / 200
+    best = mechanism.efficiency(torch.linalg.solve(sigma, g, left=False), g, sigma)
+    exact = torch.linalg.solve(mechanism.unit(sigma), g, left=False)
+    assert best == pytest.approx(float((g * exact).sum()))
+    found = {
+        n: mechanism.efficiency(d, g, sigma) for n, d in mechanism.directions(g, sigma).items()
+    }
+    assert max(found.values()) <= best * (1 + 1e-9)
+    assert found["AP 0.1, SGD"] > found["SGD"]
+    assert mechanism.efficiency(-g, g, sigma) == 0
+
+
+def test_archives_have_averaged_images_of_the_classes_asked_for(tmp_path, monkeypatch, capsys):
+    pixels = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)
+    for split in zips.SPLITS:
+        with zipfile.ZipFile(tmp_path / f"{split}.zip", "w") as archive:
+            for of_class in ("cat", "dog"):
+                file = io.BytesIO()
+                Image.fromarray(pixels).save(file, "png")
+                archive.writestr(f"{of_class}/a.png", file.getvalue())
+    sources = [str(tmp_path / f"{split}.zip") for split in zips.SPLITS]
+    out = tmp_path / "out" / "some"
+    options = [str(out), "--side", "8", "--classes", "dog", "--archives", *sources]
+    monkeypatch.setattr(sys, "argv", ["cifar10_zips.py", *options])
+    zips.main()
+    assert "some-train.zip: 1 images" in capsys.readouterr().out
+    with zipfile.ZipFile(f"{out}-test.zip") as archive:
+        assert archive.namelist() == ["dog/00000.png"]
+        image = np.asarray(Image.open(io.BytesIO(archive.read("dog/00000.png"))), dtype=float)
+    blocks = pixels.reshape(8, 4, 8, 4, 3).astype(float).mean((1, 3))
+    assert np.abs(image - blocks).max() <= 1
