@@ -15,8 +15,6 @@ whoever reads them notices damage.
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
 import os
 import re
@@ -33,13 +31,11 @@ from torch import Tensor, nn
 from flowdopr.config import Config, ConfigError, load_config, to_yaml
 from flowdopr.data import DatasetInfo
 from flowdopr.disk import (
-    CHECKSUM,
     LOCK,
     OWNER,
     PART,
     WriteError,
     check_sealed_text,
-    parse_sealed,
     read_json,
     read_tensors,
     reading,
@@ -61,7 +57,8 @@ from flowdopr.runs.checkpoint import (
     manifest_of,
     new_checkpoint,
 )
-from flowdopr.runs.contents import MadeBy, MetricsLine, State
+from flowdopr.runs.contents import MadeBy, State
+from flowdopr.runs.metrics import MetricsFile
 from flowdopr.runs.provenance import with_earlier
 from flowdopr.runs.same import check_same_run, other_setting
 
@@ -88,10 +85,7 @@ class RunFolder:
         self.path, self.config, self.dataset = path, config, dataset
         self._texts: dict[str, str] = {}
         """The content of config.yaml, dataset.json and versions.json in a run that is trained."""
-        self._lines: list[str] = []
-        """The lines of metrics.jsonl in a run that is trained."""
-        self._written = 0
-        """How many of `_lines` are in the file: fewer while it cannot be written."""
+        self._metrics = MetricsFile(path / METRICS)
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -150,8 +144,7 @@ class RunFolder:
             DATASET: to_json(sealed(dataset.to_dict())),
             CONFIG: sealed_text(to_yaml(config)),
         }
-        run._lines = run._lines_until(newest)
-        run._written = len(run._lines)
+        run._metrics.go_on(newest, run._kept_lines(newest))
         for name, text in run.texts().items():
             write_text(path / name, text)
         return run
@@ -219,7 +212,7 @@ class RunFolder:
 
     def texts(self) -> dict[str, str]:
         """The content of the files that a checkpoint has copies of, in a run that is trained."""
-        return self._texts | {METRICS: "".join(self._lines)}
+        return self._texts | {METRICS: self._metrics.text()}
 
     # Checkpoints
 
@@ -477,20 +470,8 @@ class RunFolder:
     # Metrics
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl, after those that could not be written before.
-
-        Raises:
-            WriteError: it cannot be written now. It is not lost: the next call tries again, and the
-                next checkpoint has it.
-        """
-        self._lines.append(to_json(sealed(line), indent=None))
-        path, content = self.path / METRICS, "".join(self._lines[self._written :]).encode()
-        with writing(path), open(path, "ab", buffering=0) as handle:
-            before = handle.seek(0, os.SEEK_END)
-            if handle.write(content) < len(content):
-                handle.truncate(before)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._written = len(self._lines)
+        """Add a line to metrics.jsonl; see `MetricsFile.append`."""
+        self._metrics.append(line)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl in order, without a last line that a crash cut short.
@@ -499,45 +480,12 @@ class RunFolder:
             ValueError: a line is damaged, or some are missing that the newest checkpoint has.
         """
         kept = self._kept_lines(max(self.steps(), default=0))
-        path, found = self.path / METRICS, []
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        for number, line in enumerate(lines, 1):
-            with reading(f"{path}, line {number}", f"{RESTORE_OR_RESUME}, or delete the line"):
-                parse_sealed(MetricsLine, line)
-                found.append(_without_checksum(line))  # in the order of the file
-        if missing := len(set(kept) - {line.decode() + "\n" for line in lines}):
-            what = f"{missing} lines of the newest checkpoint are missing"
-            raise ValueError(f"{path}: is damaged: {what}; {RESTORE_OR_RESUME}")
-        return found
+        return self._metrics.read(kept, RESTORE_OR_RESUME)
 
     def _kept_lines(self, step: int) -> list[str]:
         """The lines of metrics.jsonl that checkpoint `step` has; none if it has no copy."""
         path = self._copy(step, METRICS)
         return path.read_text(encoding="utf-8").splitlines(keepends=True) if path else []
-
-    def _lines_until(self, step: int) -> list[str]:
-        """The lines of metrics.jsonl up to `step`, from which training goes on.
-
-        Those that the checkpoint has are taken from there, later ones from the file, if they are
-        sound: a held-out loss that is missing is measured again.
-        """
-        path, kept = self.path / METRICS, self._kept_lines(step)
-        found = path.read_bytes().split(b"\n")[:-1] if step and path.exists() else []
-        later = []
-        for number, line in enumerate(found, 1):
-            try:
-                with reading(f"{path}, line {number}", "it is left out"):
-                    if parse_sealed(MetricsLine, line)["step"] <= step:
-                        later.append(line.decode() + "\n")
-            except ValueError as error:
-                log.warning("%s", error)
-        if restored := len(set(kept) - set(later)):
-            log.warning("%s: %d lines are restored from checkpoint %d", path, restored, step)
-        return kept + [line for line in later if line not in set(kept)]
-
-
-def _without_checksum(line: bytes) -> dict[str, Any]:
-    return {key: value for key, value in json.loads(line).items() if key != CHECKSUM}
 
 
 def check_no_links(path: Path) -> None:

@@ -139,6 +139,7 @@ def test_an_error_within_a_step_of_one_process_ends_the_other(tmp_path):
     assert said[1].endswith("RuntimeError: a layer failed")
 
 
+@pytest.mark.slow
 def test_an_error_of_all_processes_is_said_once(tmp_path):
     path, shared = tiny_file(tmp_path, "data.name=folder", "data.root=nowhere")
     said = [

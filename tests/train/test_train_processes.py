@@ -41,7 +41,7 @@ def train_on_two(folder, *settings, sharded=False):
     return run
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "dopr-muon"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "dopr-muon"])
 def test_two_processes_equal_one(tmp_path, optimizer):
     settings = [f"optimizer.name={optimizer}", "optimizer.eps=1e-4"]
     one = train(tiny(tmp_path, *settings, "name=one"))
@@ -101,7 +101,7 @@ def test_accumulation_equals_the_whole_batch(tmp_path, optimizer):
     assert_close_weights(whole, parts, 8)
 
 
-@pytest.mark.parametrize("coupling", ["exact", "entropic"])
+@pytest.mark.parametrize("coupling", ["exact", pytest.param("entropic", marks=pytest.mark.slow)])
 def test_transport_pairs_within_a_share_of_the_batch(tmp_path, coupling):
     """Two processes pair as one process does in two micro-batches, and not as in one."""
     settings = [f"flow.coupling={coupling}", "optimizer.eps=1e-4"]
