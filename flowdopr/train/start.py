@@ -22,6 +22,7 @@ from accelerate.utils import (
 from flowdopr.config import Config, ConfigError, effective
 from flowdopr.data import DatasetInfo, check_start
 from flowdopr.disk import locked
+from flowdopr.exits import one_line
 from flowdopr.flow import build_objective, build_sampling
 from flowdopr.latents import build_datasets, load_decoder
 from flowdopr.models import build_model
@@ -31,6 +32,7 @@ from flowdopr.runs import RunFolder, averages_of, load_guide, load_initial, prov
 from flowdopr.train.log import log_roles, run_log
 from flowdopr.train.loop import Components, Trainer
 from flowdopr.train.shards import share_out
+from flowdopr.train.signals import TrainingFailed
 
 log = logging.getLogger("flowdopr.train")
 
@@ -91,6 +93,15 @@ def train(
             trainer.fit()
             if trainer.missing:
                 log.warning("%s: trained, but without %s", run.path, ", ".join(trainer.missing))
+        except RuntimeError as error:
+            # torch raises it wherever the step is, when a worker is killed, often for its memory.
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingFailed(
+                f"{run.path}: a process that decodes images ended ({one_line(error)}); the newest "
+                f"checkpoint is of step {max(run.steps(), default=0)}: go on with the same command "
+                "and --resume, with a lower data.num_workers if memory ran out"
+            ) from None
         finally:
             accelerator.free_memory()
     return run.path

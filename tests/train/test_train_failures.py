@@ -1,6 +1,8 @@
 """What fails does not take the trained steps with it, and is said in one line."""
 
 import json
+import multiprocessing
+import os
 import re
 import resource
 import signal
@@ -137,6 +139,28 @@ def test_an_error_within_a_step_of_one_process_ends_the_other(tmp_path):
     assert [process.returncode for process in processes] == [1, 1]
     assert said[0].split("\n")[-1].startswith("flowdopr: process 0: stopped, because another")
     assert said[1].endswith("RuntimeError: a layer failed")
+
+
+def test_a_killed_worker_ends_the_run_in_one_line_and_it_goes_on_bitwise(tmp_path, images):
+    settings = [*images, "data.num_workers=1", "train.steps=400", "train.checkpoint_every=2"]
+    settings += ["train.keep_checkpoints=2"]
+    config = tiny(tmp_path, *settings)
+    path = tmp_path / "runs" / "tiny"
+
+    def kill_a_worker() -> None:
+        while not (path / "checkpoints" / "step-00000004").exists():
+            time.sleep(0.01)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_a_worker, daemon=True)
+    killer.start()
+    with pytest.raises(TrainingFailed, match=r"a process that decodes images ended .*--resume"):
+        train(config)
+    killer.join()
+    reached = max(RunFolder.open(path).steps())
+    train(again(config, f"train.steps={reached + 3}", "train.checkpoint_every=3"), resume=True)
+    straight = tiny(tmp_path, *settings, "name=straight", f"train.steps={reached + 3}")
+    assert_same_checkpoint(train(straight), path, reached + 3)
 
 
 @pytest.mark.slow
