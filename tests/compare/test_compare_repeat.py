@@ -118,8 +118,10 @@ def test_changed_images_and_edited_configs_are_refused(small, tmp_path, write_im
     with pytest.raises(ConfigError, match=r"one-lr0\.001-s0: the images in .* are not those"):
         compare(more)
     assert not any(plan.path.exists() for plan in expand(more) if plan.seed == 1)
-    text = (plan.path / "config.yaml").read_text()
-    (plan.path / "config.yaml").write_text(text.replace("depth: 1", "depth: 2"))
-    with pytest.raises(ConfigError, match=r"model\.depth was 2, now 1") as caught:
-        compare(config)
-    assert "\n" not in str(caught.value)
+    text = (plan.path / "config.yaml").read_text().replace("depth: 1", "depth: 2")
+    without_checksum = text.partition("\n")[2]
+    for edited, said in ((text, "is damaged"), (without_checksum, r"model\.depth was 2, now 1")):
+        (plan.path / "config.yaml").write_text(edited)
+        with pytest.raises(ValueError, match=said) as caught:
+            compare(config)
+        assert "\n" not in str(caught.value)
