@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -90,21 +91,28 @@ def train(
                 log.info("%s step %d", state, trainer.step)
             elif resume:
                 log.info("no checkpoint in %s: training starts at step 0", run.path)
-            trainer.fit()
+            with _telling_of_killed_workers(run):
+                trainer.fit()
             if trainer.missing:
                 log.warning("%s: trained, but without %s", run.path, ", ".join(trainer.missing))
-        except RuntimeError as error:
-            # torch raises it wherever the step is, when a worker is killed, often for its memory.
-            if "DataLoader worker" not in str(error):
-                raise
-            raise TrainingFailed(
-                f"{run.path}: a process that decodes images ended ({one_line(error)}); the newest "
-                f"checkpoint is of step {max(run.steps(), default=0)}: go on with the same command "
-                "and --resume, with a lower data.num_workers if memory ran out"
-            ) from None
         finally:
             accelerator.free_memory()
     return run.path
+
+
+@contextmanager
+def _telling_of_killed_workers(run: RunFolder) -> Iterator[None]:
+    """A block in which torch may raise, wherever a step is, that a worker process was killed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingFailed(
+            f"{run.path}: a process that decodes images ended ({one_line(error)}); the newest "
+            f"checkpoint is of step {max(run.steps(), default=0)}: go on with the same command "
+            "and --resume, with a lower data.num_workers if memory ran out"
+        ) from None
 
 
 def build_components(
