@@ -26,7 +26,8 @@ from torch import Tensor
 
 from flowdopr.config import Config, load_config
 from flowdopr.data import Datasets
-from flowdopr.data.memory import ImageTensor
+from flowdopr.data.files import ImageFiles
+from flowdopr.data.loader import in_memory
 from flowdopr.disk import to_json
 from flowdopr.evaluate import Evaluator
 from flowdopr.flow import Draw, FlowMatching, TimeSampler, build_objective
@@ -77,6 +78,7 @@ class MomentsAtOtherTimes:
 
     def __init__(self, objective: FlowMatching, sampler: TimeSampler) -> None:
         self.objective, self.sampler = objective, sampler
+        self.generator = torch.Generator().manual_seed(0)
         self.class_dropout_prob = objective.class_dropout_prob
 
     def draw(self, *args: Any, **options: Any) -> Draw:
@@ -86,7 +88,7 @@ class MomentsAtOtherTimes:
         if not model.training:
             return self.objective(model, x_1, y, draw)
         # DoPr gathers the inputs of forwards in train mode alone.
-        t = self.sampler(len(x_1), torch.Generator(), self.objective.path)
+        t = self.sampler(len(x_1), self.generator, self.objective.path)
         self.objective(model, x_1, y, Draw(draw.x_0, t.to(draw.t), draw.keep, draw.u))
         model.eval()
         losses = self.objective(model, x_1, y, draw)
@@ -217,11 +219,10 @@ def same_images() -> Iterator[None]:
         key = config.data.model_dump_json()
         if key not in opened:
             found = build_datasets(config)
-            parts = {
-                name: ImageTensor(*part.batch(torch.arange(len(part))))
-                for name, part in (("train", found.train), ("held_out", found.held_out))
-            }
-            opened[key] = replace(found, **parts)
+            parts = {"train": found.train, "held_out": found.held_out}
+            files = {name: part for name, part in parts.items() if isinstance(part, ImageFiles)}
+            held = {name: in_memory(part) for name, part in files.items()}
+            opened[key] = replace(found, **held)
         return opened[key]
 
     with (

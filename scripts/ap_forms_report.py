@@ -3,9 +3,9 @@
     python scripts/ap_forms_report.py ap-forms/runs.jsonl
 
 Prints a Markdown table for each optimizer, at the learning rate with most variants, and writes the
-figure beside the results. Ratios are to the optimizer alone, paired by seed, with 95 % t-intervals.
-"At equal loss" divides by the power of the losses' ratio that fits all runs of the optimizer, of
-every variant and learning rate: FD = c loss^slope.
+figure beside the results. Ratios are to the optimizer alone, paired by seed, with the intervals of
+flowdopr/compare/claims.py. "At equal loss" divides by the power of the losses' ratio that fits all
+runs of the optimizer, of every variant and learning rate: FD = c loss^slope.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import numpy as np
 from ap_forms import VARIANTS
 from scipy import stats
 
+from flowdopr.compare.claims import claim
 from flowdopr.disk import replacing
 
 Run = dict[str, Any]
@@ -31,13 +32,13 @@ def logs(run: Run) -> tuple[float, float]:
     return math.log(run["one_step_loss"]), math.log(run["fd"])
 
 
-def interval(values: list[float]) -> str:
-    """exp of the mean, with the t-interval of exp; of one value that alone."""
-    mean = float(np.mean(values))
-    if len(values) == 1:
-        return f"{math.exp(mean):.3f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return f"{math.exp(mean):.3f} ({math.exp(mean - half):.3f} to {math.exp(mean + half):.3f})"
+def ratio(logs_by_seed: dict[int, float]) -> str:
+    """The ratio of which these are the logarithms, with its interval where there are two seeds."""
+    found = claim("", "", ALONE, {seed: [value] for seed, value in logs_by_seed.items()})
+    if found is None:
+        return ""
+    low_high = "" if found.interval is None else " ({:.3f} to {:.3f})".format(*found.interval)
+    return f"{found.ratio:.3f}{low_high}"
 
 
 def slope(runs: list[Run]) -> float:
@@ -62,12 +63,12 @@ def table(runs: list[Run]) -> str:
     ]
     for name in (name for name in VARIANTS if name in by_variant):
         of_seed = by_variant[name]
-        pairs = [(logs(run), logs(alone[seed])) for seed, run in of_seed.items() if seed in alone]
-        loss = [one[0] - base[0] for one, base in pairs]
-        fd = [one[1] - base[1] for one, base in pairs]
-        equal = [of_fd - power * of_loss for of_fd, of_loss in zip(fd, loss, strict=True)]
+        seeds = sorted(of_seed.keys() & alone.keys())
+        loss = {seed: logs(of_seed[seed])[0] - logs(alone[seed])[0] for seed in seeds}
+        fd = {seed: logs(of_seed[seed])[1] - logs(alone[seed])[1] for seed in seeds}
+        equal = {seed: fd[seed] - power * loss[seed] for seed in seeds}
         mean = np.mean([run["fd"] for run in of_seed.values()])
-        cells = [name, str(len(pairs)), f"{mean:.0f}", *map(interval, (fd, loss, equal))]
+        cells = [name, str(len(seeds)), f"{mean:.0f}", *map(ratio, (fd, loss, equal))]
         lines.append(
             "| " + " | ".join(cells if name != ALONE else [*cells[:3], "1", "1", "1"]) + " |"
         )

@@ -106,7 +106,7 @@ def _telling_of_killed_workers(run: RunFolder) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if isinstance(error, TrainingFailed) or "DataLoader worker" not in str(error):
             raise
         raise TrainingFailed(
             f"{run.path}: a process that decodes images ended ({one_line(error)}); the newest "
