@@ -27,12 +27,13 @@ Measured = Mapping[int, Sequence[float | None]]
 
 
 def write_report(task: OwnTask, arms: Sequence[ArmRuns], folder: Path) -> str:
-    """Write `report.md` and `report.png` into `folder`, and return the text of the first."""
+    """Write the tables and the picture as `<task's name>.md` and `.png` into `folder`, and return
+    the text of the tables."""
     tables = [measures_table(task, arms), claims_table(task, arms)]
     text = "\n".join(["\n".join(table) + "\n" for table in tables])
-    write_text(folder / "report.md", text)
+    write_text(folder / f"{task.name}.md", text)
     figure = draw(task, arms)
-    with replacing(folder / "report.png") as part:
+    with replacing(folder / f"{task.name}.png") as part:
         figure.savefig(part, dpi=110, format="png")
     return text
 

@@ -2,7 +2,7 @@
 
 A task is a function that trains one run and yields points, each with the held-out one-step loss
 and measures of rollouts after some step. `run_study` gives every arm the same learning rates on a
-tuning seed, takes the one of the best rollouts (of equal ones, that of the lowest loss), and repeats
+tuning seed, takes the one of the best rollouts (of equal ones, the lowest loss), and repeats
 it on the reported seeds; `own_report.py` makes tables and a picture of it.
 
     def train(trial: Trial) -> Iterator[Point]:
@@ -37,8 +37,6 @@ from flowdopr.runs.averages import Average
 from flowdopr.train.ema import EMA
 
 TUNING_SEED = 100
-FIRST_POINT = 1 / 16
-"""Part of the steps after which the first point is measured; each later one has twice as many."""
 DOPR = {"damping": 0.1, "cov_decay": 0.5}
 """DoPr's options for runs of a few thousand steps, as docs/optim.md advises."""
 
@@ -146,8 +144,9 @@ def fit(
     *,
     steps: int,
     warmup: int = 50,
+    points: int = 5,
 ) -> Iterator[Point]:
-    """Train and measure: a point after `steps` and after its halves, quarters, ... of them.
+    """Train and measure: a point after `steps`, after half of them, after a quarter of them, ...
 
     The learning rate rises over `warmup` steps and stays. `measure` sees the model in evaluation
     mode with an average of its latest weights, which at a constant rate stands for a decay: so all
@@ -155,11 +154,11 @@ def fit(
 
     Args:
         batch_loss: draws the next batch and returns its mean loss.
+        points: how many are measured.
     """
     ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, (k + 1) / warmup))
     average = EMA(model, [Average(length=0.1)])
-    halvings = range(int(-math.log2(FIRST_POINT)) + 1)
-    wanted = {math.ceil(steps / 2**k) for k in halvings}
+    wanted = {math.ceil(steps / 2**k) for k in range(points)}
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         batch_loss().backward()

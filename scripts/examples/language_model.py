@@ -4,7 +4,8 @@
 
 The text of a problem of n digits is `a+b=c`: a and b as usual, and the n + 1 digits of c from the
 lowest to the highest, so that each digit needs two digits of the problem and the carry, which
-follows from the digits before it. n is random. Each arm is measured on two numbers:
+follows from the digits before it. n is random. The larger the base of the numbers, the more sums of
+two digits there are to learn. Each arm is measured on two numbers:
 
     loss    nats per digit of c on held-out problems, given the right digits before it
     wrong   share of held-out problems whose c, written digit by digit by the model itself, is not
@@ -12,7 +13,7 @@ follows from the digits before it. n is random. Each arm is measured on two numb
 
 AdamW, Muon and SOAP are compared, each alone and in DoPr, with equally many learning rates and the
 same seeds (flowdopr/compare/own_task.py). Finished runs in OUT/runs.jsonl are not repeated.
-Problems with few digits are all seen in training, so the shortest has four.
+Problems of one digit are all seen in training, so the shortest has two.
 
 Shapes: digits (B, N) int64 from the lowest to the highest, tokens (B, T) int64, logits (B, T, V).
 """
@@ -31,9 +32,8 @@ from flowdopr.compare.own_task import OwnTask, Point, Trial, fit, run_study, wit
 from flowdopr.optim import build_optimizer
 from flowdopr.train.schedule import derive_seed
 
-PLUS, EQUALS, BLANK = 10, 11, 12
-VOCABULARY = 13
-SHORTEST = 4
+PLUS, EQUALS, BLANK, SIGNS = 0, 1, 2, 3  # tokens; those of digits follow
+SHORTEST = 2
 LEARNING_RATES = {
     "adamw": (1e-3, 2e-3, 4e-3),
     "muon": (5e-3, 1e-2, 2e-2),
@@ -41,7 +41,9 @@ LEARNING_RATES = {
 }
 
 
-def addition(lengths: Tensor, longest: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def addition(
+    lengths: Tensor, longest: int, base: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Problems (B, 2 (longest + 1)) and answers (B, longest + 1), with blanks for digits that are
     not there.
 
@@ -50,14 +52,15 @@ def addition(lengths: Tensor, longest: int, generator: torch.Generator) -> tuple
     """
     size, device = len(lengths), lengths.device
     places = torch.arange(longest + 1, device=device)
-    digits = torch.randint(10, (size, 2, longest), generator=generator, device=device)
+    digits = torch.randint(base, (size, 2, longest), generator=generator, device=device)
     there = places[:-1] < lengths[:, None, None]
     sums = F.pad(digits.where(there, 0).sum(1), (0, 1))
     for place in range(longest):
-        sums[:, place + 1] += sums[:, place] // 10
-    answer = (sums % 10).where(places <= lengths[:, None], BLANK)
+        sums[:, place + 1] += sums[:, place] // base
+    answer = (SIGNS + sums % base).where(places <= lengths[:, None], BLANK)
     signs = torch.tensor([PLUS, EQUALS], device=device)[:, None].expand(size, -1, 1)
-    return torch.cat([digits.where(there, BLANK).flip(2), signs], 2).flatten(1), answer
+    problem = torch.cat([(SIGNS + digits).where(there, BLANK).flip(2), signs], 2)
+    return problem.flatten(1), answer
 
 
 class Block(nn.Module):
@@ -82,12 +85,12 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, context: int, width: int, depth: int, heads: int) -> None:
+    def __init__(self, tokens: int, context: int, width: int, depth: int, heads: int) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(VOCABULARY, width)
+        self.tokens = nn.Embedding(tokens, width)
         self.positions = nn.Embedding(context, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, tokens)
         nn.init.normal_(self.tokens.weight, std=0.02)
         nn.init.normal_(self.positions.weight, std=0.02)
 
@@ -116,20 +119,20 @@ def train(trial: Trial, device: str) -> Iterator[Point]:
     options = trial.settings
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(derive_seed(trial.seed, 0))
-    longest = options["digits"]
+    longest, base = options["digits"], options["base"]
     lengths = torch.arange(SHORTEST, longest + 1, device=device)
-    context = 3 * (longest + 1)
-    model = Transformer(context, options["width"], options["depth"], options["heads"])
+    sizes = (options["width"], options["depth"], options["heads"])
+    model = Transformer(SIGNS + base, 3 * (longest + 1), *sizes)
     model.to(device)
     optimizer = build_optimizer(model, trial.gp, trial.lr, weight_decay=0.01, dopr=trial.dopr)
     generator = torch.Generator(device).manual_seed(derive_seed(trial.seed, 1))
     fixed = torch.Generator(device).manual_seed(derive_seed(trial.seed, 2))
-    held_out = [addition(n.expand(options["problems"]), longest, fixed) for n in lengths]
+    held_out = [addition(n.expand(options["problems"]), longest, base, fixed) for n in lengths]
 
     def batch_loss() -> Tensor:
         shape = (options["batch"],)
         chosen = torch.randint(len(lengths), shape, generator=generator, device=device)
-        return answer_loss(model, *addition(lengths[chosen], longest, generator))
+        return answer_loss(model, *addition(lengths[chosen], longest, base, generator))
 
     def measure() -> Point:
         problems, answers = (torch.cat(parts) for parts in zip(*held_out, strict=True))
@@ -150,8 +153,9 @@ def horizons(longest: int) -> tuple[str, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--digits", type=int, default=12, help="of the longest numbers")
-    add("--steps", type=int, default=1500, help="of training")
+    add("--digits", type=int, default=8, help="of the longest numbers")
+    add("--base", type=int, default=100, help="of the numbers: how many digits there are")
+    add("--steps", type=int, default=1000, help="of training")
     add("--batch", type=int, default=256, help="problems in a batch")
     add("--width", type=int, default=192, help="of the transformer")
     add("--depth", type=int, default=4, help="of the transformer")
@@ -163,7 +167,7 @@ def main() -> None:
     add("--workers", type=int, default=1, help="runs at the same time")
     add("--out", type=Path, default=Path("addition"), help="output folder")
     options = parser.parse_args()
-    names = ("digits", "steps", "batch", "width", "depth", "heads", "problems")
+    names = ("digits", "base", "steps", "batch", "width", "depth", "heads", "problems")
     task = OwnTask(
         "addition",
         partial(train, device=options.device),

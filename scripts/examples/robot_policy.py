@@ -1,171 +1,219 @@
-"""DoPr in a robot policy: behaviour cloning of a drone's controller, judged by the flight.
+"""DoPr in a robot policy: Gymnasium's Humanoid-v5 learns to keep its balance from an expert.
 
-    python scripts/examples/robot_policy.py
+    pip install -e ".[control]"
+    python scripts/examples/robot_policy.py --out humanoid
 
-A planar drone follows winding paths. An expert controller, which knows the drone, flies the
-training paths; a network learns its two motor commands from what it observes: tilt, velocities
-and the path ahead. A gradient preconditioner (GP) is compared with DoPr around it:
+A network learns from recorded episodes of the expert (scripts/examples/humanoid.py), and then acts
+alone. `mlp` predicts one action by regression. `flow` draws the next four actions together, a
+chunk, from a flow-matching model given the observation (flowdopr.flow), performs the first, and
+draws anew.
 
-    one-step loss   error of the commands on the expert's own held-out flights, relative to
-                    always giving the mean command
-    rollout         distance to the path when the network flies by itself, in metres, capped at
-                    5 m where it crashes
+    loss      on held-out episodes of the expert: squared error of the standardised actions (mlp),
+              or the flow-matching loss of chunks (flow)
+    lost      share of the 1,000 steps of an episode in which the policy had fallen
+    fallen    share of the episodes in which it fell within so many steps; half an episode is added
+              to both, so that their logarithms exist
+    steps, return     mean survival, and the environment's own rewards
 
-Both arms get the same learning rates, steps and seeds; the rate with the best mean rollout on
-validation paths is reported, on other paths.
+AdamW, Muon and SOAP are compared, each alone and in DoPr, with equally many learning rates and the
+same seeds (flowdopr/compare/own_task.py). Finished runs in OUT/runs.jsonl are not repeated.
 
-Shapes: state (B, 6) = x, z, tilt, dx, dz, dtilt; command (B, 2) = thrust, torque; path (B, T, 2).
+Shapes: observations (B, 348); chunks (B, C 17), standardised actions.
 """
 
 import argparse
-import math
-import statistics
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
+from humanoid import ACTIONS, EPISODE, OBSERVATIONS, recorded, rollouts
 from torch import Tensor, nn
 
+from flowdopr.compare.own_report import write_report
+from flowdopr.compare.own_task import OwnTask, Point, Trial, fit, run_study, with_and_without_dopr
+from flowdopr.flow import FlowMatching, Sampling
 from flowdopr.optim import build_optimizer
+from flowdopr.train.schedule import derive_seed
 
-SECONDS_PER_STEP, STEPS, PREVIEW, GRAVITY = 0.02, 300, 12, 9.81
-BATCH, WIDTH, CRASH = 256, 128, 5.0
-
-
-def make_paths(count: int, seed: int) -> Tensor:
-    """Sums of three slow sines in each coordinate, longer than the flight by the preview."""
-    generator = torch.Generator().manual_seed(seed)
-    time = SECONDS_PER_STEP * torch.arange(STEPS + 4 * PREVIEW + 1)
-    size, rate, phase = torch.rand(3, count, 1, 2, 3, generator=generator)
-    waves = torch.sin((0.5 + 1.5 * rate) * time[None, :, None, None] + 2 * math.pi * phase)
-    return (0.7 * size * waves).sum(-1)
+HELD_OUT_SEED, ROLLOUT_SEED, HELD_OUT_EPISODES = 10_000, 20_000, 16
+HORIZONS = (125, 250, 500, 1000)
+FARTHEST = 10.0  # standard deviations to which observations are cut
+LEARNING_RATES = {
+    "adamw": (3e-4, 1e-3, 3e-3),
+    "muon": (3e-3, 1e-2, 3e-2),
+    "soap": (1e-3, 3e-3, 1e-2),
+}
 
 
-def fly(state: Tensor, command: Tensor) -> Tensor:
-    """The drone (1 kg, inertia 0.02 kg m^2) after one step of time, semi-implicit Euler."""
-    x, z, tilt, dx, dz, dtilt = state.unbind(-1)
-    thrust, torque = command[:, 0].clamp(0, 25), command[:, 1].clamp(-1, 1)
-    dx = dx - SECONDS_PER_STEP * thrust * tilt.sin()
-    dz = dz + SECONDS_PER_STEP * (thrust * tilt.cos() - GRAVITY)
-    dtilt = dtilt + SECONDS_PER_STEP * torque / 0.02
-    moved = (x + SECONDS_PER_STEP * dx, z + SECONDS_PER_STEP * dz, tilt + SECONDS_PER_STEP * dtilt)
-    return torch.stack([*moved, dx, dz, dtilt], -1)
+class Scale(nn.Module):
+    """Standardises columns by the mean and deviation of data; constant columns become zero."""
 
-
-def expert(state: Tensor, path: Tensor, step: int) -> Tensor:
-    """A cascade: position to acceleration, acceleration to tilt and thrust, tilt to torque."""
-    here, after = path[:, step], path[:, step + 1]
-    velocity = (after - here) / SECONDS_PER_STEP
-    wanted = 6 * (here - state[:, :2]) + 4 * (velocity - state[:, 3:5])
-    wanted = wanted + (path[:, step + 2] - 2 * after + here) / SECONDS_PER_STEP**2
-    up = wanted[:, 1] + GRAVITY
-    tilt = torch.atan2(-wanted[:, 0], up).clamp(-1, 1)
-    torque = 0.02 * (120 * (tilt - state[:, 2]) - 20 * state[:, 5])
-    return torch.stack([wanted[:, 0].hypot(up), torque], -1)
-
-
-def observe(state: Tensor, path: Tensor, step: int) -> Tensor:
-    """Tilt and velocities, and every fourth point of the path ahead as seen from the drone."""
-    ahead = path[:, step : step + 4 * PREVIEW : 4] - state[:, None, :2]
-    return torch.cat([state[:, 2:], ahead.flatten(1)], -1)
-
-
-def record(paths: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """The expert's flights, with gusts: observations and its commands, all steps pooled."""
-    generator = torch.Generator().manual_seed(seed)
-    state = torch.cat([paths[:, 0], torch.zeros(len(paths), 4)], -1)
-    observations, commands = [], []
-    for step in range(STEPS):
-        commands.append(expert(state, paths, step))
-        observations.append(observe(state, paths, step))
-        gust = torch.randn(commands[-1].shape, generator=generator) * torch.tensor([1.0, 0.05])
-        state = fly(state, commands[-1] + gust)
-    return torch.cat(observations), torch.cat(commands)
-
-
-class Policy(nn.Module):
-    """An MLP on standardised observations; the usual care, so that DoPr has to add to it."""
-
-    def __init__(self, observations: Tensor, commands: Tensor) -> None:
+    def __init__(self, data: Tensor) -> None:
         super().__init__()
-        self.network = nn.Sequential(
-            nn.Linear(observations.shape[1], WIDTH),
-            nn.SiLU(),
-            nn.Linear(WIDTH, WIDTH),
-            nn.SiLU(),
-            nn.Linear(WIDTH, 2),
+        self.register_buffer("mean", data.mean(0))
+        self.register_buffer("std", data.std(0).clamp(min=1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x - self.mean) / self.std).clamp(-FARTHEST, FARTHEST)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        return x * self.std + self.mean
+
+
+def network(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    widths = [(inputs, width), (width, width), (width, width)]
+    hidden = [layer for pair in widths for layer in (nn.Linear(*pair), nn.SiLU())]
+    return nn.Sequential(*hidden, nn.Linear(width, outputs))
+
+
+class Regression(nn.Module):
+    """An MLP that predicts the expert's action."""
+
+    chunk = performed = 1
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.network = network(OBSERVATIONS, width, ACTIONS)
+
+    def loss(self, observations: Tensor, chunks: Tensor, generator: torch.Generator) -> Tensor:
+        """Per sample (B,)."""
+        return (self.network(observations) - chunks).square().mean(1)
+
+    def act(self, observations: Tensor, generator: torch.Generator) -> Tensor:
+        return self.network(observations)
+
+
+class Flow(nn.Module):
+    """A flow-matching model of the expert's next actions given the observation, which takes the
+    place of the label y."""
+
+    chunk, performed = 4, 1
+    frequencies = 4
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.size = self.chunk * ACTIONS
+        inputs = self.size + OBSERVATIONS + 2 * self.frequencies
+        self.network = network(inputs, width, self.size)
+        self.objective = FlowMatching()
+        self.sampling = Sampling(solver="euler", steps=5)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        angles = torch.pi * t[:, None] * torch.arange(1, self.frequencies + 1)
+        return self.network(torch.cat([x, y, angles.sin(), angles.cos()], 1))
+
+    def loss(self, observations: Tensor, chunks: Tensor, generator: torch.Generator) -> Tensor:
+        """Per sample (B,)."""
+        draw = self.objective.draw(len(chunks), (self.size,), generator=generator)
+        return self.objective(self, chunks, observations, draw)
+
+    def act(self, observations: Tensor, generator: torch.Generator) -> Tensor:
+        velocity = self.sampling.velocity(self, observations)
+        noise = partial(torch.randn, len(observations), self.size, generator=generator)
+        return self.sampling.rollout(velocity, noise(), noise).x_1
+
+
+POLICIES = {"mlp": Regression, "flow": Flow}
+
+
+def chunks_of(observations: np.ndarray, actions: np.ndarray, chunk: int) -> tuple[Tensor, Tensor]:
+    """Every observation (N, 348) that has `chunk` actions after it, and these (N, C 17)."""
+    count = actions.shape[1] - chunk + 1
+    parts = [actions[:, start : start + count] for start in range(chunk)]
+    seen = torch.as_tensor(observations[:, :count]).flatten(0, 1)
+    return seen, torch.as_tensor(np.concatenate(parts, 2)).flatten(0, 1)
+
+
+def train(trial: Trial, folder: Path) -> Iterator[Point]:
+    """One run; the expert's episodes are kept in `folder`."""
+    options = trial.settings
+    torch.manual_seed(derive_seed(trial.seed, 0))
+    policy = POLICIES[options["policy"]](options["width"])
+    sizes = (options["episodes"], options["recorded_steps"])
+    data = chunks_of(*recorded(folder, trial.seed, *sizes), policy.chunk)
+    seen, done = (Scale(part) for part in data)
+    observations, chunks = seen(data[0]), done(data[1])
+    held_out_episodes = recorded(folder, HELD_OUT_SEED, HELD_OUT_EPISODES, sizes[1])
+    held_out = [
+        scale(part)
+        for scale, part in zip(
+            (seen, done), chunks_of(*held_out_episodes, policy.chunk), strict=True
         )
-        for name, data in (("seen", observations), ("given", commands)):
-            self.register_buffer(f"{name}_mean", data.mean(0))
-            self.register_buffer(f"{name}_std", data.std(0))
+    ]
+    optimizer = build_optimizer(policy, trial.gp, trial.lr, weight_decay=1e-4, dopr=trial.dopr)
+    generator = torch.Generator().manual_seed(derive_seed(trial.seed, 1))
 
-    def forward(self, observations: Tensor) -> Tensor:
-        return self.network((observations - self.seen_mean) / self.seen_std)
+    def batch_loss() -> Tensor:
+        batch = torch.randint(len(chunks), (options["batch"],), generator=generator)
+        return policy.loss(observations[batch], chunks[batch], generator).mean()
 
-    def act(self, observations: Tensor) -> Tensor:
-        return self(observations) * self.given_std + self.given_mean
+    def measure() -> Point:
+        fixed = torch.Generator().manual_seed(0)
 
-    def error(self, observations: Tensor, commands: Tensor) -> Tensor:
-        """Mean squared error in standardised commands."""
-        return (self(observations) - (commands - self.given_mean) / self.given_std).square().mean()
+        def act(seen_now: np.ndarray) -> np.ndarray:
+            scaled = seen(torch.as_tensor(seen_now, dtype=torch.float32))
+            chunks = done.inverse(policy.act(scaled, fixed))
+            return chunks[:, : policy.performed * ACTIONS].numpy()
 
+        loss = policy.loss(*held_out, torch.Generator().manual_seed(1)).mean().item()
+        return {"loss": loss, **rolled_out(act, options["rollouts"], policy.performed)}
 
-@torch.no_grad()
-def flight_error(policy: Policy, paths: Tensor) -> float:
-    """Mean distance to the path over the flights of `policy`, each distance at most CRASH."""
-    state = torch.cat([paths[:, 0], torch.zeros(len(paths), 4)], -1)
-    distances = []
-    for step in range(STEPS):
-        state = fly(state, policy.act(observe(state, paths, step)))
-        gap = (state[:, :2] - paths[:, step + 1]).norm(dim=-1)
-        distances.append(gap.nan_to_num(CRASH).clamp(max=CRASH))
-    return torch.stack(distances).mean().item()
+    yield from fit(
+        policy, optimizer, batch_loss, measure, steps=options["steps"], points=options["points"]
+    )
 
 
-def train(gp: str, dopr: bool, lr: float, seed: int, steps: int, flights: int) -> dict[str, float]:
-    """One run on `flights` flights of the expert."""
-    torch.manual_seed(seed)
-    data = record(make_paths(flights, 100 + seed), seed)
-    policy = Policy(*data)
-    # a short run changes its layer inputs fast: statistics of the last refreshes serve best
-    ap = {"cov_decay": 0.5} if dopr else None
-    optimizer = build_optimizer(policy, gp, lr, weight_decay=1e-4, dopr=ap)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    for _ in range(steps):
-        batch = torch.randint(len(data[0]), (BATCH,))
-        optimizer.zero_grad()
-        policy.error(data[0][batch], data[1][batch]).backward()
-        optimizer.step()
-        schedule.step()
-    policy.eval()
-    with torch.no_grad():
-        loss = policy.error(*record(make_paths(32, 1), 1)).item()
+def rolled_out(act, count: int, chunk: int) -> Point:
+    """The measures of `count` episodes, the same ones for every policy."""
+    episodes = rollouts(act, count, ROLLOUT_SEED, chunk)
+    survived = np.array([one.survived for one in episodes])
+
+    def share(total: float) -> float:
+        return (total + 0.5) / (count + 1)
+
     return {
-        "one-step loss": loss,
-        "validation flight": flight_error(policy, make_paths(64, 2)),
-        "flight error": flight_error(policy, make_paths(64, 3)),
+        "lost": share((EPISODE - survived).sum() / EPISODE),
+        **{name: share((survived < n).sum()) for name, n in zip(horizons(), HORIZONS, strict=True)},
+        "steps": survived.mean(),
+        "return": float(np.mean([one.reward for one in episodes])),
     }
+
+
+def horizons() -> tuple[str, ...]:
+    return tuple(f"fallen, {n} steps" for n in HORIZONS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gp", default="adamw", help="adamw, muon, signum, ...")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--flights", type=int, default=16, help="of the expert, to learn from")
+    add = parser.add_argument
+    add("--policies", nargs="+", default=[*POLICIES], choices=POLICIES, help="what is learned")
+    add("--steps", type=int, default=1000, help="of training")
+    add("--batch", type=int, default=256, help="observations in a batch")
+    add("--width", type=int, default=128, help="of the hidden layers")
+    add("--episodes", type=int, default=128, help="of the expert, to learn from")
+    add("--recorded-steps", type=int, default=250, help="of each of them")
+    add("--rollouts", type=int, default=8, help="episodes of the policy")
+    add("--points", type=int, default=3, help="at which a run is measured")
+    add("--gps", nargs="+", default=[*LEARNING_RATES], choices=LEARNING_RATES, help="optimizers")
+    add("--seeds", type=int, default=5, help="number of reported seeds")
+    add("--workers", type=int, default=1, help="runs at the same time")
+    add("--out", type=Path, default=Path("humanoid"), help="output folder")
     options = parser.parse_args()
-    for dopr in (False, True):
-        tried = []
-        for lr in options.lrs:
-            settings = (options.steps, options.flights)
-            runs = [train(options.gp, dopr, lr, seed, *settings) for seed in range(options.seeds)]
-            tried.append((statistics.mean(run["validation flight"] for run in runs), lr, runs))
-        _, lr, runs = min(tried, key=lambda entry: entry[:2])
-        name = f"dopr-{options.gp}" if dopr else options.gp
-        print(f"{name}, lr {lr:g} of {len(tried)}, {len(runs)} seeds")
-        for measure in runs[0]:
-            values = [run[measure] for run in runs]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            print(f"  {measure:18s} {statistics.mean(values):.5f} ± {spread:.5f}", flush=True)
+    names = ("steps", "batch", "width", "episodes", "recorded_steps", "rollouts", "points")
+    arms = with_and_without_dopr({gp: LEARNING_RATES[gp] for gp in options.gps})
+    results, seeds = options.out / "runs.jsonl", range(options.seeds)
+    for policy in options.policies:
+        task = OwnTask(
+            f"humanoid-{policy}",
+            partial(train, folder=options.out),
+            settings={"policy": policy} | {name: getattr(options, name) for name in names},
+            rollout="lost",
+            horizons=horizons(),
+        )
+        runs = run_study(task, arms, results, seeds=seeds, workers=options.workers)
+        print(write_report(task, runs, options.out))
 
 
 if __name__ == "__main__":

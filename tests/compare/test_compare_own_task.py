@@ -51,8 +51,8 @@ def test_a_study_is_tuned_repeated_and_never_run_twice(tmp_path):
     assert claims["DoPr-Muon", "loss, same steps"].ratio == 1
     text = write_report(TASK, [bare, dopr], tmp_path)
     assert "DoPr-Muon / Muon | **0.51" in text
-    assert (tmp_path / "report.md").read_text() == text
-    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert (tmp_path / "toy.md").read_text() == text
+    assert (tmp_path / "toy.png").stat().st_size > 10_000
 
 
 def test_a_diverged_run_is_counted_and_in_no_mean(tmp_path):
