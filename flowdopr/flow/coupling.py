@@ -33,7 +33,10 @@ def independent(x_0: Tensor, x_1: Tensor, y: Tensor | None, u: Tensor) -> Tensor
 def squared_distances(x_1: Tensor, x_0: Tensor, y: Tensor | None) -> Tensor:
     """|x_1[i] - x_0[j]|^2, (B, B) float32; infinite where the labels of i and j differ."""
     cost = torch.cdist(x_1.flatten(1).float(), x_0.flatten(1).float()) ** 2
-    return cost if y is None else cost.masked_fill(y[:, None] != y[None, :], math.inf)
+    if y is None:
+        return cost
+    labels = y.view(len(y), -1)  # a label may be any condition, such as a vector
+    return cost.masked_fill((labels[:, None] != labels[None, :]).any(2), math.inf)
 
 
 def exact(x_0: Tensor, x_1: Tensor, y: Tensor | None, u: Tensor) -> Tensor:
