@@ -1,151 +1,181 @@
-"""DoPr in a language model: a small character transformer, judged by the text it writes itself.
+"""DoPr in a language model: a transformer learns to add, judged by the sums that it writes itself.
 
-    python scripts/examples/language_model.py
+    python scripts/examples/language_model.py --workers 2 --out addition
 
-The text is the Python language reference, which ships with Python (`pydoc_data.topics`). A
-gradient preconditioner (GP) is compared with DoPr around it, on two numbers:
+The text of a problem of n digits is `a+b=c`: a and b as usual, and the n + 1 digits of c from the
+lowest to the highest, so that each digit needs two digits of the problem and the carry, which
+follows from the digits before it. n is random. Each arm is measured on two numbers:
 
-    one-step loss   nats per character on held-out text, given the true text before it
-    rollout         how much of the text it writes from its own characters is not made of words of
-                    the reference (share of written words that the whole text does not contain)
+    loss    nats per digit of c on held-out problems, given the right digits before it
+    wrong   share of held-out problems whose c, written digit by digit by the model itself, is not
+            right in every digit; half a problem is added, so that its logarithm exists
 
-Both arms get the same learning rates, steps and seeds; the rate with the best mean rollout is
-reported, and the one-step losses are those of the same runs.
+AdamW, Muon and SOAP are compared, each alone and in DoPr, with equally many learning rates and the
+same seeds (flowdopr/compare/own_task.py). Finished runs in OUT/runs.jsonl are not repeated.
+Problems with few digits are all seen in training, so the shortest has four.
 
-Shapes: tokens (B, T) int64, logits (B, T, V).
+Shapes: digits (B, N) int64 from the lowest to the highest, tokens (B, T) int64, logits (B, T, V).
 """
 
 import argparse
-import re
-import statistics
-from pydoc_data.topics import topics
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowdopr.compare.own_report import write_report
+from flowdopr.compare.own_task import OwnTask, Point, Trial, fit, run_study, with_and_without_dopr
 from flowdopr.optim import build_optimizer
+from flowdopr.train.schedule import derive_seed
 
-CONTEXT, WIDTH, HEADS, DEPTH, BATCH = 48, 64, 4, 2, 32
-TEXTS, LENGTH = 32, 200  # of one rollout
-LETTERS = "abcdefghijklmnopqrstuvwxyz .,()'-\n"
+PLUS, EQUALS, BLANK = 10, 11, 12
+VOCABULARY = 13
+SHORTEST = 4
+LEARNING_RATES = {
+    "adamw": (1e-3, 2e-3, 4e-3),
+    "muon": (5e-3, 1e-2, 2e-2),
+    "soap": (1e-3, 2e-3, 4e-3),
+}
 
 
-def load_text() -> str:
-    """The reference as lower-case letters and plain punctuation, with single blanks."""
-    text = "\n".join(topics[name] for name in sorted(topics)).lower()
-    text = re.sub(f"[^{re.escape(LETTERS)}]", " ", text)
-    return re.sub(r"\s*\n\s*", "\n", re.sub(" +", " ", text))
+def addition(lengths: Tensor, longest: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Problems (B, 2 (longest + 1)) and answers (B, longest + 1), with blanks for digits that are
+    not there.
+
+    Args:
+        lengths: (B,), the number of digits of both numbers of a problem.
+    """
+    size, device = len(lengths), lengths.device
+    places = torch.arange(longest + 1, device=device)
+    digits = torch.randint(10, (size, 2, longest), generator=generator, device=device)
+    there = places[:-1] < lengths[:, None, None]
+    sums = F.pad(digits.where(there, 0).sum(1), (0, 1))
+    for place in range(longest):
+        sums[:, place + 1] += sums[:, place] // 10
+    answer = (sums % 10).where(places <= lengths[:, None], BLANK)
+    signs = torch.tensor([PLUS, EQUALS], device=device)[:, None].expand(size, -1, 1)
+    return torch.cat([digits.where(there, BLANK).flip(2), signs], 2).flatten(1), answer
 
 
 class Block(nn.Module):
     """Pre-norm causal attention and MLP; `fused_blocks` lets Muon see q, k and v apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm_1, self.norm_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.heads = heads
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
         self.qkv.fused_blocks = 3
-        self.proj = nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.proj = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, time, _ = x.shape
-        heads = self.qkv(self.norm_1(x)).view(batch, time, 3, HEADS, -1).transpose(1, 3)
+        batch, time, width = x.shape
+        heads = self.qkv(self.norm_1(x)).view(batch, time, 3, self.heads, -1).transpose(1, 3)
         q, k, v = heads.unbind(2)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(mixed.transpose(1, 2).reshape(batch, time, WIDTH))
+        x = x + self.proj(mixed.transpose(1, 2).reshape(batch, time, width))
         return x + self.down(F.gelu(self.up(self.norm_2(x))))
 
 
-class CharacterModel(nn.Module):
-    def __init__(self) -> None:
+class Transformer(nn.Module):
+    def __init__(self, context: int, width: int, depth: int, heads: int) -> None:
         super().__init__()
-        self.characters = nn.Embedding(len(LETTERS), WIDTH)
-        self.positions = nn.Parameter(0.02 * torch.randn(CONTEXT, WIDTH))
-        self.blocks = nn.Sequential(*(Block() for _ in range(DEPTH)))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, len(LETTERS))
+        self.tokens = nn.Embedding(VOCABULARY, width)
+        self.positions = nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        nn.init.normal_(self.positions.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.characters(tokens) + self.positions[: tokens.shape[1]]
-        return self.head(self.norm(self.blocks(x)))
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions(places))))
 
 
-def windows(data: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`count` random windows of CONTEXT characters, and the same shifted by one."""
-    starts = torch.randint(len(data) - CONTEXT - 1, (count, 1), generator=generator)
-    rows = data[starts + torch.arange(CONTEXT + 1)]
-    return rows[:, :-1], rows[:, 1:]
+def answer_loss(model: nn.Module, problem: Tensor, answer: Tensor) -> Tensor:
+    """Mean nats per digit of the answers, given the right digits before it."""
+    logits = model(torch.cat([problem, answer[:, :-1]], 1))[:, problem.shape[1] - 1 :]
+    return F.cross_entropy(logits.flatten(0, 1), answer.flatten(), ignore_index=BLANK)
 
 
-@torch.no_grad()
-def write(
-    model: CharacterModel, prompts: Tensor, length: int, generator: torch.Generator
-) -> list[str]:
-    """Roll the model out on its own characters, sampling at temperature 1."""
-    tokens = prompts
-    for _ in range(length):
-        probabilities = model(tokens[:, -CONTEXT:])[:, -1].softmax(-1)
-        tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], 1)
-    return ["".join(LETTERS[i] for i in row) for row in tokens[:, prompts.shape[1] :].tolist()]
+def right(model: nn.Module, problem: Tensor, answer: Tensor) -> Tensor:
+    """(B,) bool: whether the model, given its own digits, writes every digit of the answer."""
+    tokens = problem
+    for _ in range(answer.shape[1]):
+        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
+    written = tokens[:, problem.shape[1] :]
+    return ((written == answer) | (answer == BLANK)).all(1)
 
 
-def unknown_words(texts: list[str], vocabulary: set[str]) -> float:
-    """Share of the whole words (first and last of each text may be cut) not in `vocabulary`."""
-    words = [word for text in texts for word in re.findall("[a-z]+", text)[1:-1]]
-    return sum(word not in vocabulary for word in words) / max(1, len(words))
+def train(trial: Trial, device: str) -> Iterator[Point]:
+    """One run."""
+    options = trial.settings
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(derive_seed(trial.seed, 0))
+    longest = options["digits"]
+    lengths = torch.arange(SHORTEST, longest + 1, device=device)
+    context = 3 * (longest + 1)
+    model = Transformer(context, options["width"], options["depth"], options["heads"])
+    model.to(device)
+    optimizer = build_optimizer(model, trial.gp, trial.lr, weight_decay=0.01, dopr=trial.dopr)
+    generator = torch.Generator(device).manual_seed(derive_seed(trial.seed, 1))
+    fixed = torch.Generator(device).manual_seed(derive_seed(trial.seed, 2))
+    held_out = [addition(n.expand(options["problems"]), longest, fixed) for n in lengths]
+
+    def batch_loss() -> Tensor:
+        shape = (options["batch"],)
+        chosen = torch.randint(len(lengths), shape, generator=generator, device=device)
+        return answer_loss(model, *addition(lengths[chosen], longest, generator))
+
+    def measure() -> Point:
+        problems, answers = (torch.cat(parts) for parts in zip(*held_out, strict=True))
+        wrong = (~right(model, problems, answers)).float().view(len(lengths), -1).sum(1)
+        shares = (wrong + 0.5) / (options["problems"] + 1)
+        by_length = dict(zip(horizons(longest), shares.tolist(), strict=True))
+        loss = answer_loss(model, problems, answers).item()
+        return {"loss": loss, "wrong": shares.mean().item(), **by_length}
+
+    yield from fit(model, optimizer, batch_loss, measure, steps=options["steps"])
 
 
-def train(gp: str, dopr: bool, lr: float, seed: int, steps: int, text: str) -> dict[str, float]:
-    """One run: its held-out one-step loss and its rollout."""
-    torch.manual_seed(seed)
-    data = torch.tensor([LETTERS.index(letter) for letter in text])
-    training, held_out = data[: int(0.9 * len(data))], data[int(0.9 * len(data)) :]
-    model = CharacterModel()
-    # a short run changes its layer inputs fast: statistics of the last refreshes serve best
-    ap = {"cov_decay": 0.5} if dopr else None
-    optimizer = build_optimizer(model, gp, lr, weight_decay=0.01, dopr=ap)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        tokens, following = windows(training, BATCH, generator)
-        optimizer.zero_grad()
-        F.cross_entropy(model(tokens).flatten(0, 1), following.flatten()).backward()
-        optimizer.step()
-        schedule.step()
-    model.eval()
-    fixed = torch.Generator().manual_seed(12345)
-    tokens, following = windows(held_out, 256, fixed)
-    with torch.no_grad():
-        loss = F.cross_entropy(model(tokens).flatten(0, 1), following.flatten()).item()
-    texts = write(model, windows(held_out, TEXTS, fixed)[0], LENGTH, fixed)
-    vocabulary = set(re.findall("[a-z]+", text))
-    return {"one-step loss": loss, "unknown words": unknown_words(texts, vocabulary)}
+def horizons(longest: int) -> tuple[str, ...]:
+    """Names of the share of wrong answers by their number of digits."""
+    return tuple(f"wrong, {n + 1} digits" for n in range(SHORTEST, longest + 1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gp", default="adamw", help="adamw, muon, signum, ...")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[1e-2, 3e-2])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=500)
+    add = parser.add_argument
+    add("--digits", type=int, default=12, help="of the longest numbers")
+    add("--steps", type=int, default=1500, help="of training")
+    add("--batch", type=int, default=256, help="problems in a batch")
+    add("--width", type=int, default=192, help="of the transformer")
+    add("--depth", type=int, default=4, help="of the transformer")
+    add("--heads", type=int, default=6, help="of its attention")
+    add("--problems", type=int, default=256, help="held-out problems of each length")
+    add("--gps", nargs="+", default=[*LEARNING_RATES], choices=LEARNING_RATES, help="optimizers")
+    add("--seeds", type=int, default=5, help="number of reported seeds")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of all runs")
+    add("--workers", type=int, default=1, help="runs at the same time")
+    add("--out", type=Path, default=Path("addition"), help="output folder")
     options = parser.parse_args()
-    text = load_text()
-    for dopr in (False, True):
-        tried = []
-        for lr in options.lrs:
-            runs = [
-                train(options.gp, dopr, lr, seed, options.steps, text)
-                for seed in range(options.seeds)
-            ]
-            tried.append((statistics.mean(run["unknown words"] for run in runs), lr, runs))
-        _, lr, runs = min(tried, key=lambda entry: entry[:2])
-        name = f"dopr-{options.gp}" if dopr else options.gp
-        print(f"{name}, lr {lr:g} of {len(tried)}, {len(runs)} seeds")
-        for measure in runs[0]:
-            values = [run[measure] for run in runs]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            print(f"  {measure:14s} {statistics.mean(values):.4f} ± {spread:.4f}", flush=True)
+    names = ("digits", "steps", "batch", "width", "depth", "heads", "problems")
+    task = OwnTask(
+        "addition",
+        partial(train, device=options.device),
+        settings={name: getattr(options, name) for name in names},
+        rollout="wrong",
+        horizons=horizons(options.digits),
+    )
+    arms = with_and_without_dopr({gp: LEARNING_RATES[gp] for gp in options.gps})
+    results = options.out / "runs.jsonl"
+    seeds = range(options.seeds)
+    runs = run_study(task, arms, results, seeds=seeds, workers=options.workers)
+    print(write_report(task, runs, options.out))
 
 
 if __name__ == "__main__":
