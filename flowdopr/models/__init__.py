@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from flowdopr.models.dit import DiT
-from flowdopr.models.pc import SETTLING, add_pc_layers, merge_pc_layers, pc_layers, update_spectral_norms
+from flowdopr.models.pc import add_pc_layers, merge_pc_layers, pc_layers, update_spectral_norms
 from flowdopr.models.unet import UNet
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MODELS",
-    "SETTLING",
     "DiT",
     "UNet",
     "add_pc_layers",

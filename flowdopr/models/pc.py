@@ -9,8 +9,14 @@ estimates of the first singular vectors:
 
 sigma in the quotient is differentiated, u and v are not. They are refined by `update_spectral_norms`
 after each step of the optimizer and never in a forward, so that accumulation, recomputation for
-checkpointing, compilation and several processes all see one f. After training, `merge_pc_layers`
-writes f(W) into a plain layer.
+checkpointing, compilation and several processes all see one f. `merge_pc_layers` writes f(W) into
+plain layers when training is done.
+
+    model = add_pc_layers(model)              # before the optimizer is built
+    for step in range(steps):
+        ...                                   # forward, backward, optimizer.step()
+        update_spectral_norms(model, step)
+    merge_pc_layers(model)
 
 Shapes: a weight is K matrices of r x c, stacked along its first axis, each with its own sigma and
 gain: `fused_blocks` (q, k and v) or the groups of a convolution. A convolution is the matrix
@@ -44,7 +50,11 @@ BANDS = ((0.05, 1.0), (0.0752, 1.0001), (0.1039, 1.0102), (0.1448, 1.0190), (0.1
 OURS: dict[type, type] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
 EPS = 1e-7
 SETTLING = 100
-"""Power iterations for a weight that is not one small step away from the last one."""
+"""Power iterations for weights that were loaded or averaged."""
+STARTING = 10, 100
+"""Power iterations at least, in so many first steps: weights that start at zero turn as a whole
+there. With one iteration the norm of such a weight came out at half of what it was, which level 4
+makes a thousandfold f(W)."""
 
 
 class PCMap(nn.Module):
@@ -124,8 +134,7 @@ def add_pc_layers(
 ) -> nn.Module:
     """Turn layers of `model` into PC layers, in place, and return it.
 
-    Call it before the optimizer is built, and `update_spectral_norms(model)` after each of the
-    optimizer's steps. Layers of torch's own classes become those of `models.layers`.
+    Layers of torch's own classes become those of `models.layers`.
 
     Args:
         level: 0 to 4, the degree of p; 0 normalises alone.
@@ -161,7 +170,7 @@ def add_pc_layers(
             gain=gain,
             power_iterations=power_iterations,
         )
-    update_spectral_norms(model, SETTLING)
+    update_spectral_norms(model)
     return model
 
 
@@ -186,7 +195,7 @@ def pc_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def update_spectral_norms(model: nn.Module, iterations: int | None = None) -> None:
+def update_spectral_norms(model: nn.Module, step: int | None = None) -> None:
     """Refine u and v of all PC layers by power iteration, those of one shape together.
 
     The device does it without the host. Every process gets the same result from the same weights;
@@ -194,9 +203,10 @@ def update_spectral_norms(model: nn.Module, iterations: int | None = None) -> No
     are.
 
     Args:
-        iterations: None for the layers' own `power_iterations`, after a step of the optimizer;
-            `SETTLING` for weights that were loaded or averaged.
+        step: number of the step that the optimizer has just made, from 0. None: the weights were
+            loaded or averaged, and u and v must be found anew.
     """
+    iterations, first = STARTING
     by_kind: dict[tuple[int, int], list[nn.Module]] = {}
     for layer in pc_layers(model).values():
         known = layer.weight_map
@@ -207,7 +217,8 @@ def update_spectral_norms(model: nn.Module, iterations: int | None = None) -> No
             w = stack_blocks([layers[i].weight for i in chosen], blocks)
             w = w.to(torch.promote_types(w.dtype, torch.float32))
             u, v = (torch.cat([getattr(m, n) for m in maps]).to(w)[..., None] for n in "uv")
-            for _ in range(own if iterations is None else iterations):
+            least = SETTLING if step is None else iterations if step < first else 1
+            for _ in range(max(own, least)):
                 v = _unit(w.mT @ u, v)
                 u = _unit(w @ v, u)
             for m, new_u, new_v in zip(maps, u.split(blocks), v.split(blocks), strict=True):
@@ -226,8 +237,8 @@ def merge_pc_layers(model: nn.Module) -> nn.Module:
     """Write f(W) into the weight of every PC layer of `model`, in place, and return it.
 
     Its outputs stay as they are but for rounding, and its state dict is that of the model without
-    PC layers. For averaged weights call `update_spectral_norms(model, SETTLING)` before: f is
-    applied to the average of W, whose u and v are not the averages of u and v.
+    PC layers. For averaged weights call `update_spectral_norms(model)` before: f is applied to the
+    average of W, whose u and v are not the averages of u and v.
     """
     for layer in pc_layers(model).values():
         layer.weight.copy_(layer.effective_weight())

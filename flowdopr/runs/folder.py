@@ -47,7 +47,7 @@ from flowdopr.disk import (
     write_text,
     writing,
 )
-from flowdopr.models import SETTLING, build_model, merge_pc_layers, update_spectral_norms
+from flowdopr.models import build_model, merge_pc_layers, update_spectral_norms
 from flowdopr.runs.averages import Average, combine, file_of, posthoc_coefficients
 from flowdopr.runs.checkpoint import (
     MANIFEST,
@@ -461,7 +461,7 @@ class RunFolder:
         step = self.chosen_step(step)
         model = build_model(self.config, self.dataset.image_shape, self.dataset.num_classes)
         model.load_state_dict(self.load_weights(step, weights, model.state_dict()))
-        update_spectral_norms(model, SETTLING)
+        update_spectral_norms(model)
         # Before the model is moved, so that its weights are the same on every device.
         return merge_pc_layers(model).to(device).eval(), step
 

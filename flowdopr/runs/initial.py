@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from flowdopr.disk import check_fit, file_sha256, read_tensors
-from flowdopr.models import SETTLING, pc_layers, update_spectral_norms
+from flowdopr.models import pc_layers, update_spectral_norms
 from flowdopr.runs.folder import RunFolder
 
 REMEDY = (
@@ -40,5 +40,5 @@ def load_initial(model: nn.Module, init_from: str) -> dict[str, str]:
     else:
         found = read_tensors(path, REMEDY, wanted)
     model.load_state_dict(found)
-    update_spectral_norms(model, SETTLING)
+    update_spectral_norms(model)
     return {"file": str(path.resolve()), "sha256": file_sha256(path)}

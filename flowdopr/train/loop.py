@@ -38,7 +38,7 @@ from flowdopr.flow import (
     one_step_loss,
 )
 from flowdopr.linalg import local, tf32_products
-from flowdopr.models import SETTLING, update_spectral_norms
+from flowdopr.models import update_spectral_norms
 from flowdopr.optim import DeferredRead
 from flowdopr.pictures import grid
 from flowdopr.processes import Agreement
@@ -246,7 +246,7 @@ class Trainer:
             with tf32_products(self.config.train.precision != "no"):  # rounds less than autocast
                 self.optimizer.step()
             if self.config.model.pc is not None:
-                update_spectral_norms(self.raw_model)
+                update_spectral_norms(self.raw_model, self.step)
             self.ema.update(self.step + 1)
             self.meter.add(loss)
             self.optimizer.zero_grad()
@@ -395,7 +395,7 @@ class Trainer:
         self.raw_model.eval()
         try:
             with self.ema.applied(self.raw_model), torch.no_grad():
-                update_spectral_norms(self.raw_model, SETTLING)  # those of the averaged weights
+                update_spectral_norms(self.raw_model)  # those of the averaged weights
                 yield self.raw_model
         finally:
             self.raw_model.train()
