@@ -7,8 +7,8 @@ estimates of the first singular vectors:
     W''  = W' p(W'^T W') = p(W' W'^T) W'    each singular value s becomes s p(s^2)
     f(W) = gain * [sigma] * W''             both factors by choice; no gradient through [sigma]
 
-sigma in the quotient is differentiated, u and v are not. They are refined by `update_spectral_norms`
-after each step of the optimizer and never in a forward, so that accumulation, recomputation for
+sigma in the quotient is differentiated, u and v are not. `update_spectral_norms` refines them after
+each step of the optimizer, and no forward does, so that accumulation, recomputation for
 checkpointing, compilation and several processes all see one f. `merge_pc_layers` writes f(W) into
 plain layers when training is done.
 
@@ -144,8 +144,11 @@ def add_pc_layers(
         power_iterations: of one `update_spectral_norms`.
 
     Raises:
-        ValueError: a pattern that finds no layer, or a layer that cannot be a PC layer.
+        ValueError: a level out of range, a pattern that finds no layer, or a layer that cannot be a
+            PC layer.
     """
+    if level not in range(len(LEVELS)):
+        raise ValueError(f"pc.level is {level}, it must be 0 to {len(LEVELS) - 1}")
     named = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     chosen: dict[str, nn.Module] = {}
     for pattern in layers:
@@ -180,7 +183,7 @@ def _why_not(layer: nn.Module, owners: Counter, recover_norm: bool) -> str:
     if weight is None or not issubclass(OURS.get(type(layer), type(layer)), EffectiveWeight):
         return f"is a {type(layer).__name__}, which may use its weight in a way of its own"
     if "weight_map" in layer._modules:
-        return "is a PC layer already"
+        return "is one already"
     if owners[weight] > 1:
         return "shares its weight with another layer"
     if not recover_norm and not weight.is_meta and not weight.any():

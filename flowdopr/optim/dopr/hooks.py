@@ -118,7 +118,9 @@ class EffectiveWeightHook(Hook):
     returns before the backward pass carries it through the map."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], weight: Tensor) -> Tensor | None:
-        if not module.training or not weight.requires_grad or peek_interpreter_stack() is not None:
+        if not module.training or not weight.requires_grad:
+            return None
+        if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
             return None
         return _Preconditioned.apply(weight, self.handle, self.index)
 
