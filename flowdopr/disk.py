@@ -325,24 +325,34 @@ def read_tensors(
         wanted: tensors of the names, shapes and dtypes that the file must have.
 
     Raises:
-        ValueError: see `reading`; a tensor that is missing, not wanted or of another shape.
+        ValueError: see `reading` and `check_fit`.
     """
     with reading(path, remedy):
         found = load_file(path)
-    if wanted is not None and (wrong := _differences(found, wanted)):
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{path}: does not fit the model: {', '.join(wrong[:3])}{more}; {remedy}")
+    if wanted is not None:
+        check_fit(found, wanted, path, remedy)
     return found
 
 
-def _differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+def check_fit(
+    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path, remedy: str
+) -> None:
+    """Check that the tensors `found` in the file at `path` have the names, shapes and dtypes of
+    those `wanted`.
+
+    Raises:
+        ValueError: a tensor that is missing, not wanted or of another shape.
+    """
     wrong = [f"{name} is missing" for name in wanted.keys() - found.keys()]
     wrong += [f"{name} is not in the model" for name in found.keys() - wanted.keys()]
     for name in wanted.keys() & found.keys():
         forms = [f"{list(t.shape)} {t.dtype}" for t in (found[name], wanted[name])]
         if forms[0] != forms[1]:
             wrong.append(f"{name} is {forms[0]}, not {forms[1]}")
-    return sorted(wrong)
+    if wrong:
+        some = ", ".join(sorted(wrong)[:3])
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{path}: does not fit the model: {some}{more}; {remedy}")
 
 
 def file_sha256(path: str | Path) -> str:

@@ -1,17 +1,22 @@
-"""Training speed compared with SiT and torchcfm, in images a second for whole training steps.
+r"""Training speed compared with SiT and torchcfm, in images a second for whole training steps.
 
-    python scripts/benchmark_train.py [--quick] [--compile] [--json FILE] [--threads N]
+    python scripts/benchmark_train.py [--quick] [--threads N] [--json FILE]
+    python scripts/benchmark_train.py --device cuda --dit B --batch-size 256 \
+      --precision bf16 --compile
 
-Two pairs are timed in float32, our default settings against the other project's recipe:
+Our default settings are timed against the other project's recipe, in pairs:
 
-- `dit`: our DiT-S/2 on 4 x 32 x 32 latents against SiT-S/2 (rebuilt from timm's parts), AdamW, EMA.
+- `dit`: our DiT on 4 x 32 x 32 latents, patches of 2, against SiT of the same size (rebuilt from
+  timm's parts), AdamW, EMA.
 - `unet`: our U-Net with torchcfm's CIFAR-10 settings against torchcfm's own class, Adam, clipping,
   EMA. It needs `pip install --no-deps torchcfm`; without it the script skips the pair and says so.
   Before the timing, our U-Net is given torchcfm's weights and must give the same outputs.
 
-`step` is the time of a whole step: noise and times, forward, backward, clipping, optimizer, EMA.
-`model` is the time until the end of the backward pass. The two sides take turns. A ratio is the
-median over rounds of their seconds divided by ours; above 1 we are faster.
+A step is noise and times, forward, backward, clipping, optimizer and EMA. The two sides take
+turns, on a CPU step by step, on a GPU ten steps at a time, which are waited for. A ratio is the
+median over rounds of their seconds divided by ours; above 1 we are faster. `--precision` and
+`--compile` change our side, as a config does; with `--both` they change the other side too. On a
+GPU both sides may use TF32 in float32, as SiT's script does.
 """
 
 from __future__ import annotations
@@ -20,62 +25,88 @@ import argparse
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peers import TORCHCFM_CIFAR10, SiT, load_torchcfm, torchcfm_unet
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from flowdopr.disk import to_json
 from flowdopr.flow import FlowMatching
+from flowdopr.linalg import tf32_products
 from flowdopr.models import DiT, UNet
-from flowdopr.optim import build_optimizer
+from flowdopr.optim import DeferredRead, build_optimizer
 from flowdopr.runs.averages import Average
 from flowdopr.train.ema import EMA
 
-# One training step, a generator that yields once after the backward pass so that it can be timed.
-Step = Callable[[], Iterator[None]]
+Step = Callable[[], None]
+
+DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12)}
+"""Depth, width and heads."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How one side trains."""
+
+    device: str
+    bf16: bool
+    compiled: bool
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
 
 
 def our_step(
-    model: nn.Module, x_1: Tensor, y: Tensor | None, *, max_norm: float | None, compiled: bool
+    model: nn.Module, x_1: Tensor, y: Tensor | None, setup: Setup, *, max_norm: float | None
 ) -> Step:
-    """A training step as in `flowdopr.train`."""
+    """A training step as in `flowdopr.train`, which reads the gradient's norm before it steps."""
     objective = FlowMatching(class_dropout_prob=0.0 if y is None else 0.1)
     optimizer = build_optimizer(model, "adamw", lr=1e-4)
     ema = EMA(model, [Average(decay=0.9999)])
-    generator = torch.Generator().manual_seed(0)
-    if compiled:
+    generator = torch.Generator(setup.device).manual_seed(0)
+    parameters = list(model.parameters())
+    if setup.compiled:
         model.compile()
 
-    def step() -> Iterator[None]:
+    def step() -> None:
         draw = objective.draw(len(x_1), x_1.shape[1:], generator=generator, device=x_1.device)
-        objective(model, x_1, y, draw).mean().backward()
-        yield
+        with setup.autocast():
+            loss = objective(model, x_1, y, draw).mean()
+        loss.backward()
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        sent = DeferredRead(norm)
         if max_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+            clip_grads_with_norm_(parameters, max_norm, norm)
+        sent.read()
+        with tf32_products(setup.bf16):
+            optimizer.step()
         ema.update(1)
+        optimizer.zero_grad()
 
     return step
 
 
-def sit_step(model: nn.Module, x_1: Tensor, y: Tensor) -> Step:
+def sit_step(model: nn.Module, x_1: Tensor, y: Tensor, setup: Setup) -> Step:
     """A training step as in SiT's script: AdamW, and an EMA with a loop over parameters."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if setup.compiled:
+        model.compile()
 
-    def step() -> Iterator[None]:
-        x_0, t = torch.randn_like(x_1), torch.rand(len(x_1))
+    def step() -> None:
+        x_0, t = torch.randn_like(x_1), torch.rand(len(x_1), device=x_1.device)
         time_ = t[:, None, None, None]
         x_t, target = time_ * x_1 + (1 - time_) * x_0, x_1 - x_0
-        labels = torch.where(torch.rand(len(y)) < 0.1, model.label.num_embeddings - 1, y)
-        loss = (model(x_t, t, labels) - target).square().mean(dim=(1, 2, 3)).mean()
+        dropped = torch.rand(len(y), device=y.device) < 0.1
+        labels = torch.where(dropped, model.label.num_embeddings - 1, y)
+        with setup.autocast():
+            loss = (model(x_t, t, labels) - target).square().mean(dim=(1, 2, 3)).mean()
         optimizer.zero_grad()
         loss.backward()
-        yield
         optimizer.step()
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -84,19 +115,21 @@ def sit_step(model: nn.Module, x_1: Tensor, y: Tensor) -> Step:
     return step
 
 
-def torchcfm_step(model: nn.Module, x_1: Tensor) -> Step:
+def torchcfm_step(model: nn.Module, x_1: Tensor, setup: Setup) -> Step:
     """A training step as in torchcfm's CIFAR-10 script: Adam, clipping, EMA of the state dict."""
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
     average = {name: value.clone() for name, value in model.state_dict().items()}
+    if setup.compiled:
+        model.compile()
 
-    def step() -> Iterator[None]:
+    def step() -> None:
         optimizer.zero_grad()
-        x_0, t = torch.randn_like(x_1), torch.rand(len(x_1))
+        x_0, t = torch.randn_like(x_1), torch.rand(len(x_1), device=x_1.device)
         time_ = t[:, None, None, None]
         x_t, target = time_ * x_1 + (1 - time_) * x_0, x_1 - x_0
-        loss = torch.mean((model(t, x_t) - target) ** 2)
+        with setup.autocast():
+            loss = torch.mean((model(t, x_t) - target) ** 2)
         loss.backward()
-        yield
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         for name, value in model.state_dict().items():
@@ -105,23 +138,28 @@ def torchcfm_step(model: nn.Module, x_1: Tensor) -> Step:
     return step
 
 
-def dit_pair(batch_size: int, compiled: bool) -> dict[str, Step]:
-    """Steps of DiT-S/2 and SiT-S/2 on the same latents."""
-    shape, classes = (4, 32, 32), 1000
-    x_1, y = torch.randn(batch_size, *shape), torch.randint(classes, (batch_size,))
-    theirs = SiT(shape, classes, depth=12, hidden_size=384, num_heads=6)
-    ours = our_step(DiT(shape, classes, size="S"), x_1, y, max_norm=None, compiled=compiled)
-    return {"ours": ours, "theirs": sit_step(theirs, x_1, y)}
-
-
-def unet_pair(batch_size: int, compiled: bool) -> dict[str, Step]:
-    """Steps of both U-Nets with torchcfm's CIFAR-10 settings, after a check that they are equal."""
-    x_1 = torch.randn(batch_size, 3, 32, 32)
-    theirs, ours = torchcfm_unet(), UNet((3, 32, 32), **TORCHCFM_CIFAR10)
-    check_equal(ours, theirs)
+def dit_pair(batch_size: int, size: str, ours: Setup, theirs: Setup) -> dict[str, Step]:
+    """Steps of a DiT and a SiT of one size on the same latents."""
+    shape, classes, device = (4, 32, 32), 1000, ours.device
+    x_1 = torch.randn(batch_size, *shape, device=device)
+    y = torch.randint(classes, (batch_size,), device=device)
+    depth, hidden_size, num_heads = DIT_SIZES[size]
+    sit = SiT(shape, classes, depth=depth, hidden_size=hidden_size, num_heads=num_heads)
+    dit = DiT(shape, classes, size=size)
     return {
-        "ours": our_step(ours, x_1, None, max_norm=1.0, compiled=compiled),
-        "theirs": torchcfm_step(theirs, x_1),
+        "ours": our_step(dit.to(device), x_1, y, ours, max_norm=None),
+        "theirs": sit_step(sit.to(device), x_1, y, theirs),
+    }
+
+
+def unet_pair(batch_size: int, ours: Setup, theirs: Setup) -> dict[str, Step]:
+    """Steps of both U-Nets with torchcfm's CIFAR-10 settings, after a check that they are equal."""
+    x_1 = torch.randn(batch_size, 3, 32, 32, device=ours.device)
+    their_model, our_model = torchcfm_unet(), UNet((3, 32, 32), **TORCHCFM_CIFAR10)
+    check_equal(our_model, their_model)
+    return {
+        "ours": our_step(our_model.to(ours.device), x_1, None, ours, max_norm=1.0),
+        "theirs": torchcfm_step(their_model.to(ours.device), x_1, theirs),
     }
 
 
@@ -144,77 +182,92 @@ def check_equal(ours: UNet, theirs: nn.Module) -> None:
     theirs.train()
 
 
-def time_step(step: Step) -> tuple[float, float]:
-    """Seconds until the end of the backward pass, and of the whole step."""
+def seconds_per_step(step: Step, device: str, steps: int) -> float:
+    """Mean over `steps` steps that follow each other without waiting."""
     start = time.perf_counter()
-    parts = step()
-    next(parts)
-    model = time.perf_counter() - start
-    next(parts, None)
-    return model, time.perf_counter() - start
+    for _ in range(steps):
+        step()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return (time.perf_counter() - start) / steps
 
 
-def measure(pair: dict[str, Step], batch_size: int, rounds: int) -> dict[str, float]:
+def measure(
+    pair: dict[str, Step], batch_size: int, rounds: int, device: str, steps: int
+) -> dict[str, float]:
     """Time both sides in turn and summarise; the first round is a warm-up and is dropped."""
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in pair}
+    seconds: dict[str, list[float]] = {name: [] for name in pair}
     for i in range(rounds + 1):
         # The order alternates, so that it favours neither.
         for name in sorted(pair, reverse=bool(i % 2)):
-            seconds[name].append(time_step(pair[name]))
-    result = {"batch_size": batch_size, "rounds": rounds}
-    for part, index in {"model": 0, "step": 1}.items():
-        ours = [s[index] for s in seconds["ours"][1:]]
-        theirs = [s[index] for s in seconds["theirs"][1:]]
-        ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
-        result |= {
-            f"{part}_images_per_second": batch_size / statistics.median(ours),
-            f"{part}_images_per_second_theirs": batch_size / statistics.median(theirs),
-            f"{part}_ratio": statistics.median(ratios),
-            f"{part}_ratio_low": min(ratios),
-            f"{part}_ratio_high": max(ratios),
-        }
-    return result
+            seconds[name].append(seconds_per_step(pair[name], device, steps))
+    ours, theirs = seconds["ours"][1:], seconds["theirs"][1:]
+    ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+    return {
+        "batch_size": batch_size,
+        "rounds": rounds,
+        "images_per_second": batch_size / statistics.median(ours),
+        "images_per_second_theirs": batch_size / statistics.median(theirs),
+        "ratio": statistics.median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+    }
 
 
-def environment() -> dict[str, str | int]:
+def environment(device: str) -> dict[str, str | int]:
     return {
         "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    pairs = ["dit", "unet"]
-    parser.add_argument(
-        "--quick", action="store_true", help="smoke test: few rounds, small batches"
-    )
-    parser.add_argument("--compile", action="store_true", help="apply torch.compile to our model")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--pairs", nargs="+", choices=pairs, default=pairs, help="pairs to time")
-    arguments = parser.parse_args()
+    add, pairs = parser.add_argument, ["dit", "unet"]
+    add("--quick", action="store_true", help="smoke test: few rounds, small batches")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--dit", choices=DIT_SIZES, default="S", help="size of the DiT")
+    add("--batch-size", type=int, default=16, help="images of a step")
+    add("--precision", choices=["float32", "bf16"], default="float32", help="of our model")
+    add("--compile", action="store_true", help="apply torch.compile to our model")
+    add("--both", action="store_true", help="--precision and --compile for their model as well")
+    add("--rounds", type=int, default=9, help="rounds that are timed")
+    add("--json", type=Path, help="write the figures to this file")
+    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    add("--pairs", nargs="+", choices=pairs, default=pairs, help="pairs to time")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parsed()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    batch_size, rounds = (4, 3) if arguments.quick else (16, 9)
-    report: dict[str, object] = {"environment": environment()}
+    device = arguments.device
+    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
+    batch_size, rounds = (4, 3) if arguments.quick else (arguments.batch_size, arguments.rounds)
+    ours = Setup(device, arguments.precision == "bf16", arguments.compile)
+    theirs = ours if arguments.both else Setup(device, bf16=False, compiled=False)
+    report: dict[str, object] = {"environment": environment(device)}
     for name in arguments.pairs:
         try:
-            pair = {"dit": dit_pair, "unet": unet_pair}[name](batch_size, arguments.compile)
+            if name == "dit":
+                pair = dit_pair(batch_size, arguments.dit, ours, theirs)
+            else:
+                pair = unet_pair(batch_size, ours, theirs)
         except ValueError as error:
             print(f"{name}: skipped: {error}")
             continue
-        result = report[name] = measure(pair, batch_size, rounds)
-        for part in ("model", "step"):
-            print(
-                f"{name} {part:5}: {result[f'{part}_images_per_second']:.2f} images/s, theirs "
-                f"{result[f'{part}_images_per_second_theirs']:.2f}, ratio "
-                f"{result[f'{part}_ratio']:.2f} ({result[f'{part}_ratio_low']:.2f} to "
-                f"{result[f'{part}_ratio_high']:.2f})",
-                flush=True,
-            )
+        steps = 1 if device == "cpu" else 10
+        result = report[name] = measure(pair, batch_size, rounds, device, steps)
+        print(
+            f"{name}: {result['images_per_second']:.2f} images/s, theirs "
+            f"{result['images_per_second_theirs']:.2f}, ratio {result['ratio']:.3f} "
+            f"({result['ratio_low']:.3f} to {result['ratio_high']:.3f})",
+            flush=True,
+        )
     if arguments.json:
         arguments.json.write_text(to_json(report))
 

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "disk": {"exits"},
     "optim": {"cpu", "linalg", "patterns"},
     "flow": {"config", "linalg"},
-    "models": {"config", "cpu"},
+    "models": {"config", "cpu", "linalg", "patterns"},
     "data": {"config", "disk", "exits", "terminal"},
     "runs": {"config", "disk", "data", "models"},
     "latents": {"config", "data", "models", "runs", *TOOLS},

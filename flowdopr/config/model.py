@@ -6,14 +6,38 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from flowdopr.config.types import Count, Fraction, Positive, Section
+from flowdopr.config.types import Count, Fraction, Pattern, Positive, Section
 
 
-class DiTConfig(Section):
-    name: Literal["dit"]
-    """Diffusion transformer."""
+class PCConfig(Section):
+    level: Literal[0, 1, 2, 3, 4] = 4
+    """Degree of the polynomial that lifts small singular values; 0 normalises alone."""
+    layers: Annotated[tuple[Pattern, ...], Field(min_length=1)] = (
+        r"(^|\.)(mlp\.(up|down)|attention\.proj)$",
+    )
+    """Regular expressions, without look-around, searched in the names of Linear and Conv2d layers.
+    The default finds the MLPs and the outputs of attention."""
+    recover_norm: bool = True
+    """Multiply by the weight's own spectral norm again, as a constant."""
+    gain: bool = True
+    """Multiply each matrix by a trained scalar."""
+    power_iterations: Count = 1
+    """Power iterations a step, which estimate the spectral norm."""
+
+
+class ModelSection(Section):
+    """Settings of every model."""
+
     class_conditional: bool = True
     """Feed class labels to the model; false trains an unconditional one."""
+    pc: PCConfig | None = None
+    """PC layers, which lift the small singular values of their weights: their settings, `{}` for
+    the defaults. null: none. See docs/pc-layer.md."""
+
+
+class DiTConfig(ModelSection):
+    name: Literal["dit"]
+    """Diffusion transformer."""
     size: Literal["XXS", "XS", "T", "S", "B", "L", "XL"] = "S"
     """Named depth, width and heads; S to XL are SiT's."""
     depth: Count | None = None
@@ -42,11 +66,9 @@ class DiTConfig(Section):
         return self
 
 
-class UNetConfig(Section):
+class UNetConfig(ModelSection):
     name: Literal["unet"]
     """Convolutional U-Net with attention."""
-    class_conditional: bool = True
-    """Feed class labels to the model; false trains an unconditional one."""
     channels: Count = 128
     """Width at multiplier 1; a multiple of 4."""
     channel_multipliers: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 2, 2)

@@ -60,6 +60,7 @@ class DoPrConfig(Section):
     max_side: Count = 1280
     conv_mode: Literal["auto", "full", "sua", "sua-mean"] = "auto"
     bias: bool = False
+    pc_gradient: Literal["raw", "effective"] = "raw"
     rules: tuple[RuleConfig, ...] = ()
 
 

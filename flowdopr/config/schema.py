@@ -407,6 +407,8 @@ class Config(Section):
         dopr = getattr(self.optimizer, "dopr", None)
         if dopr is not None and self.model.name == "dit":
             dopr.unused("optimizer.dopr.conv_mode", "by model.name=dit, which has no convolutions")
+        if dopr is not None and self.model.pc is None:
+            dopr.unused("optimizer.dopr.pc_gradient", "without model.pc")
         for rule in dopr.rules if dopr is not None else ():
             for key in ("bias", "max_side", "max_rows") if rule.mode == "none" else ():
                 rule.unused(f"optimizer.dopr.rules[].{key}", "with mode=none")

@@ -4,6 +4,7 @@ With `data.on_bad_image: skip` all are decoded once, and the result is cached un
 and times of the files. So every process, and a run that is resumed, leaves out the same images.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -32,7 +33,8 @@ Fault = TypeVar("Fault", bound=ValueError)
 def check_start(datasets: Datasets, seconds: float = START_SECONDS) -> list[str]:
     """Read images of both splits as training does, each for at most `seconds`, in a fixed order.
 
-    Returns remarks on what was not looked at.
+    The next start goes on where this one has stopped, so that many runs on the same images, as in
+    a study, do not read the same ones again. Returns remarks on what was not looked at.
 
     Raises:
         ValueError: an image cannot be used.
@@ -41,18 +43,32 @@ def check_start(datasets: Datasets, seconds: float = START_SECONDS) -> list[str]
     for part in (datasets.train, datasets.held_out):
         if not isinstance(part, ImageFiles):
             continue
-        order = np.random.RandomState(0).permutation(len(part)).tolist()
+        kept = _start_file(part)
+        before = min((known_json(kept, dict[str, int]) or {}).get("read", 0), len(part))
+        order = np.random.RandomState(0).permutation(len(part))[before:].tolist()
         done, found = _faults(part.__getitem__, order, seconds, ValueError)
         if found:
             more = f"; so it is with {len(found)} of the {done:,} images looked at"
             raise ValueError(f"{next(iter(found.values()))}{more if len(found) > 1 else ''}")
-        if done < len(part) and not part.source.checked and _known(part.source) != {}:
+        if done:
+            _keep(kept, {"read": before + done})
+        if before + done < len(part) and not part.source.checked and _known(part.source) != {}:
             place = shown(part.source.root)
+            earlier = " after those of earlier starts" if before else ""
             remarks.append(
-                f"{done:,} of {len(part):,} images in '{place}' were looked at in {seconds:g} s; "
-                f"flowdopr check {place} decodes all"
+                f"{done:,} of {len(part):,} images in '{place}' were looked at in {seconds:g} s"
+                f"{earlier}; flowdopr check {place} decodes all"
             )
     return remarks
+
+
+def _start_file(part: ImageFiles) -> Path:
+    """Where the number of images that `check_start` has read is kept for these very files, brought
+    to this very shape."""
+    digest = hashlib.sha256(part.source.state().encode())
+    digest.update(repr(part.image_shape).encode())
+    digest.update(part.indices.numpy().tobytes())
+    return cache_folder() / f"read-{digest.hexdigest()[:24]}-pillow-{PIL.__version__}.json"
 
 
 def check_all(source: Source) -> dict[str, BadImage]:
@@ -65,12 +81,14 @@ def check_all(source: Source) -> dict[str, BadImage]:
     found = {source.names[number]: bad for number, bad in faults.items()}
     if all(bad.decoding for bad in found.values()):
         reasons = {name: bad.reason for name, bad in found.items()}
-        with (
-            suppress(OSError),
-            replacing_shared(kept) as part,
-        ):  # else the next one decodes all again
-            part.write_text(to_json(reasons), encoding="utf-8")
+        _keep(kept, reasons)
     return found
+
+
+def _keep(kept: Path, content: object) -> None:
+    """Write a cache file; where that fails, the next one reads the images again."""
+    with suppress(OSError), replacing_shared(kept) as part:
+        part.write_text(to_json(content), encoding="utf-8")
 
 
 def broken_images(source: Source) -> dict[str, str]:

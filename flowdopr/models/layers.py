@@ -23,14 +23,17 @@ class EffectiveWeight:
     """A layer that computes with `effective_weight()`, a function of the trained `weight`.
 
     Every Linear and convolution of both models is one, so a change of `effective_weight` here
-    reaches them all. Optimizers see and update `weight`.
+    reaches them all. Optimizers see and update `weight`. A submodule named `weight_map`, such as
+    that of a PC layer, is the function; without one it is the identity.
     """
 
     weight: nn.Parameter
+    _modules: dict[str, nn.Module | None]
 
     def effective_weight(self) -> Tensor:
         """The weight that `forward` uses, of the shape of `weight`."""
-        return self.weight
+        weight_map = self._modules.get("weight_map")
+        return self.weight if weight_map is None else weight_map(self.weight)
 
 
 class Linear(EffectiveWeight, nn.Linear):

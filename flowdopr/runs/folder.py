@@ -47,7 +47,7 @@ from flowdopr.disk import (
     write_text,
     writing,
 )
-from flowdopr.models import build_model
+from flowdopr.models import build_model, merge_pc_layers, update_spectral_norms
 from flowdopr.runs.averages import Average, combine, file_of, posthoc_coefficients
 from flowdopr.runs.checkpoint import (
     MANIFEST,
@@ -453,13 +453,17 @@ class RunFolder:
     ) -> tuple[nn.Module, int]:
         """The model of checkpoint `step` (default: the newest) in evaluation mode, and the step.
 
+        It has no PC layers: f of the loaded weights is merged into them.
+
         Raises:
             ConfigError: there is no such checkpoint, or it has no such weights (`load_weights`).
         """
         step = self.chosen_step(step)
         model = build_model(self.config, self.dataset.image_shape, self.dataset.num_classes)
         model.load_state_dict(self.load_weights(step, weights, model.state_dict()))
-        return model.to(device).eval(), step
+        update_spectral_norms(model)
+        # Before the model is moved, so that its weights are the same on every device.
+        return merge_pc_layers(model).to(device).eval(), step
 
     def num_parameters(self) -> int:
         """Number of trained numbers in the model, which is not loaded for that."""

@@ -38,6 +38,7 @@ from flowdopr.flow import (
     one_step_loss,
 )
 from flowdopr.linalg import local, tf32_products
+from flowdopr.models import update_spectral_norms
 from flowdopr.optim import DeferredRead
 from flowdopr.pictures import grid
 from flowdopr.processes import Agreement
@@ -244,6 +245,8 @@ class Trainer:
             self._set_lr()
             with tf32_products(self.config.train.precision != "no"):  # rounds less than autocast
                 self.optimizer.step()
+            if self.config.model.pc is not None:
+                update_spectral_norms(self.raw_model, self.step)
             self.ema.update(self.step + 1)
             self.meter.add(loss)
             self.optimizer.zero_grad()
@@ -392,6 +395,7 @@ class Trainer:
         self.raw_model.eval()
         try:
             with self.ema.applied(self.raw_model), torch.no_grad():
+                update_spectral_norms(self.raw_model)  # those of the averaged weights
                 yield self.raw_model
         finally:
             self.raw_model.train()

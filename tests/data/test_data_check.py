@@ -120,7 +120,6 @@ def test_a_file_that_cannot_be_read_is_not_skipped(make_config, folder, monkeypa
 def test_training_looks_at_the_images_first_for_some_seconds(make_config, write_images, tmp_path):
     config = make_config(name="folder", root=str(write_images(tmp_path, {"": 600})))
     data = build_datasets(config)
-    assert check_start(data) == []
     unchecked, held_out = check_start(data, seconds=1e-9)
     assert unchecked.startswith("0 of 540 images in")
     assert f"flowdopr check {tmp_path} decodes all" in held_out

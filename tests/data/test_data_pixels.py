@@ -1,6 +1,7 @@
 """The rules by which a file becomes RGB: transparency, bits, colours, orientation, formats."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -165,3 +166,20 @@ def test_what_pillow_decodes_is_an_image_and_nothing_runs_another_program(make_c
     assert "EPS" not in formats()
     with pytest.raises(ValueError, match="no image format that Pillow decodes"):
         decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
+
+
+def test_a_start_does_not_read_again_what_an_earlier_one_has_read(
+    make_config, write_images, tmp_path
+):
+    """As in a study of many runs; an image that was written since is read."""
+    image = write_images(tmp_path / "images", {"": 6}) / "3.png"
+    config = make_config(name="folder", root=str(image.parent))
+    assert check_start(build_datasets(config), seconds=0) != []  # no time to read any
+    assert check_start(build_datasets(config)) == []
+    times, size = image.stat(), image.stat().st_size
+    image.write_bytes(bytes(size))
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert check_start(build_datasets(config)) == []
+    image.touch()
+    with pytest.raises(ValueError, match=r"3\.png"):
+        check_start(build_datasets(config))

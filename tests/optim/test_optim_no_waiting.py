@@ -222,6 +222,7 @@ def test_each_rank_factors_its_share_of_each_size() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("gp", ["adamw", "muon"])
 def test_on_a_real_device_torch_finds_no_waiting_either(gp: str) -> None:

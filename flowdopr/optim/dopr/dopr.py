@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from flowdopr.linalg import full_float32, in_float32
 from flowdopr.optim.base import SteadyOptimizer
+from flowdopr.optim.dopr.hooks import EffectiveWeightHook, register, unregister
 from flowdopr.optim.dopr.inverse import Form
 from flowdopr.optim.dopr.layers import (
     CONV_MODES,
@@ -47,6 +48,7 @@ from flowdopr.optim.dopr.transforms import (
 )
 
 FORMS = ("inverse", "sandwich")
+PC_GRADIENTS = ("raw", "effective")
 # Optimizers, of torch and of other packages, whose steps depend on the weights themselves: on their
 # norm, on a distance from where they started, on an average of them.
 READS_WEIGHTS = re.compile(
@@ -89,6 +91,10 @@ class DoPr(SteadyOptimizer):
         conv_mode: mode of convolutions that no rule decides, see `LayerRule`; "auto" takes "full"
             for patches of up to 128 coordinates and "sua-mean" for wider ones.
         bias: give Linear layers their bias as one more coordinate of z, which centres Sigma.
+        pc_gradient: which gradient AP multiplies in a layer that computes with f(W), such as a PC
+            layer: that of the "raw" W, or of the "effective" weight f(W), in the backward pass,
+            which then carries the product through f to W. It takes the T of the last refresh, and
+            there is none in the first step; clipping sees the product; and a bias is no coordinate.
         rules: `LayerRule`s, or mappings of their fields, by name; the first match wins.
 
     Raises:
@@ -111,6 +117,7 @@ class DoPr(SteadyOptimizer):
         max_side: int = 1280,
         conv_mode: str = "auto",
         bias: bool = False,
+        pc_gradient: str = "raw",
         rules: Sequence[LayerRule | Mapping[str, Any]] = (),
     ) -> None:
         self._check_optimizer(optimizer, form)
@@ -120,6 +127,9 @@ class DoPr(SteadyOptimizer):
         check("power", power, _is_number(power) and power > 0, "above 0 and finite")
         check("power", power, power == 1 or form == "inverse", "1 with form 'sandwich'")
         check("conv_mode", conv_mode, conv_mode in CONV_MODES, f"one of {', '.join(CONV_MODES)}")
+        check("pc_gradient", pc_gradient, pc_gradient in PC_GRADIENTS, "raw or effective")
+        in_step = pc_gradient == "raw" or form == "inverse"
+        check("pc_gradient", pc_gradient, in_step, "raw with form 'sandwich', which acts on W")
         check("rules", rules, isinstance(rules, list | tuple), "a list of layer rules")
         for name, value in (("refresh_every", refresh_every), ("max_side", max_side)):
             check(name, value, is_count(value), "a whole number of 1 or more")
@@ -131,11 +141,16 @@ class DoPr(SteadyOptimizer):
         self.steps = self._refreshed_at = 0
         self._closed = False
         optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        defaults = Defaults(conv_mode, bias, max_side, row_limit(max_rows))
+        effective = pc_gradient == "effective"
+        defaults = Defaults(conv_mode, bias, max_side, row_limit(max_rows), effective)
         self.found = find_layers(model, optimized, [LayerRule.of(rule) for rule in rules], defaults)
         self.statistics = Statistics(cov_decay)
         self._moments = [self._watch(layer, defaults) for layer in self.found.layers]
         self.transforms: list[Tensor | None] = []
+        self._handle = register(self)
+        hooks = self._precondition_effective()
+        self.statistics.removable += hooks
+        check("pc_gradient", pc_gradient, bool(hooks) == effective, "raw without PC layers")
         self._reporter = Reporter({layer.name: layer.parameters[0] for layer in self.found.layers})
 
     def roles(self) -> list[tuple[str, tuple[int, ...], str, str]]:
@@ -189,6 +204,7 @@ class DoPr(SteadyOptimizer):
         """Remove every hook from the model; the optimizer steps no more."""
         self._reporter.log_sent()
         self.statistics.remove_hooks()
+        unregister(self._handle)
         self._closed = True
 
     # State
@@ -269,6 +285,22 @@ class DoPr(SteadyOptimizer):
                 self.statistics.watch_inputs(moment, module, part)
         return moment
 
+    def _precondition_effective(self) -> list[Any]:
+        """Hook the maps of the layers whose effective gradient AP multiplies."""
+        return [
+            module.weight_map.register_forward_hook(EffectiveWeightHook(self._handle, number))
+            for number, layer in enumerate(self.found.layers)
+            for module, _ in (layer.modules if layer.effective else [])
+        ]
+
+    @torch.no_grad()
+    def precondition(self, index: int, grad: Tensor) -> Tensor:
+        """The gradient of the effective weight of layer number `index` times its T."""
+        transform = self.transform_of(self._moments[index])
+        if transform is None or self._schedule(self.steps)[1] == 0:
+            return grad
+        return self.found.layers[index].view.multiply([grad], transform)[0]
+
     def _schedule(self, step: int) -> tuple[float, float]:
         """(damping, strength of AP) at a step."""
         first, last, steps = self._damping
@@ -306,7 +338,7 @@ class DoPr(SteadyOptimizer):
         """The layers that have gradients, and their T."""
         ready = []
         for layer, moment in zip(self.found.layers, self._moments, strict=True):
-            if any(p.grad is None for p in layer.parameters):
+            if layer.effective or any(p.grad is None for p in layer.parameters):
                 continue
             transform = self.transform_of(moment)
             if transform is None:

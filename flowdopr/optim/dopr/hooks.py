@@ -1,4 +1,5 @@
-"""The hooks that show layer inputs, and for K-FAC output gradients, to the statistics.
+"""The hooks that show layer inputs, and for K-FAC output gradients, to the statistics, and the one
+that preconditions the gradient of an effective weight.
 
 Hooks hold a number and not the statistics themselves, so that a copy of the model feeds nothing,
 the optimizer is freed though its model lives, and torch.compile sees constants.
@@ -23,20 +24,26 @@ class Gatherer(Protocol):
     def gather_output_gradient(self, index: int, grad: Tensor) -> None: ...
 
 
-_GATHERERS: "weakref.WeakValueDictionary[int, Gatherer]" = weakref.WeakValueDictionary()
+class Preconditioner(Protocol):
+    """What preconditions the gradients of effective weights."""
+
+    def precondition(self, index: int, grad: Tensor) -> Tensor: ...
+
+
+_LIVING: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
 
 
-def register(gatherer: Gatherer) -> int:
-    """The handle by which hooks find `gatherer` while it lives."""
+def register(of_hooks: Gatherer | Preconditioner) -> int:
+    """The handle by which hooks find `of_hooks` while it lives."""
     handle = next(_HANDLES)
-    _GATHERERS[handle] = gatherer
+    _LIVING[handle] = of_hooks
     return handle
 
 
 def unregister(handle: int) -> None:
     """Let the hooks with this handle do nothing from now on."""
-    _GATHERERS.pop(handle, None)
+    _LIVING.pop(handle, None)
 
 
 def is_recomputation() -> bool:
@@ -100,20 +107,45 @@ class OutputGradientHook(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if not module.training or not output.requires_grad or peek_interpreter_stack() is not None:
             return
-        gatherer = _GATHERERS.get(self.handle)
+        gatherer = _LIVING.get(self.handle)
         if gatherer is not None and gatherer.gathering and gatherer.trains(self.index):
             handle, index = self.handle, self.index
             output.register_hook(lambda grad: _gather_output_gradient(grad, handle, index))
 
 
+class EffectiveWeightHook(Hook):
+    """The forward hook of a map on a weight, which preconditions the gradient of what the map
+    returns before the backward pass carries it through the map."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], weight: Tensor) -> Tensor | None:
+        if not module.training or not weight.requires_grad:
+            return None
+        if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
+            return None
+        return _Preconditioned.apply(weight, self.handle, self.index)
+
+
+class _Preconditioned(torch.autograd.Function):
+    """The identity, whose gradient `Preconditioner.precondition` makes."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, handle: int, index: int) -> Tensor:
+        ctx.handle, ctx.index = handle, index
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+        return torch.ops.flowdopr.precondition(grad, ctx.handle, ctx.index), None, None
+
+
 def _gather_input(x: Tensor, handle: int, index: int, *, traced: bool) -> None:
-    gatherer = _GATHERERS.get(handle)
+    gatherer = _LIVING.get(handle)
     if gatherer is not None:
         gatherer.gather_input(index, x, traced)
 
 
 def _gather_output_gradient(grad: Tensor, handle: int, index: int) -> None:
-    gatherer = _GATHERERS.get(handle)
+    gatherer = _LIVING.get(handle)
     # torch.autograd batches the gradients of a Jacobian (`is_grads_batched`).
     if gatherer is not None and not is_legacy_batchedtensor(grad):
         gatherer.gather_output_gradient(index, grad)
@@ -128,3 +160,16 @@ def _gather_op(x: Tensor, token: Tensor, handle: int, index: int) -> None:
 @_gather_op.register_fake
 def _gather_fake(x: Tensor, token: Tensor, handle: int, index: int) -> None:
     return None
+
+
+@torch.library.custom_op("flowdopr::precondition", mutates_args=())
+def _precondition_op(grad: Tensor, handle: int, index: int) -> Tensor:
+    """The preconditioned gradient, opaque to torch.compile: a refresh does not recompile."""
+    living = _LIVING.get(handle)
+    found = grad if living is None else living.precondition(index, grad)
+    return torch.empty_like(grad).copy_(found)
+
+
+@_precondition_op.register_fake
+def _precondition_fake(grad: Tensor, handle: int, index: int) -> Tensor:
+    return torch.empty_like(grad)

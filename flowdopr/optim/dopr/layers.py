@@ -125,6 +125,7 @@ class Defaults:
     bias: bool
     max_side: int
     max_rows: int | None
+    effective: bool = False
 
     def rule(self, module: nn.Module) -> LayerRule:
         """The rule of a layer that no rule matches."""
@@ -137,6 +138,7 @@ class Layer:
 
     modules: the modules that use the weight, each with its view: several where it is tied.
     reads: whose inputs count, for the table of roles.
+    effective: whether AP multiplies the gradient of the layer's effective weight.
     """
 
     name: str
@@ -145,6 +147,7 @@ class Layer:
     view: LayerView
     modules: list[tuple[nn.Module, LayerView]] = field(default_factory=list)
     reads: str = "layer input"
+    effective: bool = False
 
 
 @dataclass
@@ -233,7 +236,8 @@ def _walk(
             number = _first_match(rules, name)
             rule = defaults.rule(module) if number is None else rules[number]
             used.add(number)
-        if owners[id(weight)] > 1 or not _trains_bias(module):
+        effective = defaults.effective and "weight_map" in module._modules
+        if effective or owners[id(weight)] > 1 or not _trains_bias(module):
             rule = replace(rule, bias=False)  # a bias is a coordinate of one layer only
         view = _why_not(name, weight) or make_view(module, rule, defaults, leaf)
         if isinstance(view, LayerView) and not _can_be_sharded_as_it_is(view, weight):
@@ -243,7 +247,8 @@ def _walk(
             layers.pop(id(weight), None)
             continue
         biases = [module.bias] if view.takes_bias and isinstance(module, nn.Linear) else []
-        layer = Layer(name, [weight, *biases], rule, view, [(module, view)])
+        layer = Layer(name, [weight, *biases], rule, view, [(module, view)], effective=effective)
+        layer.reads += ", for the gradient of the effective weight" if effective else ""
         if known is None:
             layers[id(weight)] = layer
         elif view.kind == known.view.kind:

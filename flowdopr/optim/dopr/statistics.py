@@ -144,8 +144,9 @@ class Statistics:
         self._newest: dict[tuple[object, ...], tuple[weakref.ref[Tensor], int, int]] = {}
         self._numbered = itertools.count()
         self._handle = register(self)
-        self._removable: list[Any] = []
-        weakref.finalize(self, _remove_all, self._removable)
+        self.removable: list[Any] = []
+        """The hooks on the model, which are taken off when this is gone."""
+        weakref.finalize(self, _remove_all, self.removable)
 
     # Gathering
 
@@ -153,20 +154,20 @@ class Statistics:
         """Feed `moment` with the inputs of `module`."""
         token = torch.zeros(1, device=moment.device)
         hook = InputHook(self._handle, self._number(moment, view), token, view.argument)
-        self._removable.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self.removable.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def watch_output_gradients(
         self, moment: SecondMoment, module: nn.Module, view: LayerView
     ) -> None:
         """Feed `moment` with the gradients of the outputs of `module`."""
         hook = OutputGradientHook(self._handle, self._number(moment, view))
-        self._removable.append(module.register_forward_hook(hook))
+        self.removable.append(module.register_forward_hook(hook))
 
     def _number(self, moment: SecondMoment, view: LayerView) -> int:
         if moment.number < 0:
             moment.number = len(self.moments)
             self.moments.append(moment)
-            self._removable.append(_on_gradient(moment.weight, weakref.ref(self)))
+            self.removable.append(_on_gradient(moment.weight, weakref.ref(self)))
         self._watched.append((moment, view))
         return len(self._watched) - 1
 
@@ -263,7 +264,7 @@ class Statistics:
 
     def remove_hooks(self) -> None:
         """Take every hook off the model."""
-        _remove_all(self._removable)
+        _remove_all(self.removable)
         unregister(self._handle)
 
     # Averaging
