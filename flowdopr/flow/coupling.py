@@ -35,7 +35,7 @@ def squared_distances(x_1: Tensor, x_0: Tensor, y: Tensor | None) -> Tensor:
     cost = torch.cdist(x_1.flatten(1).float(), x_0.flatten(1).float()) ** 2
     if y is None:
         return cost
-    labels = y.view(len(y), -1)  # a label may be any condition, such as a vector
+    labels = y.reshape(len(y), -1)  # a label may be any condition, such as a vector
     return cost.masked_fill((labels[:, None] != labels[None, :]).any(2), math.inf)
 
 

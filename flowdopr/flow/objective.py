@@ -1,6 +1,7 @@
 """The training objective: random numbers drawn for the global batch, and the loss they give.
 
-Shapes: x_0, x_1 (B, C, H, W); t, keep, u, loss (B,); y (B,) int64 or None.
+Shapes: x_0, x_1 (B, C, H, W) or (B, ...); t, keep, u, loss (B,); y (B,) int64, another condition
+(B, ...), or None.
 """
 
 from collections.abc import Callable

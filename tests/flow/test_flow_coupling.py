@@ -36,6 +36,16 @@ def test_exact_is_the_best_within_each_class():
         assert rows(coupled[y == label]) == rows(a)
 
 
+@pytest.mark.parametrize("name", ["exact", "entropic"])
+def test_noise_moves_only_between_equal_conditions_of_any_shape(name):
+    x_0, x_1, y = torch.randn(9, 3), torch.randn(9, 3), torch.arange(9) % 3
+    vectors = torch.stack([y.sin(), y.cos()], 1)
+    coupling, u = make_coupling(name), torch.rand(9)
+    assert torch.equal(coupling(x_0, x_1, vectors, u), coupling(x_0, x_1, y, u))
+    alone = torch.randn(9, 2)
+    assert torch.equal(coupling(x_0, x_1, alone, u), x_0)
+
+
 def test_entropic_plan_has_uniform_marginals_and_stays_within_classes():
     x_0, x_1, y = torch.randn(12, 3), torch.randn(12, 3), torch.arange(12) % 3
     plan = Entropic(0.1, 500).plan(x_0, x_1, y)
