@@ -41,7 +41,7 @@ HELD_OUT_SEED, ROLLOUT_SEED, HELD_OUT_EPISODES = 10_000, 20_000, 16
 HORIZONS = (125, 250, 500, 1000)
 FARTHEST = 10.0  # standard deviations to which observations are cut
 LEARNING_RATES = {
-    "adamw": (3e-4, 1e-3, 3e-3),
+    "adamw": (1e-3, 3e-3, 1e-2),
     "muon": (3e-3, 1e-2, 3e-2),
     "soap": (1e-3, 3e-3, 1e-2),
 }
@@ -189,10 +189,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--policies", nargs="+", default=[*POLICIES], choices=POLICIES, help="what is learned")
-    add("--steps", type=int, default=1000, help="of training")
+    add("--steps", type=int, default=400, help="of training")
     add("--batch", type=int, default=256, help="observations in a batch")
     add("--width", type=int, default=128, help="of the hidden layers")
-    add("--episodes", type=int, default=128, help="of the expert, to learn from")
+    add("--episodes", type=int, default=64, help="of the expert, to learn from")
     add("--recorded-steps", type=int, default=250, help="of each of them")
     add("--rollouts", type=int, default=8, help="episodes of the policy")
     add("--points", type=int, default=3, help="at which a run is measured")
