@@ -10,7 +10,7 @@ from variants import SHAPE, make
 
 from flowdopr.models import add_pc_layers, merge_pc_layers, pc_layers, update_spectral_norms
 from flowdopr.models.layers import Conv2d, FusedLinear, Linear
-from flowdopr.models.pc import BANDS, EPS, LEVELS
+from flowdopr.models.pc import BANDS, EPS, LEVELS, polynomial
 from flowdopr.optim import build_optimizer, parameter_roles
 
 LAYERS = {
@@ -70,6 +70,19 @@ def test_the_gradient_is_that_of_the_map(kind, level):
         return torch.func.functional_call(layer.weight_map, values, (weight,))
 
     assert torch.autograd.gradcheck(mapped, (layer.weight, layer.weight_map.gain))
+
+
+def test_bfloat16_would_not_do_for_the_map():
+    x = torch.randn(1, 384, 1536)
+    x /= torch.linalg.matrix_norm(x, 2)
+    exact = polynomial(x.double(), LEVELS[4])
+
+    def error(found: Tensor) -> float:
+        return float((found - exact).norm() / exact.norm())
+
+    assert error(polynomial(x, LEVELS[4])) < 2e-6
+    assert error(exact.bfloat16()) < 0.002
+    assert error(polynomial(x.bfloat16(), LEVELS[4])) > 0.004
 
 
 def test_no_gradient_goes_through_the_recovered_norm():
