@@ -11,6 +11,7 @@ Our default settings are timed against the other project's recipe, in pairs:
 - `unet`: our U-Net with torchcfm's CIFAR-10 settings against torchcfm's own class, Adam, clipping,
   EMA. It needs `pip install --no-deps torchcfm`; without it the script skips the pair and says so.
   Before the timing, our U-Net is given torchcfm's weights and must give the same outputs.
+- `pc`: our DiT with PC layers against our DiT without; the ratio is below 1 by what they cost.
 
 A step is noise and times, forward, backward, clipping, optimizer and EMA. The two sides take
 turns, on a CPU step by step, on a GPU ten steps at a time, which are waited for. A ratio is the
@@ -37,12 +38,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from flowdopr.disk import to_json
 from flowdopr.flow import FlowMatching
 from flowdopr.linalg import tf32_products
-from flowdopr.models import DiT, UNet
+from flowdopr.models import DiT, UNet, add_pc_layers, pc_layers, update_spectral_norms
 from flowdopr.optim import DeferredRead, build_optimizer
 from flowdopr.runs.averages import Average
 from flowdopr.train.ema import EMA
 
 Step = Callable[[], None]
+LATER = 1000  # a step after those in which PC layers take more power iterations
 
 DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12)}
 """Depth, width and heads."""
@@ -68,7 +70,7 @@ def our_step(
     optimizer = build_optimizer(model, "adamw", lr=1e-4)
     ema = EMA(model, [Average(decay=0.9999)])
     generator = torch.Generator(setup.device).manual_seed(0)
-    parameters = list(model.parameters())
+    parameters, has_pc_layers = list(model.parameters()), bool(pc_layers(model))
     if setup.compiled:
         model.compile()
 
@@ -84,6 +86,8 @@ def our_step(
         sent.read()
         with tf32_products(setup.bf16):
             optimizer.step()
+        if has_pc_layers:
+            update_spectral_norms(model, LATER)
         ema.update(1)
         optimizer.zero_grad()
 
@@ -138,17 +142,32 @@ def torchcfm_step(model: nn.Module, x_1: Tensor, setup: Setup) -> Step:
     return step
 
 
+def latents(batch_size: int, device: str) -> tuple[Tensor, Tensor, tuple[int, int, int], int]:
+    """Latents and labels, and the shape of one and the number of classes."""
+    shape, classes = (4, 32, 32), 1000
+    x_1 = torch.randn(batch_size, *shape, device=device)
+    return x_1, torch.randint(classes, (batch_size,), device=device), shape, classes
+
+
 def dit_pair(batch_size: int, size: str, ours: Setup, theirs: Setup) -> dict[str, Step]:
     """Steps of a DiT and a SiT of one size on the same latents."""
-    shape, classes, device = (4, 32, 32), 1000, ours.device
-    x_1 = torch.randn(batch_size, *shape, device=device)
-    y = torch.randint(classes, (batch_size,), device=device)
+    x_1, y, shape, classes = latents(batch_size, ours.device)
     depth, hidden_size, num_heads = DIT_SIZES[size]
     sit = SiT(shape, classes, depth=depth, hidden_size=hidden_size, num_heads=num_heads)
     dit = DiT(shape, classes, size=size)
     return {
-        "ours": our_step(dit.to(device), x_1, y, ours, max_norm=None),
-        "theirs": sit_step(sit.to(device), x_1, y, theirs),
+        "ours": our_step(dit.to(ours.device), x_1, y, ours, max_norm=None),
+        "theirs": sit_step(sit.to(ours.device), x_1, y, theirs),
+    }
+
+
+def pc_pair(batch_size: int, size: str, setup: Setup) -> dict[str, Step]:
+    """Steps of a DiT with PC layers and of one without, on the same latents."""
+    x_1, y, shape, classes = latents(batch_size, setup.device)
+    with_pc, plain = (DiT(shape, classes, size=size).to(setup.device) for _ in range(2))
+    return {
+        "ours": our_step(add_pc_layers(with_pc), x_1, y, setup, max_norm=None),
+        "theirs": our_step(plain, x_1, y, setup, max_norm=None),
     }
 
 
@@ -226,7 +245,7 @@ def environment(device: str) -> dict[str, str | int]:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add, pairs = parser.add_argument, ["dit", "unet"]
+    add, pairs = parser.add_argument, ["dit", "unet", "pc"]
     add("--quick", action="store_true", help="smoke test: few rounds, small batches")
     add("--device", default="cpu", help="cpu or cuda")
     add("--dit", choices=DIT_SIZES, default="S", help="size of the DiT")
@@ -255,8 +274,10 @@ def main() -> None:
         try:
             if name == "dit":
                 pair = dit_pair(batch_size, arguments.dit, ours, theirs)
-            else:
+            elif name == "unet":
                 pair = unet_pair(batch_size, ours, theirs)
+            else:
+                pair = pc_pair(batch_size, arguments.dit, ours)
         except ValueError as error:
             print(f"{name}: skipped: {error}")
             continue

@@ -53,6 +53,14 @@ def test_the_python_of_the_page_on_optim_runs():
     assert type(names["optimizer"].optimizer).__name__ == "Muon"
 
 
+def test_the_python_of_the_page_on_pc_layers_runs():
+    text = (DOCS / "pc-layer.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    names = {}
+    exec(compile(block, "docs/pc-layer.md", "exec"), names)
+    assert list(names["model"].state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
 def test_commands_quote_what_a_shell_would_read():
     pages = [
         *ROOT.glob("*.md"),

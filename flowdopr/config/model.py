@@ -28,6 +28,7 @@ class PCConfig(Section):
 class ModelSection(Section):
     """Settings of every model."""
 
+    name: str
     class_conditional: bool = True
     """Feed class labels to the model; false trains an unconditional one."""
     pc: PCConfig | None = None

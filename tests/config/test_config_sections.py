@@ -18,9 +18,11 @@ from flowdopr.config import (
     to_dict,
     to_yaml,
 )
+from flowdopr.config.model import PCConfig
 from flowdopr.config.optimizer import WithDoPr
 from flowdopr.config.schema import Config
 from flowdopr.config.types import choices, names_of
+from flowdopr.models import add_pc_layers
 from flowdopr.optim import OPTIMIZER_NAMES, DoPr, LayerRule, build_optimizer
 from flowdopr.optim.build import OPTIMIZERS
 from flowdopr.train.start import optimizer_arguments
@@ -206,6 +208,7 @@ IDLE = {  # a setting that the settings behind it leave without effect, and its 
     ("optimizer.nesterov=true", "false"): "optimizer=sgd",
     ("optimizer.nesterov=false", "true"): "optimizer=muon optimizer.momentum=0",
     ("optimizer.dopr.conv_mode=sua", "auto"): "optimizer=dopr-sgd",
+    ("optimizer.dopr.pc_gradient=effective", "raw"): "optimizer=dopr-sgd",
     ("train.lr_decay=cosine", "constant"): "train.warmup_steps=10",
 }
 
@@ -282,6 +285,13 @@ def test_settings_of_dopr_are_its_arguments_with_its_defaults():
     assert own.keys() == DoPrConfig.model_fields.keys()
     rules = DoPrConfig(rules=({"pattern": "a"},)).rules
     assert LayerRule(**rules[0].model_dump()) == LayerRule("a")
+
+
+def test_settings_of_pc_layers_are_their_arguments_with_their_defaults():
+    own = inspect.signature(add_pc_layers).parameters
+    assert {key: field.default for key, field in PCConfig.model_fields.items()} == {
+        key: parameter.default for key, parameter in own.items() if key != "model"
+    }
 
 
 @pytest.mark.parametrize("name", [*SECTIONS, "dopr-adamw", "dopr-muon"])

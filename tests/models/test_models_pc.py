@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from variants import make
+from variants import SHAPE, make
 
 from flowdopr.models import add_pc_layers, merge_pc_layers, pc_layers, update_spectral_norms
 from flowdopr.models.layers import Conv2d, FusedLinear, Linear
-from flowdopr.models.pc import BANDS, EPS, LEVELS
+from flowdopr.models.pc import BANDS, EPS, LEVELS, polynomial
 from flowdopr.optim import build_optimizer, parameter_roles
 
 LAYERS = {
@@ -70,6 +70,19 @@ def test_the_gradient_is_that_of_the_map(kind, level):
         return torch.func.functional_call(layer.weight_map, values, (weight,))
 
     assert torch.autograd.gradcheck(mapped, (layer.weight, layer.weight_map.gain))
+
+
+def test_bfloat16_would_not_do_for_the_map():
+    x = torch.randn(1, 384, 1536)
+    x /= torch.linalg.matrix_norm(x, 2)
+    exact = polynomial(x.double(), LEVELS[4])
+
+    def error(found: Tensor) -> float:
+        return float((found - exact).norm() / exact.norm())
+
+    assert error(polynomial(x, LEVELS[4])) < 2e-6
+    assert error(exact.bfloat16()) < 0.002
+    assert error(polynomial(x.bfloat16(), LEVELS[4])) > 0.004
 
 
 def test_no_gradient_goes_through_the_recovered_norm():
@@ -138,6 +151,22 @@ def test_a_weight_of_zeros_leaves_zero():
     known = layer.weight_map
     ratio = known.u[0] @ layer.weight @ known.v[0] / torch.linalg.matrix_norm(layer.weight, 2)
     assert ratio > 0.99
+
+
+def test_the_norms_of_weights_that_begin_at_zero_are_known_from_the_first_step_on():
+    """Beyond 1.14 times the norm that it is divided by, a singular value leaves level 4's band."""
+    model = add_pc_layers(make("unet"), layers=["conv_2", "attention.proj"])
+    optimizer = build_optimizer(model, "muon", lr=1e-2)
+    x, t, y = torch.randn(16, *SHAPE), torch.rand(16), torch.arange(16) % 5
+    for step in range(12):
+        optimizer.zero_grad()
+        (model(x, t, y) - x.flip(1)).square().mean().backward()
+        optimizer.step()
+        update_spectral_norms(model, step)
+        for layer in pc_layers(model).values():
+            w, known = layer.weight.flatten(1), layer.weight_map
+            if w.any():
+                assert torch.linalg.matrix_norm(w, 2) < 1.14 * known.u[0] @ w @ known.v[0]
 
 
 def test_any_module_becomes_one_and_is_plain_again():

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from flowdopr.models import add_pc_layers, merge_pc_layers
+from flowdopr.models import add_pc_layers, merge_pc_layers, update_spectral_norms
 from flowdopr.models.layers import Conv2d, FusedLinear, Linear
-from flowdopr.optim.dopr import DoPr
+from flowdopr.optim import OPTIMIZER_NAMES, DoPr, build_optimizer
 
 X, Y = torch.randn(2, 40, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -113,8 +114,9 @@ def test_the_product_does_not_depend_on_the_coordinates_of_the_input():
 
 @pytest.mark.parametrize("way", ["accumulated", "checkpointed", "compiled"])
 def test_training_goes_on_as_without(way):
-    """Three steps, with a new T in each, in half-batches, recomputed or compiled."""
+    """Three steps, with a new T in each, in half-batches, recomputed or compiled, once."""
     torch._dynamo.reset()
+    counters.clear()
     found = []
     for special in (False, True):
         model = pc_network()
@@ -125,12 +127,14 @@ def test_training_goes_on_as_without(way):
         elif special and way == "compiled":
             run = torch.compile(model, backend="aot_eager", fullgraph=True)
         halves = 2 if special and way == "accumulated" else 1
-        for _ in range(3):
+        for step in range(3):
             optimizer.zero_grad()
             for x, y in zip(X.chunk(halves), Y.chunk(halves), strict=True):
                 ((run(x) - y).square().mean() / halves).backward()
             optimizer.step()
+            update_spectral_norms(model, step)
         found.append([p.detach() for p in model.parameters()])
+    assert counters["stats"].get("unique_graphs", 0) == (way == "compiled")
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
@@ -167,3 +171,26 @@ def test_copies_evaluation_and_a_closed_optimizer_have_the_plain_gradient():
 def test_what_cannot_be_is_refused(model, settings, words):
     with pytest.raises(ValueError, match=words):
         dopr(model(), **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIMIZER_NAMES)
+def test_every_optimizer_trains_pc_layers(name, dtype):
+    model = pc_network().to(dtype)
+    options = {"class_path": "torch.optim.RAdam"} if name == "outside" else {}
+    optimizer = build_optimizer(model, name, 1e-2, **options)
+    if name != "kfac":
+        optimizer = DoPr(optimizer, model, pc_gradient="effective", refresh_every=2)
+    x, y, losses = X.to(dtype), Y.to(dtype), []
+    for step in range(12):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        update_spectral_norms(model, step)
+        losses.append(loss.item())
+    assert min(losses[-3:]) < losses[0]
+    norms = torch.linalg.matrix_norm(model[0].weight.float().view(2, 4, 6), 2)
+    u, v = model[0].weight_map.u.float(), model[0].weight_map.v.float()
+    found = torch.einsum("kr,krc,kc->k", u, model[0].weight.float().view(2, 4, 6), v)
+    torch.testing.assert_close(found, norms, rtol=0.03, atol=0)

@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import (
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flowdopr.models import add_pc_layers, update_spectral_norms
+from flowdopr.models.layers import Linear
 from flowdopr.optim import build_optimizer
 from flowdopr.optim.dopr import DoPr, LayerRule
 from flowdopr.optim.dopr.processes import own_share
@@ -159,6 +161,18 @@ def test_no_optimizer_makes_the_host_wait(gp: str, settings: dict) -> None:
         model = nn.Sequential(small_model(), nn.LayerNorm(3))
         optimizer = build_optimizer(model, gp, 1e-3, dopr={"refresh_every": 2, **settings})
         train(model, optimizer, torch.randn(6, 2, 4, 4), 5)
+
+
+def test_pc_layers_do_not_make_the_host_wait() -> None:
+    with cuda_without_waiting():
+        model = nn.Sequential(Linear(8, 8), Linear(8, 4))
+        add_pc_layers(model, layers=[""])
+        dopr = {"refresh_every": 2, "pc_gradient": "effective"}
+        optimizer = build_optimizer(model, "muon", 1e-3, dopr=dopr)
+        for step in range(3):
+            train(model, optimizer, torch.randn(6, 8), 1)
+            optimizer.precondition(0, torch.randn(8, 8))
+            update_spectral_norms(model, step)
 
 
 class Pair(nn.Module):

@@ -288,7 +288,9 @@ class DoPr(SteadyOptimizer):
     def _precondition_effective(self) -> list[Any]:
         """Hook the maps of the layers whose effective gradient AP multiplies."""
         return [
-            module.weight_map.register_forward_hook(EffectiveWeightHook(self._handle, number))
+            module.get_submodule("weight_map").register_forward_hook(
+                EffectiveWeightHook(self._handle, number)
+            )
             for number, layer in enumerate(self.found.layers)
             for module, _ in (layer.modules if layer.effective else [])
         ]

@@ -122,20 +122,7 @@ class EffectiveWeightHook(Hook):
             return None
         if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
             return None
-        return _Preconditioned.apply(weight, self.handle, self.index)
-
-
-class _Preconditioned(torch.autograd.Function):
-    """The identity, whose gradient `Preconditioner.precondition` makes."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, handle: int, index: int) -> Tensor:
-        ctx.handle, ctx.index = handle, index
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
-        return torch.ops.flowdopr.precondition(grad, ctx.handle, ctx.index), None, None
+        return torch.ops.flowdopr.effective(weight, self.handle, self.index)
 
 
 def _gather_input(x: Tensor, handle: int, index: int, *, traced: bool) -> None:
@@ -162,14 +149,32 @@ def _gather_fake(x: Tensor, token: Tensor, handle: int, index: int) -> None:
     return None
 
 
+@torch.library.custom_op("flowdopr::effective", mutates_args=())
+def _effective_op(weight: Tensor, handle: int, index: int) -> Tensor:
+    """A copy of `weight`, whose gradient goes through `flowdopr::precondition`."""
+    return weight.clone(memory_format=torch.contiguous_format)
+
+
 @torch.library.custom_op("flowdopr::precondition", mutates_args=())
 def _precondition_op(grad: Tensor, handle: int, index: int) -> Tensor:
-    """The preconditioned gradient, opaque to torch.compile: a refresh does not recompile."""
+    """`Preconditioner.precondition`, opaque to torch.compile: a new T does not recompile."""
     living = _LIVING.get(handle)
     found = grad if living is None else living.precondition(index, grad)
-    return torch.empty_like(grad).copy_(found)
+    return grad.new_empty(grad.shape).copy_(found)
 
 
-@_precondition_op.register_fake
-def _precondition_fake(grad: Tensor, handle: int, index: int) -> Tensor:
-    return torch.empty_like(grad)
+def _fake(x: Tensor, handle: int, index: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _keep_place(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+    _, ctx.handle, ctx.index = inputs
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.flowdopr.precondition(grad, ctx.handle, ctx.index), None, None
+
+
+_effective_op.register_fake(_fake)
+_precondition_op.register_fake(_fake)
+_effective_op.register_autograd(_backward, setup_context=_keep_place)
