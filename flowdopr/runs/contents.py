@@ -37,6 +37,10 @@ class MetricsLine(TypedDict):
     skipped: NotRequired[int]
     seconds_per_step: NotRequired[float]
     data_wait: NotRequired[float]
+    forward: NotRequired[float]
+    backward: NotRequired[float]
+    optimizer: NotRequired[float]
+    evaluation_seconds: NotRequired[float]
     peak_memory_mib: NotRequired[float]
 
 

@@ -16,7 +16,7 @@ from flowdopr.cli import run_command
 from flowdopr.config import ConfigError, to_yaml
 from flowdopr.runs.folder import RunFolder
 from flowdopr.train import TrainingFailed, train
-from flowdopr.train.meter import Meter
+from flowdopr.train.meter import DATA, PARTS, Meter
 from flowdopr.train.schedule import lr_factor
 
 
@@ -27,10 +27,13 @@ def test_a_run_leaves_everything_its_readers_need(tmp_path):
     logged = [line for line in run.metrics() if "loss" in line]
     assert [line["step"] for line in logged] == [2, 4, 6, 8]
     assert all(line["seconds_per_step"] > 0 for line in logged)
-    assert all(0 < line["data_wait"] < 1 for line in logged)
+    shares = [[line[part] for part in PARTS] for line in logged]
+    assert all(min(parts) > 0 and sum(parts) < 1 for parts in shares)
     assert logged[-1]["images"] == 8 * 16
-    held_out = {line["step"]: line["held_out_loss"] for line in run.metrics() if "loss" not in line}
+    looks = [line for line in run.metrics() if "loss" not in line]
+    held_out = {line["step"]: line["held_out_loss"] for line in looks}
     assert list(held_out) == [4, 8]
+    assert all(line["evaluation_seconds"] > 0 for line in looks)
     assert 0 < held_out[8] < 3
     with Image.open(path / "samples" / "step-00000008.png") as grid:
         assert grid.size == (70, 70)
@@ -40,7 +43,7 @@ def test_a_run_leaves_everything_its_readers_need(tmp_path):
     assert (path / "config.yaml").read_text().endswith(f"\n{to_yaml(run.config)}")
 
 
-def test_waiting_for_data_is_a_share_of_the_measured_time(monkeypatch):
+def test_parts_of_a_step_are_shares_of_the_measured_time(monkeypatch):
     """The second window lasts 8 s, of which 3 were spent waiting; pauses do not count."""
     accelerator, clock = Accelerator(cpu=True), iter([0, 0, 0, 2, 2, 3, 6, 7, 17, 20, 20])
     timer = SimpleNamespace(perf_counter=lambda: next(clock))
@@ -48,7 +51,7 @@ def test_waiting_for_data_is_a_share_of_the_measured_time(monkeypatch):
     meter = Meter(accelerator)
     shares = []
     for _ in range(2):
-        with meter.waiting():
+        with meter.part(DATA):
             pass
         meter.add(torch.zeros(()))
         if shares:
