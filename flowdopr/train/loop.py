@@ -220,15 +220,16 @@ class Trainer:
         """Forward and backward over the micro-batches; returns the mean loss of this process."""
         settings, accelerator = self.config.train, self.accelerator
         size = len(batch.labels)
-        draw = self._draw(size)
+        with self.meter.part(FORWARD):
+            draw = self._draw(size)
         micro = size // settings.accumulation_steps
         total = torch.zeros((), device=accelerator.device)
         for first in range(0, size, micro):
             part = slice(first, first + micro)
             last = first + micro >= size
-            x_part, y_part = batch.part(part).on(accelerator.device)
             with nullcontext() if last else accelerator.no_sync(model):
                 with self.meter.part(FORWARD):
+                    x_part, y_part = batch.part(part).on(accelerator.device)
                     loss = self.objective(model, x_part, y_part, draw[part]).mean()
                 # A loss that overflowed may have finite gradients, and no other process sees it.
                 finite = torch.where(loss.detach().isfinite(), 1.0, math.nan)
