@@ -18,7 +18,8 @@ from torch import Tensor
 
 from flowdopr.processes import peak_memory_mib
 
-DATA, FORWARD, BACKWARD, OPTIMIZER = PARTS = "data_wait", "forward", "backward", "optimizer"
+DATA, FORWARD, BACKWARD, OPTIMIZER = "data_wait", "forward", "backward", "optimizer"
+PARTS: tuple[str, ...] = (DATA, FORWARD, BACKWARD, OPTIMIZER)
 """The parts of a step whose shares of the time are measured, as metrics.jsonl calls them."""
 
 
@@ -32,7 +33,7 @@ class Meter:
 
     def start(self) -> None:
         self.steps, self.seconds = 0, 0.0
-        self.parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)  # seconds
+        self.parts = dict.fromkeys(PARTS, 0.0)  # seconds
         self.spans: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
         self.restored = torch.zeros(0, device=self.accelerator.device)
         self.losses: list[Tensor] = []
