@@ -75,6 +75,11 @@ def test_an_optimizer_of_ones_own_is_used_as_its_page_says(tmp_path, capsys):
     assert "class_path: pytorch_optimizer.Lion" in capsys.readouterr().out
 
 
+def test_every_page_has_its_place_on_the_site():
+    listed = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.glob("**/*.md"))
+
+
 def test_commands_quote_what_a_shell_would_read():
     pages = [
         *ROOT.glob("*.md"),

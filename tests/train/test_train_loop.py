@@ -16,7 +16,7 @@ from flowdopr.cli import run_command
 from flowdopr.config import ConfigError, to_yaml
 from flowdopr.runs.folder import RunFolder
 from flowdopr.train import TrainingFailed, train
-from flowdopr.train.meter import DATA, PARTS, Meter
+from flowdopr.train.meter import DATA, FORWARD, PARTS, Meter
 from flowdopr.train.schedule import lr_factor
 
 
@@ -58,6 +58,20 @@ def test_parts_of_a_step_are_shares_of_the_measured_time(monkeypatch):
             meter.go_on()
         shares.append(meter.close(meter.state(), 16)["data_wait"])
     assert shares == [0, 3 / 8]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_part_is_the_time_of_the_device():
+    meter = Meter(Accelerator())
+    for _ in range(2):
+        with meter.part(FORWARD):
+            torch.cuda._sleep(10**8)  # clock cycles, for which the host does not wait
+        with meter.part(DATA):
+            pass
+        meter.add(torch.zeros((), device="cuda"))
+    found = meter.close(meter.state(), 16)
+    assert 0.8 < found[FORWARD] <= 1
+    assert found[DATA] < 0.1
 
 
 def test_loaded_models_are_the_saved_weights(tmp_path):
