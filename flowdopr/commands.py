@@ -285,7 +285,7 @@ def status(
 ) -> None:
     """Show on one screen how far a run or a study is, also while it runs.
 
-    Step, time left, losses, newest FD, speed, memory, and the warnings of its log.
+    Step, time left, losses, newest FD, speed, memory, shares of time, and the warnings of its log.
     """
     with importing():
         from flowdopr.compare.status import status as read_status

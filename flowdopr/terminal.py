@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NoReturn
 
 from rich.console import Console
@@ -15,6 +16,8 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -22,6 +25,7 @@ from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_LOOKS = 2.0
+SECONDS_OF_SPEED = 300.0  # over which a rate and the time that is left are estimated
 
 # One console for everything: rich can print a line above a bar only if both use the same console.
 console = Console(stderr=True)
@@ -53,22 +57,52 @@ class Counter:
 
     def __str__(self) -> str:
         task = self._bar.tasks[self._task]
-        note = f", {task.fields['note']}" if task.fields["note"] else ""
-        return f"{self.what}: {task.completed:,.0f} of {task.total:,.0f}{note}"
+        done = f"{self.what}: {task.completed:,.0f} of {task.total:,.0f}"
+        return ", ".join(filter(None, (done, rate(task), time_left(task), task.fields["note"])))
+
+
+class RateColumn(ProgressColumn):
+    """Items a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(rate(task))
+
+
+def rate(task: Task) -> str:
+    """Items a second, "" before it is known."""
+    return f"{task.speed:.3g}/s" if task.speed else ""
+
+
+def time_left(task: Task) -> str:
+    """How long the rest of a task takes at its speed so far, "" before that is known."""
+    return f"{timedelta(seconds=round(task.time_remaining))} left" if task.time_remaining else ""
+
+
+def progress_bars(
+    *columns: ProgressColumn, shown: bool = True, transient: bool = False
+) -> Progress:
+    """Bars with `columns`, the time that is left and the field `note`, in a terminal alone.
+
+    Elsewhere nothing is printed, but the tasks count and know their speed.
+    """
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        speed_estimate_period=SECONDS_OF_SPEED,
+        transient=transient,
+        disable=not (shown and console.is_terminal),
+    )
 
 
 @contextmanager
 def counting(what: str, total: int, *, completed: int = 0, shown: bool = True) -> Iterator[Counter]:
     """A bar of `total` items within the block; where stderr is no terminal, see `heartbeat`."""
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    hidden = not (shown and console.is_terminal)
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+    columns = MofNCompleteColumn(), RateColumn()
+    with progress_bars(*columns, shown=shown, transient=True) as bar:
         counter = Counter(what, bar, total, completed)
         with telling(counter):
             yield counter

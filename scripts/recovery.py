@@ -50,6 +50,7 @@ from flowdopr.evaluate import evaluate
 from flowdopr.evaluate.card import read_card
 from flowdopr.models import build_model
 from flowdopr.runs import RunFolder
+from flowdopr.train.meter import PARTS
 from flowdopr.train.saving import Saver
 
 CONFIG = """
@@ -63,7 +64,7 @@ sample: {solver: {name: euler, steps: 2}, num_images: 4}
 evaluate: {metrics: [spectrum], fid_num_images: 16}
 """
 CUT_AT = 18  # the step at which the runs stop whose files are harmed
-TIMES = {"seconds_per_step", "images_per_second", "peak_memory_mib", "data_wait"}
+TIMES = {"seconds_per_step", "images_per_second", "peak_memory_mib", "evaluation_seconds", *PARTS}
 OUTCOMES = ("same", "refused", "different", "traceback", "silent")
 HEADINGS = ("bitwise the same", "refused in one line", "divergences", "tracebacks", "silent errors")
 
@@ -121,7 +122,8 @@ def straight_name(processes: int) -> str:
 def end_of(run: RunFolder) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
     folder = run.checkpoint_path(run.config.train.steps)
     tensors = {path.name: path.read_bytes() for path in folder.glob("*.*") if is_tensors(path)}
-    return tensors, [{k: v for k, v in line.items() if k not in TIMES} for line in run.metrics()]
+    lines = ({k: v for k, v in line.items() if k not in TIMES} for line in run.metrics())
+    return tensors, [line for line in lines if line.keys() > {"step"}]
 
 
 def is_tensors(path: Path) -> bool:

@@ -6,6 +6,8 @@ import torch
 from test_architecture import MAY_IMPORT, PACKAGE, TOOLS
 from torch import nn
 
+from flowdopr.cli import run_command
+
 ROOT = PACKAGE.parent
 DOCS = ROOT / "docs"
 
@@ -38,19 +40,44 @@ def test_files_that_the_page_on_architecture_names_exist():
         assert any((root / path).exists() for root in (ROOT, PACKAGE)), path
 
 
+def run_page(name: str, names: dict) -> dict:
+    """`names` after the Python blocks of a page ran in it, one after the other."""
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, f"docs/{name}", "exec"), names)
+    return names
+
+
 def test_the_python_of_the_page_on_optim_runs():
-    text = (DOCS / "optim.md").read_text(encoding="utf-8")
     names = {
         "torch": torch,
         "model": nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)),
         "batches": torch.randn(3, 16, 4),
         "loss": lambda model, batch: model(batch).square().mean(),
     }
-    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "docs/optim.md", "exec"), names)
-    assert type(names["optimizer"].optimizer).__name__ == "Muon"
+    assert type(run_page("optim.md", names)["optimizer"].optimizer).__name__ == "Muon"
+
+
+def test_a_model_of_ones_own_is_trained_as_its_page_says():
+    names = run_page("own-model.md", {})
+    assert names["held_out"].mean < 1
+    assert names["samples"].shape == (10, 1, 8, 8)
+
+
+def test_an_optimizer_of_ones_own_is_used_as_its_page_says(tmp_path, capsys):
+    names = run_page("own-optimizer.md", {})
+    assert names["optimizer"].optimizer is not None
+    assert names["loss"].isfinite()
+    study = re.findall(r"```yaml\n(.*?)```", (DOCS / "own-optimizer.md").read_text(), re.S)[-1]
+    (tmp_path / "mine.yaml").write_text(study)
+    assert run_command(["compare", str(tmp_path / "mine.yaml"), "--print-config"]) == 0
+    assert "class_path: pytorch_optimizer.Lion" in capsys.readouterr().out
+
+
+def test_every_page_has_its_place_on_the_site():
+    listed = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.glob("**/*.md"))
 
 
 def test_the_python_of_the_page_on_pc_layers_runs():

@@ -1,4 +1,4 @@
-"""README is true: its Python runs, its commands parse, its files exist."""
+"""README and the pages are true: README's Python runs, commands parse, files exist."""
 
 import re
 import shlex
@@ -10,8 +10,12 @@ from flowdopr.cli import run_command
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-GALLERY = (ROOT / "sample" / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^(?:.*&& )?(flowdopr .+)$", TEXT + GALLERY, re.M)
+PAGES = {
+    page: page.read_text(encoding="utf-8")
+    for page in [ROOT / "README.md", ROOT / "sample" / "README.md", *ROOT.glob("docs/**/*.md")]
+}
+RUN = "".join(PAGES[ROOT / name] for name in ("README.md", "sample/README.md", "docs/tour.md"))
+COMMANDS = re.findall(r"^(?:.*&& )?(flowdopr .+)$", RUN, re.M)
 
 
 def test_python_blocks_run():
@@ -32,9 +36,9 @@ def test_train_and_compare_commands_resolve(command, monkeypatch, capsys):
 
 
 def test_linked_files_exist():
-    for folder, text in ((ROOT, TEXT), (ROOT / "sample", GALLERY)):
-        for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
-            assert (folder / link.partition("#")[0]).exists(), link
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\((?!http|#)([^)]+)\)", text):
+            assert (page.parent / link.partition("#")[0]).exists(), f"{page}: {link}"
     for name in re.findall(r"`(configs/[^`/]+\.yaml)`", TEXT):
         assert (ROOT / name).exists(), name
 

@@ -1,8 +1,11 @@
-"""Where stderr is no terminal, work that takes long says so now and then."""
+"""Progress: bars in a terminal; elsewhere work that takes long says so now and then."""
 
+import io
+import re
 import time
 
 import pytest
+from rich.console import Console
 
 from flowdopr import terminal
 
@@ -21,6 +24,34 @@ def test_counted_work_is_told_with_its_numbers(said):
         time.sleep(0.5)
     assert set(said()) == {"sampling: 1,500 of 5,000, loss 0.5"}
     time.sleep(0.3)
+    assert said() == []
+
+
+def count_to_2000(shown=True):
+    with terminal.counting("sampling", 5000, completed=1000, shown=shown) as add:
+        for _ in range(2):
+            add(500)
+            time.sleep(0.3)
+        add.note("loss 0.5")
+        time.sleep(0.3)
+
+
+def test_a_line_has_rate_and_time_left(said):
+    with terminal.heartbeat("flowdopr"):
+        count_to_2000()
+    words = r"sampling: 2,000 of 5,000, [\d.e+]+/s, 0:00:0\d left, loss 0.5"
+    assert re.fullmatch(words, said()[-1])
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_bar_in_a_terminal_has_rate_and_time_left(monkeypatch, said, shown):
+    seen = io.StringIO()
+    console = Console(file=seen, force_terminal=True, width=100, color_system=None)
+    monkeypatch.setattr(terminal, "console", console)
+    with terminal.heartbeat("flowdopr"):
+        count_to_2000(shown)
+    words = r"sampling .* 2000/5000 [\d.e+]+/s 0:00:0\d loss 0.5"
+    assert bool(re.search(words, seen.getvalue())) is shown
     assert said() == []
 
 

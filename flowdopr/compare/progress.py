@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID
 
 from flowdopr.compare.cards import wanted_cards
 from flowdopr.compare.plan import RunPlan
-from flowdopr.terminal import console, print_line
+from flowdopr.disk import parse_sealed
+from flowdopr.runs.contents import MetricsLine
+from flowdopr.terminal import print_line, progress_bars, time_left
 
 TRAINING_SHARE = 0.8
 """Part of a run's bar that stands for training; the rest is evaluation."""
@@ -26,21 +28,28 @@ def progress_of(plan: RunPlan) -> tuple[float, str]:
     wanted = len(wanted_cards(plan).all())
     cards = min(wanted, len(list((plan.path / "evaluation").glob("*.json"))))
     fraction = TRAINING_SHARE * step / steps + (1 - TRAINING_SHARE) * cards / wanted
-    if step < steps:
-        return fraction, f"step {step:,} of {steps:,}"
-    return fraction, f"evaluation {cards} of {wanted}"
+    if step >= steps:
+        return fraction, f"evaluation {cards} of {wanted}"
+    logged = [line for line in newest_lines(plan.path) if line.get("loss")][-1:]
+    numbers = (f", loss {x['loss']:.4f}, {x['images_per_second']:,.0f} images/s" for x in logged)
+    return fraction, f"step {step:,} of {steps:,}{''.join(numbers)}"
 
 
 def last_step(run: Path) -> int:
     """The step of the newest line in metrics.jsonl; 0 where there is none yet, or it is damaged."""
+    return max((line["step"] for line in newest_lines(run)[-1:]), default=0)
+
+
+def newest_lines(run: Path) -> list[dict[str, Any]]:
+    """The lines in the last 4 KiB of metrics.jsonl; none where it is missing or damaged."""
     try:
         with open(run / "metrics.jsonl", "rb") as handle:
-            handle.seek(0, 2)
-            handle.seek(max(0, handle.tell() - 4096))
-            lines = handle.read().split(b"\n")[:-1]
-        return int(json.loads(lines[-1])["step"]) if lines else 0
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        return 0
+            size = handle.seek(0, 2)
+            handle.seek(max(0, size - 4096))
+            lines = handle.read().split(b"\n")[size > 4096 : -1]  # the first one may be cut
+        return [parse_sealed(MetricsLine, line) for line in lines]
+    except (OSError, ValueError):
+        return []
 
 
 class Display:
@@ -56,14 +65,7 @@ class Display:
         self._began = time.monotonic()
         self._notes: dict[str, str] = {}  # what the running runs do, by name
         self._tasks: dict[str, TaskID] = {}
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._bar = progress_bars()
         self._overall = self._bar.add_task("study", total=total, note="")
 
     def __enter__(self) -> Display:
@@ -76,7 +78,8 @@ class Display:
 
     def __str__(self) -> str:
         runs = "; ".join(f"{name}: {note}" for name, note in self._notes.items())
-        return f"[{self.done}/{self.total}] {runs}"
+        left = time_left(self._bar.tasks[self._overall])
+        return f"[{self.done}/{self.total}] {', '.join(filter(None, (left, runs)))}"
 
     def started(self, name: str) -> None:
         self._tasks[name] = self._bar.add_task(name, total=1.0, note="starting")

@@ -14,9 +14,16 @@ from flowdopr.compare.formats import count, number, seconds
 from flowdopr.config import ConfigError, load_config
 from flowdopr.evaluate.card import read_card
 from flowdopr.runs import RunFolder
+from flowdopr.train.meter import PARTS
 
 WARNING = re.compile(r"^\S+ \S+ (?:WARNING|ERROR) (.*)$", re.M)
 MOST_SHOWN = 8  # runs of a study, or warnings of a run
+KINDS = {  # of warnings of the loop and of DoPr, each about one step or one layer
+    "skipped steps": re.compile(r"step (\d+): .* the step is skipped"),
+    "layers with inputs that are not finite": re.compile(r"layer (.+): inputs are not finite"),
+    "layers with damping raised": re.compile(r"layer (.+): damping .*; damping raised"),
+    "layers without statistics": re.compile(r"layer (.+): has a gradient, but no refresh"),
+}
 
 
 def status(path: str | Path) -> str:
@@ -32,7 +39,7 @@ def status(path: str | Path) -> str:
         raise ConfigError(f"{path}: neither a run nor a study: no config.yaml and no study.yaml")
     run = RunFolder.open(path)
     lines = [f"{path}: {_how_far(run)}", *_numbers(run), _checkpoints(run)]
-    return "\n".join([*lines, *_health(_warnings(run))])
+    return "\n".join([*lines, *_health([run])])
 
 
 def _study(path: Path) -> str:
@@ -47,7 +54,7 @@ def _study(path: Path) -> str:
         lines.append(f"... and {len(going) - MOST_SHOWN} more")
     if (path / "report.html").is_file():
         lines.append(f"report: {path / 'report.html'}")
-    return "\n".join([*lines, *_health([line for run in runs for line in _warnings(run)])])
+    return "\n".join([*lines, *_health(runs)])
 
 
 def _how_far(run: RunFolder) -> str:
@@ -59,7 +66,9 @@ def _how_far(run: RunFolder) -> str:
     windows = [line for line in lines if "seconds_per_step" in line]
     if not windows:
         return f"{done}, nothing logged yet"
-    left = timedelta(seconds=round((steps - step) * windows[-1]["seconds_per_step"]))
+    spent = _spent(lines)
+    looking = 1 + spent["evaluation"] / spent["training"]
+    left = timedelta(seconds=round((steps - step) * windows[-1]["seconds_per_step"] * looking))
     age = timedelta(seconds=round(time.time() - (run.path / "metrics.jsonl").stat().st_mtime))
     return f"{done}, {left} left, last line {age} ago"
 
@@ -91,9 +100,29 @@ def _numbers(run: RunFolder) -> list[str]:
         f"{seconds(newest['seconds_per_step'][1])} a step",
         f"{newest['peak_memory_mib'][1]:,.0f} MiB",
     ]
-    if "data_wait" in newest:
-        speed.append(f"{100 * newest['data_wait'][1]:.0f} % of the time waiting for images")
-    return ["; ".join(quality), ", ".join(speed)]
+    return ["; ".join(quality), ", ".join(speed), _shares(run.metrics())]
+
+
+def _spent(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of training and of its parts so far, and those of held-out losses and grids."""
+    spent, before = dict.fromkeys((*PARTS, "evaluation", "training"), 0.0), 0
+    for line in lines:
+        spent["evaluation"] += line.get("evaluation_seconds", 0.0)
+        if "seconds_per_step" in line:
+            seconds = line["seconds_per_step"] * (line["step"] - before)
+            before = line["step"]
+            spent["training"] += seconds
+            for part in PARTS:
+                spent[part] += seconds * line.get(part, 0.0)
+    return spent
+
+
+def _shares(lines: list[dict[str, Any]]) -> str:
+    """Of the time so far; on a GPU, waiting for data may overlap the other parts."""
+    spent = _spent(lines)
+    whole = spent.pop("training") + spent["evaluation"]
+    shares = (f"{100 * s / whole:.0f} % {part}" for part, s in spent.items())
+    return f"time: {', '.join(shares)}".replace("data_wait", "waiting for data")
 
 
 def _checkpoints(run: RunFolder) -> str:
@@ -112,11 +141,16 @@ def _warnings(run: RunFolder) -> list[str]:
     )
 
 
-def _health(warnings: list[str]) -> list[str]:
-    """How often each warning occurred, the newest last."""
+def _health(runs: list[RunFolder]) -> list[str]:
+    """How many steps and layers the warnings are about, and how often each occurred, the newest
+    last."""
+    warnings = [line for run in runs for line in _warnings(run)]
     if not warnings:
         return ["health: no warnings"]
+    found = [count(len(warnings), "warning")]
+    for kind, pattern in KINDS.items():
+        if named := {match[1] for match in map(pattern.match, warnings) if match}:
+            found.append(f"{kind}: {len(named)}")
     counts = Counter(warnings)
     shown = list(dict.fromkeys(reversed(warnings)))[:MOST_SHOWN][::-1]
-    lines = [f"  {counts[line]} x {line}" for line in shown]
-    return [f"health: {count(len(warnings), 'warning')}", *lines]
+    return [f"health: {'; '.join(found)}", *(f"  {counts[line]} x {line}" for line in shown)]

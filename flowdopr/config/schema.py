@@ -153,6 +153,9 @@ class TrainConfig(Section):
     """Checkpoints whose step is a multiple of this stay too; null: none."""
     keep_best: bool = False
     """The checkpoint of the lowest held-out loss stays too."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where the lines of metrics.jsonl, the sample grids and the config are shown too; each is a
+    package to be installed, together by `pip install "flowdopr[trackers]"`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

@@ -29,8 +29,8 @@ class AdaMuon(MatrixOptimizer):
     """AdaMuon for matrices and convolutions, AdamW inside for everything else.
 
     Args:
-        params, weight_decay, nesterov, ns_steps, ns_coefficients, ns_dtype, betas, adamw_lr,
-            adamw_for: as in `Muon`.
+        params, weight_decay, nesterov, betas, adamw_lr, adamw_for: as in `Muon`.
+        ns_steps, ns_coefficients, ns_dtype: as in `Muon`.
         lr: learning rate of all groups, in AdamW's units.
         momentum: b above, of the momentum and of the second moment.
         eps: in both denominators, and in the AdamW inside.

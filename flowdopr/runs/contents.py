@@ -36,7 +36,12 @@ class MetricsLine(TypedDict):
     held_out_loss: NotRequired[float | None]
     skipped: NotRequired[int]
     seconds_per_step: NotRequired[float]
+    images_per_second: NotRequired[float]
     data_wait: NotRequired[float]
+    forward: NotRequired[float]
+    backward: NotRequired[float]
+    optimizer: NotRequired[float]
+    evaluation_seconds: NotRequired[float]
     peak_memory_mib: NotRequired[float]
 
 

@@ -7,6 +7,7 @@
         see `checkpoint.py`
     averages/step-00000250/
         power-0.1.safetensors, ...: kept from a deleted checkpoint, for post-hoc averages
+    tensorboard/, wandb/, tracker-id: of trackers, see `train/trackers.py`
 
 A checkpoint has checksums of its files, and copies of config.yaml, dataset.json, versions.json and
 metrics.jsonl, from which a resumed run restores its own. These carry checksums themselves, so that

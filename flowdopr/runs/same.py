@@ -18,7 +18,7 @@ FREE_ON_RESUME = (
     *("data.autoencoder", "data.source_root"),
     *(f"train.{key}" for key in ("steps", "log_every", "validate_every", "sample_every")),
     *(f"train.{key}" for key in ("checkpoint_every", "keep_checkpoints", "keep_every")),
-    *(f"train.{key}" for key in ("keep_best", "max_skipped_steps", "process_timeout")),
+    *(f"train.{key}" for key in ("keep_best", "max_skipped_steps", "process_timeout", "trackers")),
 )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from flowdopr.disk import WriteError, writing
 from flowdopr.optim import format_roles, parameter_roles
 from flowdopr.terminal import print_line
+from flowdopr.train.meter import PARTS
 
 logger = logging.getLogger("flowdopr")
 FILE_ONLY = {"file_only": True}  # the logging argument `extra` of a message for log.txt alone
@@ -96,7 +97,12 @@ def role_counts(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
 
 
 def shown_line(line: Mapping[str, Any], steps: int) -> str:
-    """A line of metrics.jsonl for the terminal, with the total number of `steps`."""
-    shown = {key: f"{v:.4g}" if isinstance(v, float) else str(v) for key, v in line.items()}
+    """A line of metrics.jsonl for the terminal, with the total number of `steps` and without the
+    shares of time, which `flowdopr status` shows."""
+    shown = {
+        key: f"{value:.4g}" if isinstance(value, float) else str(value)
+        for key, value in line.items()
+        if key not in PARTS
+    }
     shown["step"] += f"/{steps}"
     return " ".join(f"{key} {value}" for key, value in shown.items())

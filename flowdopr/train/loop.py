@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +48,13 @@ from flowdopr.terminal import Counter, counting
 from flowdopr.train.culprit import culprit
 from flowdopr.train.ema import EMA, OwnAverage
 from flowdopr.train.log import FILE_ONLY, shown_line
-from flowdopr.train.meter import Meter
+from flowdopr.train.meter import BACKWARD, DATA, FORWARD, OPTIMIZER, Meter
 from flowdopr.train.saving import Saver
 from flowdopr.train.schedule import derive_seed, lr_factor
 from flowdopr.train.shards import placed_state, placed_weights, whole
 from flowdopr.train.signals import Interrupted, StopSignal, TrainingFailed
 from flowdopr.train.spikes import Spikes
+from flowdopr.train.trackers import show_numbers, show_picture
 
 log = logging.getLogger("flowdopr.train")
 
@@ -180,7 +182,7 @@ class Trainer:
         images that cannot be loaded."""
         batch = failure = None
         try:
-            with self.meter.waiting():
+            with self.meter.part(DATA):
                 batch = next(loader) if step < self.config.train.steps else None
         except Exception as error:
             log.info("the images of step %d", step + 1, exc_info=True, extra=FILE_ONLY)
@@ -206,29 +208,33 @@ class Trainer:
         """
         loss = self._gradients(self.model, batch)
         self.accelerator.unscale_gradients()
-        parameters = list(self.raw_model.parameters())
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        sent = DeferredRead(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if self.config.train.max_grad_norm is not None:  # the device does it while the host waits
-            clip_grads_with_norm_(parameters, self.config.train.max_grad_norm, norm)
+        with self.meter.part(OPTIMIZER):
+            parameters = list(self.raw_model.parameters())
+            norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+            sent = DeferredRead(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            if self.config.train.max_grad_norm is not None:  # the device does it, the host waits
+                clip_grads_with_norm_(parameters, self.config.train.max_grad_norm, norm)
         return loss, sent
 
     def _gradients(self, model: nn.Module, batch: Batch) -> Tensor:
         """Forward and backward over the micro-batches; returns the mean loss of this process."""
         settings, accelerator = self.config.train, self.accelerator
         size = len(batch.labels)
-        draw = self._draw(size)
+        with self.meter.part(FORWARD):
+            draw = self._draw(size)
         micro = size // settings.accumulation_steps
         total = torch.zeros((), device=accelerator.device)
         for first in range(0, size, micro):
             part = slice(first, first + micro)
             last = first + micro >= size
-            x_part, y_part = batch.part(part).on(accelerator.device)
             with nullcontext() if last else accelerator.no_sync(model):
-                loss = self.objective(model, x_part, y_part, draw[part]).mean()
+                with self.meter.part(FORWARD):
+                    x_part, y_part = batch.part(part).on(accelerator.device)
+                    loss = self.objective(model, x_part, y_part, draw[part]).mean()
                 # A loss that overflowed may have finite gradients, and no other process sees it.
                 finite = torch.where(loss.detach().isfinite(), 1.0, math.nan)
-                accelerator.backward(loss * finite / settings.accumulation_steps)
+                with self.meter.part(BACKWARD):
+                    accelerator.backward(loss * finite / settings.accumulation_steps)
             total += loss.detach() / settings.accumulation_steps
         return total
 
@@ -243,11 +249,12 @@ class Trainer:
         if math.isfinite(norm):
             self.grad_norm, self.skipped_in_a_row = norm, 0
             self._set_lr()
-            with tf32_products(self.config.train.precision != "no"):  # rounds less than autocast
-                self.optimizer.step()
-            if self.config.model.pc is not None:
-                update_spectral_norms(self.raw_model, self.step)
-            self.ema.update(self.step + 1)
+            with self.meter.part(OPTIMIZER):
+                with tf32_products(self.config.train.precision != "no"):  # less than autocast
+                    self.optimizer.step()
+                if self.config.model.pc is not None:
+                    update_spectral_norms(self.raw_model, self.step)
+                self.ema.update(self.step + 1)
             self.meter.add(loss)
             self.optimizer.zero_grad()
         else:
@@ -347,12 +354,13 @@ class Trainer:
     def _append(self, line: dict[str, Any]) -> None:
         """Write a line of metrics.jsonl; a disk that cannot take it now does not end training."""
         if self.accelerator.is_main_process:
+            show_numbers(self.accelerator, line)
             try:
                 self.run.append_metrics(line)
             except WriteError as error:
                 log.warning("%s; the next line tries again", error.what)
 
-    def _look(self, done: Collection[str] = ()) -> None:
+    def _look(self, done: Set[str] = frozenset()) -> None:
         """Validate and draw samples where this step is due, except for what is `done`.
 
         The first process does it; the others help where they hold parts of the weights. A failure
@@ -367,14 +375,18 @@ class Trainer:
         if not due:
             return
         self.meter.pause()
+        began, found = time.perf_counter(), {}
         if self.accelerator.is_main_process or self.components.sharded:
             for what in (what for what in due if what not in done):
                 try:
                     with self._averaged_model() as model:
-                        looks[what][1](model)
+                        found |= looks[what][1](model)
                 except Exception as error:
                     self._note_missing(f"{what} of step {self.step}", error)
         self.accelerator.wait_for_everyone()
+        if not done >= set(due):
+            seconds = time.perf_counter() - began
+            self._record({"step": self.step, **found, "evaluation_seconds": seconds})
         self.meter.go_on()
 
     def _looked_at(self) -> set[str]:
@@ -400,16 +412,16 @@ class Trainer:
         finally:
             self.raw_model.train()
 
-    def _validate(self, model: nn.Module) -> None:
+    def _validate(self, model: nn.Module) -> dict[str, float]:
         batches = plain_batches(self.datasets.held_out, ONE_STEP_BATCH, self.accelerator.device)
         # Not the run's own seed, so that runs of several seeds can be compared.
         seed = self.config.evaluate.seed
         result = one_step_loss(self.objective, model, batches, seed=seed)
         if not math.isfinite(result.mean):
             raise TrainingFailed(f"it is {result.mean}; {TRY}")
-        self._record({"step": self.step, "held_out_loss": result.mean})
+        return {"held_out_loss": result.mean}
 
-    def _draw_samples(self, model: nn.Module) -> None:
+    def _draw_samples(self, model: nn.Module) -> dict[str, float]:
         number = self.config.sample.num_images
         conditional = self.config.model.class_conditional
         num_classes = self.datasets.info.num_classes if conditional else 0
@@ -426,8 +438,11 @@ class Trainer:
         if not images.isfinite().all():  # they would become black
             raise TrainingFailed(f"images are not finite; {TRY}")
         if self.accelerator.is_main_process:
+            picture = to_pil_image(grid(to_uint8(images)))
             with replacing(self._grid_path()) as part:
-                to_pil_image(grid(to_uint8(images))).save(part, format="png")
+                picture.save(part, format="png")
+            show_picture(self.accelerator, self.step, picture)
+        return {}
 
     def _grid_path(self) -> Path:
         return self.run.path / "samples" / f"step-{self.step:08d}.png"

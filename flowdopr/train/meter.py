@@ -1,8 +1,12 @@
-"""Loss, speed and memory between two lines of the log; the host waits for the device only then."""
+"""Loss, speed, memory and shares of time between two lines of the log.
+
+The host waits for the device only there.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
@@ -14,16 +18,23 @@ from torch import Tensor
 
 from flowdopr.processes import peak_memory_mib
 
+DATA, FORWARD, BACKWARD, OPTIMIZER = "data_wait", "forward", "backward", "optimizer"
+PARTS: tuple[str, ...] = (DATA, FORWARD, BACKWARD, OPTIMIZER)
+"""The parts of a step whose shares of the time are measured, as metrics.jsonl calls them."""
+
 
 class Meter:
     """Collects steps until `close`; the time between `pause` and `go_on` is not counted."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
+        self.on_cuda = accelerator.device.type == "cuda"
         self.start()
 
     def start(self) -> None:
-        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
+        self.steps, self.seconds = 0, 0.0
+        self.parts = dict.fromkeys(PARTS, 0.0)  # seconds
+        self.spans: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
         self.restored = torch.zeros(0, device=self.accelerator.device)
         self.losses: list[Tensor] = []
         self.go_on()
@@ -45,16 +56,33 @@ class Meter:
         """Count a step and its loss; None for a step that was skipped."""
         self.losses += [] if loss is None else [loss]
         self.steps += 1
+        self._read_passed()
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time within the block as waiting for images."""
-        since = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - since
+    def part(self, name: str) -> Iterator[None]:
+        """Count the time within the block as part `name` of a step.
+
+        On a CUDA device that is the device's time, between events that are read when it has passed
+        them; but waiting for images is the host's, in which the device may still compute.
+        """
+        if self.on_cuda and name != DATA:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self.spans.append((name, begin, end))
+        else:
+            since = time.perf_counter()
+            yield
+            self.parts[name] += time.perf_counter() - since
+
+    def _read_passed(self) -> None:
+        while self.spans and self.spans[0][2].query():
+            name, begin, end = self.spans.popleft()
+            self.parts[name] += begin.elapsed_time(end) / 1000
 
     def pause(self) -> None:
-        if self.accelerator.device.type == "cuda":
+        if self.on_cuda:
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - self._since
 
@@ -65,12 +93,14 @@ class Meter:
         """Means since the last call, of which `losses` is the `state`; then start again."""
         loss = float(losses.mean())
         self.pause()
-        per_step, data_wait = self.seconds / self.steps, self.waited / self.seconds
+        self._read_passed()
+        per_step = self.seconds / self.steps
+        shares = {part: seconds / self.seconds for part, seconds in self.parts.items()}
         self.start()
         return {
             "loss": loss,
             "seconds_per_step": per_step,
             "images_per_second": global_batch_size / per_step,
-            "data_wait": data_wait,
+            **shares,
             "peak_memory_mib": peak_memory_mib(self.accelerator.device),
         }

@@ -16,6 +16,7 @@ from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    ProjectConfiguration,
     TorchDynamoPlugin,
     patch_environment,
 )
@@ -34,6 +35,7 @@ from flowdopr.train.log import log_roles, run_log
 from flowdopr.train.loop import Components, Trainer
 from flowdopr.train.shards import share_out
 from flowdopr.train.signals import TrainingFailed
+from flowdopr.train.trackers import check_trackers, tracking
 
 log = logging.getLogger("flowdopr.train")
 
@@ -91,7 +93,7 @@ def train(
                 log.info("%s step %d", state, trainer.step)
             elif resume:
                 log.info("no checkpoint in %s: training starts at step 0", run.path)
-            with _telling_of_killed_workers(run):
+            with tracking(accelerator, run, trainer.step), _telling_of_killed_workers(run):
                 trainer.fit()
             if trainer.missing:
                 log.warning("%s: trained, but without %s", run.path, ", ".join(trainer.missing))
@@ -199,6 +201,7 @@ def make_accelerator(config: Config) -> Accelerator:
             divide, or a kind of parallelism that the trainer does not support.
     """
     settings = config.train
+    check_trackers(config)
     check_launch()
     keep_freed_memory()
     AcceleratorState._reset_state()  # an earlier run in this process may have set it
@@ -209,6 +212,10 @@ def make_accelerator(config: Config) -> Accelerator:
             accelerator = Accelerator(
                 mixed_precision=settings.precision,
                 cpu=cpu,
+                log_with=list(settings.trackers) or None,
+                project_config=ProjectConfiguration(
+                    logging_dir=str(Path(config.output) / config.name / "tensorboard")
+                ),
                 kwargs_handlers=[
                     InitProcessGroupKwargs(timeout=timedelta(seconds=settings.process_timeout))
                 ],

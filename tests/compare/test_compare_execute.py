@@ -1,6 +1,8 @@
 """Several runs at the same time: their failures are reported and signals reach them."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -246,6 +248,22 @@ def test_workers_share_the_cores_and_the_gpus(run, study, monkeypatch):
     logs = [plan.log.read_text().split() for plan in expand(study)]
     assert {tuple(log[:2]) for log in logs} == {(str(share), str(share))}
     assert {log[2] for log in logs} == {"3", "5"}
+
+
+def test_the_progress_of_a_study_has_loss_rate_and_time_left(study):
+    plans = expand(study)
+    metrics = plans[0].path / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    with Display(len(plans), 1) as display:
+        display.started(plans[0].name)
+        for step in (2, 4):
+            line = {"step": step, "loss": 1 / step, "images_per_second": 1234.5}
+            skipped = {"step": step + 1, "skipped": 1}
+            metrics.write_text(f"{json.dumps(line)}\n{json.dumps(skipped)}\n")
+            display.update(plans[:1])
+            time.sleep(0.1)
+    words = rf"\[1/4\] 0:00:0\d left, {plans[0].name}: step 5 of 8, loss 0.2500, 1,23\d images/s"
+    assert re.fullmatch(words, str(display))
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,15 @@ import re
 import shutil
 
 import pytest
+import torch
+from torch import nn
 
 from flowdopr.cli import run_command
 from flowdopr.compare.plan import expand
 from flowdopr.compare.status import status
 from flowdopr.config import to_yaml
 from flowdopr.evaluate import evaluate
+from flowdopr.optim.dopr.reports import Reporter
 from flowdopr.runs import RunFolder
 from flowdopr.terminal import watching
 from flowdopr.train import train
@@ -26,24 +29,45 @@ def cut(run: RunFolder) -> None:
     metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= 4))
 
 
+def warn_of_three_layers() -> None:
+    """Let DoPr report of layer a.0 what it says of inputs that are not finite, twice, of a.0 and b
+    that their damping was raised, and of c that it has no statistics."""
+    weights = {name: nn.Parameter(torch.zeros(1)) for name in ("a.0", "b", "c")}
+    for weight in weights.values():
+        weight.grad = torch.zeros(1)
+    reporter = Reporter(weights)
+    for skipped in (1, 2):
+        rows = [[1, 1, skipped, 0.1, 1], [1, 1, 0, 0.1, 1], [0, 0, 0, 0.1, 0]]
+        reporter.send(list(weights), torch.tensor(rows))
+        reporter.log_sent()
+
+
 def test_a_run_complete_and_on_its_way(study, capsys):
     run = RunFolder.open(train(expand(study)[0].config))
     evaluate(run.path, ["evaluate.metrics=[fd]"])
     with run_log(run.path / "log.txt"):
-        for _ in range(2):
-            logging.getLogger("flowdopr.optim").warning("layer a: damping raised")
+        trainer = logging.getLogger("flowdopr.train")
+        warn_of_three_layers()
+        trainer.warning("step 5: the loss or the gradient is not finite; the step is skipped")
+        trainer.warning("no sample grid of step 8: memory")
     capsys.readouterr()
     assert run_command(["status", str(run.path)]) == 0
-    first, quality, speed, checkpoints, *health = capsys.readouterr().out.splitlines()
+    first, quality, speed, shares, checkpoints, *health = capsys.readouterr().out.splitlines()
     assert first == f"{run.path}: step 8 of 8 (100 %), complete"
     assert re.fullmatch(
         r"loss [\d.]+ \(step 8\); .*FD [\d.]+ \(step 8\); gradient norm .*", quality
     )
-    assert re.fullmatch(
-        r"[\d,]+ images/s, .* a step, [\d,]+ MiB, \d+ % of the time waiting for images", speed
-    )
+    assert re.fullmatch(r"[\d,]+ images/s, .* a step, [\d,]+ MiB", speed)
+    parts = {word: int(share) for share, word in re.findall(r"(\d+) % ([a-z ]+)", shares)}
+    assert list(parts) == ["waiting for data", "forward", "backward", "optimizer", "evaluation"]
+    assert 50 < sum(parts.values()) <= 103  # rounded
     assert checkpoints == "checkpoints: 4, 8"
-    assert health == ["health: 2 warnings", "  2 x layer a: damping raised"]
+    assert health[0] == (
+        "health: 7 warnings; skipped steps: 1; layers with inputs that are not finite: 1; layers "
+        "with damping raised: 2; layers without statistics: 1"
+    )
+    assert health[-1] == "  1 x no sample grid of step 8: memory"
+    assert health[-3].startswith("  2 x layer a.0: inputs are not finite")
     cut(run)
     assert re.match(
         r".*: step 4 of 8 \(50 %\), 0:00:0\d left, last line 0:00:\d\d ago\n", status(run.path)

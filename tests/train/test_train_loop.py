@@ -16,7 +16,7 @@ from flowdopr.cli import run_command
 from flowdopr.config import ConfigError, to_yaml
 from flowdopr.runs.folder import RunFolder
 from flowdopr.train import TrainingFailed, train
-from flowdopr.train.meter import Meter
+from flowdopr.train.meter import DATA, FORWARD, PARTS, Meter
 from flowdopr.train.schedule import lr_factor
 
 
@@ -27,10 +27,12 @@ def test_a_run_leaves_everything_its_readers_need(tmp_path):
     logged = [line for line in run.metrics() if "loss" in line]
     assert [line["step"] for line in logged] == [2, 4, 6, 8]
     assert all(line["seconds_per_step"] > 0 for line in logged)
-    assert all(0 < line["data_wait"] < 1 for line in logged)
+    assert all(0 < line[part] < 1 for line in logged for part in PARTS)
     assert logged[-1]["images"] == 8 * 16
-    held_out = {line["step"]: line["held_out_loss"] for line in run.metrics() if "loss" not in line}
+    looks = [line for line in run.metrics() if "loss" not in line]
+    held_out = {line["step"]: line["held_out_loss"] for line in looks}
     assert list(held_out) == [4, 8]
+    assert all(line["evaluation_seconds"] > 0 for line in looks)
     assert 0 < held_out[8] < 3
     with Image.open(path / "samples" / "step-00000008.png") as grid:
         assert grid.size == (70, 70)
@@ -40,7 +42,7 @@ def test_a_run_leaves_everything_its_readers_need(tmp_path):
     assert (path / "config.yaml").read_text().endswith(f"\n{to_yaml(run.config)}")
 
 
-def test_waiting_for_data_is_a_share_of_the_measured_time(monkeypatch):
+def test_parts_of_a_step_are_shares_of_the_measured_time(monkeypatch):
     """The second window lasts 8 s, of which 3 were spent waiting; pauses do not count."""
     accelerator, clock = Accelerator(cpu=True), iter([0, 0, 0, 2, 2, 3, 6, 7, 17, 20, 20])
     timer = SimpleNamespace(perf_counter=lambda: next(clock))
@@ -48,7 +50,7 @@ def test_waiting_for_data_is_a_share_of_the_measured_time(monkeypatch):
     meter = Meter(accelerator)
     shares = []
     for _ in range(2):
-        with meter.waiting():
+        with meter.part(DATA):
             pass
         meter.add(torch.zeros(()))
         if shares:
@@ -56,6 +58,20 @@ def test_waiting_for_data_is_a_share_of_the_measured_time(monkeypatch):
             meter.go_on()
         shares.append(meter.close(meter.state(), 16)["data_wait"])
     assert shares == [0, 3 / 8]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_part_is_the_time_of_the_device():
+    meter = Meter(Accelerator())
+    for _ in range(2):
+        with meter.part(FORWARD):
+            torch.cuda._sleep(10**8)  # clock cycles, for which the host does not wait
+        with meter.part(DATA):
+            pass
+        meter.add(torch.zeros((), device="cuda"))
+    found = meter.close(meter.state(), 16)
+    assert 0.8 < found[FORWARD] <= 1
+    assert found[DATA] < 0.1
 
 
 def test_loaded_models_are_the_saved_weights(tmp_path):

@@ -45,7 +45,8 @@ def train_on_two(folder, *settings, sharded=False):
 def test_two_processes_equal_one(tmp_path, optimizer):
     settings = [f"optimizer.name={optimizer}", "optimizer.eps=1e-4"]
     one = train(tiny(tmp_path, *settings, "name=one"))
-    two = train_on_two(tmp_path, *settings, "name=two")
+    two = train_on_two(tmp_path, *settings, "name=two", "train.trackers=[tensorboard]")
+    assert len(list(two.glob("tensorboard/*/events*"))) == 1  # of the first process
     # Gradients behind layers that start at zero begin as rounding, which Muon makes as large as any
     # other: after 8 steps of 3e-3 up to 5e-5 of it is left in the time embedding.
     loose = ("condition.",) if "muon" in optimizer else ()
