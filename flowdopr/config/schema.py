@@ -129,8 +129,9 @@ class TrainConfig(Section):
     cooldown_steps: Count | None = None
     """Steps of the cooldown; null: without one."""
     init_from: PathText | None = None
-    """Start from these weights: a safetensors file, or a run folder, which stands for the average
-    of its newest checkpoint that samples are drawn with. null: a new model."""
+    """Start from these weights: a run folder, which stands for the average of its newest checkpoint
+    that samples are drawn with, or a file of weights of flowdopr, SiT, DiT, torchcfm, flow_matching
+    or ADM (docs/exchange.md). null: a new model."""
     ema_decays: tuple[Fraction, ...] = (0.9999,)
     """Decays of exponential weight averages; the first one is sampled from. Step k uses at most
     (1 + k) / (10 + k). `[]` for an optimizer that averages the weights itself."""
