@@ -114,6 +114,15 @@ Overrides = Annotated[
 PrintConfig = Annotated[
     bool, Option("--print-config", help="Print the resolved config as YAML, do nothing else.")
 ]
+SavedReference = Annotated[
+    Path | None,
+    Option(
+        "--save-reference",
+        metavar="<Path>",
+        parser=_path,
+        help="Measure nothing: write mu and sigma of the training images' features to this npz.",
+    ),
+]
 Checkpoint = Annotated[int | None, Option(help="Checkpoint; default: the newest.")]
 
 
@@ -226,14 +235,20 @@ def evaluate(
     force: Annotated[
         bool, Option("--force", help="Measure again even where a card exists.")
     ] = False,
+    save_reference: SavedReference = None,
 ) -> None:
     """Measure a run into a JSON card: one-step loss beside FD or FID, KID, precision, recall.
 
     Only settings of the sections `sample` and `evaluate` can be changed.
     """
     with importing():
+        from flowdopr.evaluate import Evaluator
         from flowdopr.evaluate import evaluate as run_evaluate
 
+    if save_reference is not None:
+        Evaluator(run).save_reference(save_reference, overrides or ())
+        _tell(save_reference)
+        return
     path = run_evaluate(run, overrides or (), step=step, force=force)
     card = json.loads(path.read_text(encoding="utf-8"))
     numbers = {k: v for k, v in card["metrics"].items() if isinstance(v, int | float)}
