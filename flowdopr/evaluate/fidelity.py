@@ -78,7 +78,7 @@ def reference_features(reference: ImageDataset, fingerprint: str, extractor: Ext
 
 def fidelity(
     generated: Features,
-    reference: Tensor | None,
+    reference: Tensor,
     extractor: Extractor,
     metrics: Collection[str],
     *,
@@ -88,7 +88,7 @@ def fidelity(
 
     Args:
         generated: of the generated images; may be none for metrics that need only `moments`.
-        reference: features of the real images; None for metrics that need only `moments`.
+        reference: features of the real images; may be none for metrics that need only `moments`.
         extractor: that of all features.
         moments: of the generated images, and mean and covariance of the real ones, where they are
             known; otherwise computed now.
@@ -105,7 +105,7 @@ def fidelity(
     """
     found, ours, how, features = {}, {}, {}, generated.features
     count = moments[0].count if moments else len(features)
-    check_numbers(metrics, count, count if reference is None else len(reference))
+    check_numbers(metrics, count, len(reference) or (count if moments else 0))
     if NEED_MOMENTS & set(metrics):
         own, real = moments or (Moments.of(features), Moments.of(reference).statistics())
         if "fd" in metrics:

@@ -239,7 +239,7 @@ class ImageMetrics:
             return {}, {}
         wanted = [one for one in self._needed() if one not in without]
         both = (moments, self.real.statistics) if NEED_MOMENTS & set(wanted) else None
-        real = None if self.chosen.reference is not None else self.real.features
+        real = self.real.features if self.chosen.reference is None else features.features[:0]
         return fidelity(features, real, self.extractor, wanted, moments=both)
 
     def _spectrum(self, moments: Tensor, num: int) -> dict[str, Any]:
