@@ -70,7 +70,9 @@ class ExportedRun(RunFolder):
                 f"{self.path}: has the weights {own['weights']} of step {own['step']} alone; name "
                 "no others"
             )
-        model = build_model(self.config, self.dataset.image_shape, self.dataset.num_classes)
+        plain = self.config.model.model_copy(update={"pc": None})  # PC layers were merged
+        config = self.config.model_copy(update={"model": plain})
+        model = build_model(config, self.dataset.image_shape, self.dataset.num_classes)
         model.load_state_dict(read_tensors(self.path, REMEDY, model.state_dict()))
         return model.to(device).eval(), own["step"]
 

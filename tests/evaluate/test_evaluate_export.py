@@ -9,18 +9,26 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from untrained import save_random_checkpoint
 
 import flowdopr
 from flowdopr.cli import run_command
+from flowdopr.config import apply_overrides
 from flowdopr.evaluate import evaluate
 from flowdopr.export import export
 from flowdopr.models import build_model
-from flowdopr.runs import load_initial, open_run
+from flowdopr.runs import RunFolder, load_initial, open_run
 
 
-@pytest.mark.parametrize(("weights", "step"), [("ema", None), ("raw", 1)])
-def test_an_exported_file_draws_the_images_of_the_run(make_run, tmp_path, weights, step):
+@pytest.mark.parametrize(
+    ("weights", "step", "change"), [("ema", None, []), ("raw", 1, []), ("ema", 2, ["model.pc={}"])]
+)
+def test_an_exported_file_draws_the_images_of_the_run(make_run, tmp_path, weights, step, change):
     run = make_run()
+    if change:
+        config = apply_overrides(run.config, ["name=changed", *change])
+        run = RunFolder.create(config, run.dataset, {}, resume=False)
+        save_random_checkpoint(run, step)
     options = ["--ema", weights, *(["--step", str(step)] if step else [])]
     command = ["export", str(run.path), f"--out={tmp_path / 'out'}", *options]
     assert run_command(command) == 0
