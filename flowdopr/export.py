@@ -66,8 +66,8 @@ def export(
         raise ValueError(f"{out}: is there already; choose another --out")
     model, step = folder.load_model(step, weights)
     found = model.state_dict()
-    own = weights if weights.startswith("posthoc-") else file_of(folder.config, weights)
-    own = {"model": "raw"}.get(own, own)
+    named = weights == "raw" or weights.startswith("posthoc-")
+    own = weights if named else file_of(folder.config, weights)
     drawn = folder.path / "samples" / f"step-{step:08d}.png"
     with replacing_folder(out) as part:
         write_exported(part / MODEL, folder, found, step=step, weights=own)

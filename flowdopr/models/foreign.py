@@ -8,6 +8,7 @@ Shapes: C channels of an image, p side of a patch, D width, H heads, E = D / H.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -81,7 +82,7 @@ def as_ours(content: Mapping[str, Any], model: nn.Module) -> Tensors:
     wanted = model.state_dict()
     return {
         name: tensor.to(wanted[name].dtype) if name in wanted else tensor
-        for name, tensor in _with_null_label(tensors, model.num_classes).items()
+        for name, tensor in tensors.items()
     }
 
 
@@ -94,6 +95,8 @@ def _unwrapped(stored: Mapping[str, Any]) -> Tensors:
         return tensors
     # flow_matching's average: a list in the order of the parameters of the model beside it.
     names = [name.removeprefix("model.") for name in tensors if name.startswith("model.")]
+    if len(names) != len(shadows):
+        raise ValueError(f"has averages (shadow_params) of {len(shadows)} of {len(names)} weights")
     return dict(zip(names, shadows, strict=True))
 
 
@@ -113,11 +116,11 @@ def _of_sit(tensors: Tensors, model: DiT) -> Tensors:
             "is of a SiT or DiT, which has layer norms and no rotary positions: set "
             "model.norm=layer and model.rope=false"
         )
-    positions = tensors.pop("pos_embed", None)
+    positions = tensors.pop("pos_embed", None)  # (1, N, D)
     if positions is not None:
-        side = round(positions.shape[-2] ** 0.5)
-        table = sincos_positions(side, side, positions.shape[-1])
-        if not torch.allclose(positions[0].float(), table, atol=1e-4):
+        side = math.isqrt(positions.shape[-2])
+        table = sincos_positions(side, side, positions.shape[-1])[None].to(positions)
+        if positions.shape != table.shape or not torch.allclose(positions, table, atol=1e-3):
             raise ValueError("has learned positions (pos_embed); those of our DiT are fixed")
     patch = tensors["x_embedder.proj.weight"].shape[2:].numel()
     found = _renamed(tensors, SIT)
@@ -140,6 +143,10 @@ def _of_adm(tensors: Tensors, model: UNet, *, heads_first: bool | None) -> Tenso
     for name in {"head.weight", "head.bias"} & found.keys():
         if len(found[name]) == 2 * model.image_shape[0]:  # the second half is for the variance
             found[name] = found[name].chunk(2)[0]
+    label = found.get("condition.label.weight")
+    if label is not None and len(label) == model.num_classes and heads_first is not False:
+        # ADM and torchcfm have no null label.
+        found["condition.label.weight"] = torch.cat([label, torch.zeros_like(label[:1])])
     for name, module in model.named_modules():
         heads = getattr(module, "num_heads", 1)
         for part in {f"{name}.qkv.weight", f"{name}.qkv.bias"} & found.keys() if heads > 1 else ():
@@ -160,11 +167,3 @@ def _heads_first(content: Mapping[str, Any], stored: str | None) -> bool | None:
     if stored in ("ema_model", "net_model"):
         return True
     return False if "lr_schedule" in content else None
-
-
-def _with_null_label(tensors: Tensors, num_classes: int) -> Tensors:
-    """With a row of zeros for the null label, which a model without label dropout has not."""
-    label = tensors.get("condition.label.weight")
-    if label is None or len(label) != num_classes:
-        return tensors
-    return tensors | {"condition.label.weight": torch.cat([label, torch.zeros_like(label[:1])])}

@@ -111,6 +111,8 @@ def test_an_adm_unet_gives_the_same_outputs(changes, options, stored):
         ({"rope": True}, {}, "model.norm=layer and model.rope=false"),
         ({"norm": "rms"}, {}, "model.norm=layer and model.rope=false"),
         ({}, {"pos_embed": torch.ones(1, 4, 48)}, "learned positions"),
+        ({}, {"pos_embed": torch.ones(1, 5, 48)}, "learned positions"),
+        ({}, {"shadow_params.0": torch.ones(2)}, r"averages \(shadow_params\) of 1 of 0 weights"),
     ],
 )
 def test_a_sit_is_refused_where_the_dit_computes_something_else(options, change, message):
