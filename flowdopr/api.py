@@ -33,7 +33,7 @@ from flowdopr.flow import log_likelihood
 from flowdopr.flow.noise import ImageNoise
 from flowdopr.latents import load_decoder
 from flowdopr.linalg import full_float32
-from flowdopr.runs import RunFolder
+from flowdopr.runs import open_run
 from flowdopr.train import train as run_training
 
 AnyConfig = Config | Mapping[str, Any] | str | Path
@@ -110,13 +110,14 @@ def load(run: str | Path, weights: str = "ema", step: int | None = None) -> Trai
     """The model of a run.
 
     Args:
+        run: its folder, or a file that `flowdopr export` wrote, which has one step and weights.
         weights: "ema", "raw", an average's own name, or "posthoc-LENGTH".
         step: the checkpoint; None: the newest.
 
     Raises:
-        ConfigError: no such run, checkpoint or weights.
+        ConfigError, ValueError: no such run, checkpoint or weights, or a damaged file.
     """
-    folder = RunFolder.open(run)
+    folder = open_run(run)
     return TrainedModel(ImageSampler.load(folder, folder.config, step, weights))
 
 

@@ -1,4 +1,5 @@
-"""The commands `flowdopr train | sample | evaluate | compare | encode | check | status | configs`.
+"""The commands `flowdopr train | sample | evaluate | compare | export | encode | check | status |
+configs`.
 
 Modules are imported inside the commands, so that `--help` does not wait for torch.
 """
@@ -114,6 +115,21 @@ Overrides = Annotated[
 PrintConfig = Annotated[
     bool, Option("--print-config", help="Print the resolved config as YAML, do nothing else.")
 ]
+SavedReference = Annotated[
+    Path | None,
+    Option(
+        "--save-reference",
+        metavar="<Path>",
+        parser=_path,
+        help="Measure nothing: write mu and sigma of the training images' features to this npz.",
+    ),
+]
+WhichWeights = Annotated[
+    str, Option(help="Weights: ema, raw, an average's own name, or posthoc-LENGTH.")
+]
+ExportPath = Annotated[
+    Path, Option("--out", metavar="<Path>", parser=_path, help="New folder for the model.")
+]
 Checkpoint = Annotated[int | None, Option(help="Checkpoint; default: the newest.")]
 
 
@@ -183,9 +199,7 @@ def sample(
     labels: Labels = None,
     seed: ImageSeed = 0,
     step: Checkpoint = None,
-    ema: Annotated[
-        str, Option(help="Weights: ema, raw, an average's own name, or posthoc-LENGTH.")
-    ] = "ema",
+    ema: WhichWeights = "ema",
     batch_size: Annotated[int | None, Option(help="Images at a time.")] = None,
     autoencoder: Annotated[
         str | None, Option(help="Where the autoencoder of a run on latents lies now.")
@@ -194,6 +208,8 @@ def sample(
     trajectory: WithTrajectory = False,
 ) -> None:
     """Draw images from a run: numbered PNGs and grid.png. Options default to the run's config.
+
+    RUN may be a file that `flowdopr export` wrote.
 
     Any setting of the section `sample` is given as sample.key=value, after the options' own.
     """
@@ -226,14 +242,20 @@ def evaluate(
     force: Annotated[
         bool, Option("--force", help="Measure again even where a card exists.")
     ] = False,
+    save_reference: SavedReference = None,
 ) -> None:
     """Measure a run into a JSON card: one-step loss beside FD or FID, KID, precision, recall.
 
     Only settings of the sections `sample` and `evaluate` can be changed.
     """
     with importing():
+        from flowdopr.evaluate import Evaluator
         from flowdopr.evaluate import evaluate as run_evaluate
 
+    if save_reference is not None:
+        Evaluator(run).save_reference(save_reference, overrides or ())
+        _tell(save_reference)
+        return
     path = run_evaluate(run, overrides or (), step=step, force=force)
     card = json.loads(path.read_text(encoding="utf-8"))
     numbers = {k: v for k, v in card["metrics"].items() if isinstance(v, int | float)}
@@ -294,6 +316,26 @@ def status(
     if watch:
         watching(lambda: read_status(path))
     print(read_status(path))
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: ExportPath,
+    step: Checkpoint = None,
+    ema: WhichWeights = "ema",
+    license: Annotated[
+        str, Option(help="Licence of the weights for the model card, as the Hub names it.")
+    ] = "unknown",
+) -> None:
+    """Write a model into a folder for others: a safetensors file with its config, and a model card.
+
+    `flowdopr.load`, `flowdopr sample` and `train.init_from` read the file.
+    """
+    with importing():
+        from flowdopr.export import export as run_export
+
+    _tell(run_export(run, out, step=step, weights=ema, license=license))
 
 
 @app.command()

@@ -21,6 +21,7 @@ KEPT = {
     "check": "nothing is kept of it; the same command starts anew",
     "configs": "it changes nothing",
     "status": "it changes nothing",
+    "export": "nothing is kept of it; the same command starts anew",
     "encode": "complete files are kept; the same command goes on",
 }
 """What remains of each command's work after Ctrl-C stops it at once."""

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peers import TORCHCFM_CIFAR10, SiT, load_torchcfm, torchcfm_unet
+from peers import TORCHCFM_CIFAR10, SiT, torchcfm_unet
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -39,6 +39,7 @@ from flowdopr.disk import to_json
 from flowdopr.flow import FlowMatching
 from flowdopr.linalg import tf32_products
 from flowdopr.models import DiT, UNet, add_pc_layers, pc_layers, update_spectral_norms
+from flowdopr.models.foreign import as_ours
 from flowdopr.optim import DeferredRead, build_optimizer
 from flowdopr.runs.averages import Average
 from flowdopr.train.ema import EMA
@@ -106,7 +107,8 @@ def sit_step(model: nn.Module, x_1: Tensor, y: Tensor, setup: Setup) -> Step:
         time_ = t[:, None, None, None]
         x_t, target = time_ * x_1 + (1 - time_) * x_0, x_1 - x_0
         dropped = torch.rand(len(y), device=y.device) < 0.1
-        labels = torch.where(dropped, model.label.num_embeddings - 1, y)
+        null = model.y_embedder.embedding_table.num_embeddings - 1
+        labels = torch.where(dropped, null, y)
         with setup.autocast():
             loss = (model(x_t, t, labels) - target).square().mean(dim=(1, 2, 3)).mean()
         optimizer.zero_grad()
@@ -191,7 +193,7 @@ def check_equal(ours: UNet, theirs: nn.Module) -> None:
     """
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.03)
-    load_torchcfm(ours, theirs)
+    ours.load_state_dict(as_ours({"ema_model": theirs.state_dict()}, ours))
     x, t = torch.randn(2, 3, 32, 32), torch.rand(2)
     expected, out = theirs.eval()(t, x), ours.eval()(x, t)
     error = float((out - expected).norm() / expected.norm())

@@ -41,6 +41,7 @@ PATHS = [
     "train.init_from=~/here",
     "sample.guidance={scale: 2, guide: {run: ~/here}}",
     "evaluate.extractor={name: inception, weights: ~/here}",
+    "evaluate={metrics: [fd], reference: ~/here}",
     "data={name: latents, root: ~/here, autoencoder: ~/here, source_root: ~/here}",
 ]
 

@@ -59,12 +59,16 @@ def load_config(
 
 
 def read_config(
-    source: Config | Mapping[str, Any] | str | Path, overrides: Iterable[str] = ()
+    source: Config | Mapping[str, Any] | str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    follow_base: bool = True,
 ) -> Config:
     """The config that `source` is or names, with `overrides`.
 
     Args:
         source: a Config, a mapping of what a file has (also `base`), or as for `load_config`.
+        follow_base: as for `load_config`.
 
     Raises:
         ConfigError: as `load_config`.
@@ -72,13 +76,13 @@ def read_config(
     if isinstance(source, Config):
         return apply_overrides(source, overrides)
     if isinstance(source, str | Path):
-        return load_config(source, overrides)
+        return load_config(source, overrides, follow_base=follow_base)
     place = Path("config")  # what messages name; a base is relative to the working directory
     try:
         values = json.loads(json.dumps(dict(source), default=os.fspath))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{place}: {error}; give what a YAML file can hold") from None
-    return _resolved(_based(values, place, ()), overrides, str(place))
+    return _resolved(_based(values, place, () if follow_base else None), overrides, str(place))
 
 
 def load_data_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:

@@ -110,8 +110,8 @@ class SDESolver(SteppedSection):
 
 class GuideConfig(Section):
     run: PathText
-    """Folder of a run, worse than this one, whose model takes the place of the unconditional
-    branch."""
+    """Folder of a run, worse than this one, or an exported file of its model, which takes the place
+    of the unconditional branch."""
     weights: Weights = "ema"
     """Which weights of that run, as `evaluate.weights`."""
     step: Count | None = None

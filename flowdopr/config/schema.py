@@ -129,8 +129,9 @@ class TrainConfig(Section):
     cooldown_steps: Count | None = None
     """Steps of the cooldown; null: without one."""
     init_from: PathText | None = None
-    """Start from these weights: a safetensors file, or a run folder, which stands for the average
-    of its newest checkpoint that samples are drawn with. null: a new model."""
+    """Start from these weights: a run folder, which stands for the average of its newest checkpoint
+    that samples are drawn with, or a file of weights of flowdopr, SiT, DiT, torchcfm, flow_matching
+    or ADM (docs/exchange.md). null: a new model."""
     ema_decays: tuple[Fraction, ...] = (0.9999,)
     """Decays of exponential weight averages; the first one is sampled from. Step k uses at most
     (1 + k) / (10 + k). `[]` for an optimizer that averages the weights itself."""
@@ -252,6 +253,10 @@ class EvaluateConfig(Section):
     """Metrics of rollouts: Frechet distance, the same by number of images and extrapolated to
     infinitely many, kernel distance, inception score, precision and recall, and the variance along
     the principal directions of the data, which needs no feature space."""
+    reference: PathText | None = None
+    """npz file with mean `mu` and covariance `sigma` of real images' features, as pytorch-fid,
+    clean-fid and ADM use them; it must be of `extractor`'s own features (docs/exchange.md). null:
+    the training images."""
     bpd: BitsPerDimConfig | None = None
     """Bits per dimension of held-out images: its settings, `{}` for the defaults. null: not
     measured."""
@@ -275,7 +280,15 @@ class EvaluateConfig(Section):
     """Seed of the rollouts' noise and of the one-step loss's noise and times."""
 
     @model_validator(mode="after")
-    def _inception_score_has_classes(self) -> EvaluateConfig:
+    def _metrics_have_what_they_need(self) -> EvaluateConfig:
+        without = [name for name in ("kid", "prc") if name in self.metrics]
+        if self.reference is not None and without:
+            raise ValueError(
+                f"evaluate.metrics: {' and '.join(without)} compare single images, of which "
+                "evaluate.reference has only mean and covariance: write evaluate.metrics=[fd]"
+            )
+        if not {"fd", "fd_by_images"} & set(self.metrics):
+            self.unused("evaluate.reference", "without fd in evaluate.metrics")
         if "isc" in self.metrics and self.extractor.name == "dinov2":
             raise ValueError(
                 "evaluate.metrics: isc needs a network that classifies, and dinov2 does not; "

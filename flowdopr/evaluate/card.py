@@ -4,7 +4,8 @@ run, step, weights, checkpoint {step, sha256}, settings {...}, metrics {...}, pr
 sampling {solver {name, ...}, guidance, nfe, num_images, labels, seed, ...},
 extractor {name, space, weights_sha256, held_out_accuracy, chance, warning} or {} if no metric needs
 one, one_step {times, seed},
-reference {name, fingerprint, num_images}, uint8, versions, commit, seconds,
+reference {name, fingerprint, num_images}, or {name, sha256} of a file of statistics,
+uint8, versions, commit, seconds,
 gallery {file, num_images, nearest_ratio} if there is one
 
 `settings` holds every setting that decides the numbers; a card with the same settings need not be
@@ -23,6 +24,7 @@ from flowdopr.config import Config
 from flowdopr.data import DatasetInfo
 from flowdopr.disk import known_json, to_json
 from flowdopr.evaluate.classifier import RECIPE
+from flowdopr.evaluate.moments import file_record
 from flowdopr.flow import BATCH_DEPENDENT_SOLVERS
 from flowdopr.runs.same import flat
 
@@ -121,6 +123,8 @@ def card_settings(config: Config, dataset: DatasetInfo) -> dict[str, Any]:
         "extractor": extractor,
         "reference": dataset.fingerprint,
     }
+    if chosen.reference is not None:
+        settings["statistics"] = file_record(Path(chosen.reference))["sha256"]
     if chosen.bpd is not None:
         # The likelihood's solver is always adaptive, so its steps depend on the batch.
         batch = {"batch_size": config.sample.batch_size}

@@ -46,7 +46,7 @@ from flowdopr.evaluate.generate import (
 )
 from flowdopr.latents import load_decoder
 from flowdopr.pictures import grid
-from flowdopr.runs import RunFolder
+from flowdopr.runs import open_run
 from flowdopr.terminal import counting
 
 CARD, UNFINISHED, NPZ, WAY = "sampling.json", "unfinished", "samples.npz", "trajectory.png"
@@ -115,7 +115,7 @@ def sample(
             checkpoint, unknown labels, settings that cannot be used.
         RolloutsFailed: images are not finite, or the solver failed.
     """
-    out, chosen, folder = Path(out), image_numbers(num, numbers), RunFolder.open(run)
+    out, chosen, folder = Path(out), image_numbers(num, numbers), open_run(run)
     config = changed(folder.config, overrides, autoencoder)
     record = autoencoder_record(folder.dataset, config)
     sampler = ImageSampler.load(folder, config, step, weights)

@@ -1,20 +1,16 @@
 """Distances between generated and real images, computed from features by torch-fidelity.
 
-The Frechet distance needs the mean and covariance of features alone, which are taken from sums over
-the images (`Moments`), so that processes that share them add up theirs.
-
 Shapes: images uint8 `(N, C, H, W)`; features `(N, D)` and logits `(N, K)` on the CPU.
 """
 
 import hashlib
 from collections.abc import Collection, Sequence
 from statistics import fmean, linear_regression
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch_fidelity
 from torch import Tensor
-from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -23,6 +19,7 @@ from flowdopr.data import ImageDataset
 from flowdopr.disk import cache_folder
 from flowdopr.evaluate.cache import cached_tensors
 from flowdopr.evaluate.extractors import Extractor, Features
+from flowdopr.evaluate.moments import Moments, Statistics
 from flowdopr.terminal import counting
 
 TOGETHER = 64  # real images in one call of an extractor
@@ -42,36 +39,6 @@ NAMES = {
     torch_fidelity.KEY_METRIC_RECALL: "recall",
     torch_fidelity.KEY_METRIC_F_SCORE: "f_score",
 }
-
-
-class Moments(NamedTuple):
-    """Sums over the features x of images, in float64: their number, x (D,), x x^T (D, D)."""
-
-    count: int
-    total: Tensor
-    products: Tensor
-
-    @classmethod
-    def of(cls, features: Tensor) -> "Moments":
-        """Those of features (N, D)."""
-        x = features.double()
-        return cls(len(x), x.sum(0), x.T @ x)
-
-    def plus(self, other: "Moments") -> "Moments":
-        """Those of the images of both."""
-        sums = self.total + other.total, self.products + other.products
-        return Moments(self.count + other.count, *sums)
-
-    def distance(self, other: "Moments") -> float:
-        """The Frechet distance of two sets of images."""
-        both = self._statistics(), other._statistics()
-        return fid_statistics_to_metric(*both, verbose=False)[torch_fidelity.KEY_METRIC_FID]
-
-    def _statistics(self) -> dict[str, Any]:
-        """Mean and covariance, as torch-fidelity has them."""
-        mean = self.total / self.count
-        covariance = (self.products - self.total[:, None] * mean) / (self.count - 1)
-        return {"mu": mean.numpy(), "sigma": covariance.numpy()}
 
 
 def check_numbers(metrics: Collection[str], generated: int, reference: int) -> None:
@@ -115,16 +82,16 @@ def fidelity(
     extractor: Extractor,
     metrics: Collection[str],
     *,
-    moments: tuple[Moments, Moments] | None = None,
+    moments: tuple[Moments, Statistics] | None = None,
 ) -> tuple[dict[str, float | None], dict[str, Any]]:
     """The chosen `metrics` (fd, fd_by_images, kid, isc, prc) of generated against real images.
 
     Args:
         generated: of the generated images; may be none for metrics that need only `moments`.
-        reference: features of the real images.
+        reference: features of the real images; may be none for metrics that need only `moments`.
         extractor: that of all features.
-        moments: of the generated and of the real images, where they are known; otherwise computed
-            now.
+        moments: of the generated images, and mean and covariance of the real ones, where they are
+            known; otherwise computed now.
 
     Returns:
         The metrics: "fd" or "fid" (by the extractor), the same with "_by_images" and "_infinity"
@@ -137,11 +104,12 @@ def fidelity(
         ValueError: too few images for a metric.
     """
     found, ours, how, features = {}, {}, {}, generated.features
-    check_numbers(metrics, moments[0].count if moments else len(features), len(reference))
+    count = moments[0].count if moments else len(features)
+    check_numbers(metrics, count, len(reference) or (count if moments else 0))
     if NEED_MOMENTS & set(metrics):
-        own, real = moments or (Moments.of(features), Moments.of(reference))
+        own, real = moments or (Moments.of(features), Moments.of(reference).statistics())
         if "fd" in metrics:
-            found[torch_fidelity.KEY_METRIC_FID] = own.distance(real)
+            found[torch_fidelity.KEY_METRIC_FID] = own.statistics().distance(real)
         if "fd_by_images" in metrics:
             points = fd_by_images(features, real)
             ours[f"{extractor.distance}_by_images"] = points
@@ -164,7 +132,7 @@ def fidelity(
     return {names[key]: value for key, value in found.items()} | ours, how
 
 
-def fd_by_images(features: Tensor, reference: Moments) -> list[tuple[int, float]]:
+def fd_by_images(features: Tensor, reference: Statistics) -> list[tuple[int, float]]:
     """The Frechet distance of n, n/2, n/4 and n/8 images, as pairs (number, distance), ascending.
 
     Each is the mean over as many disjoint parts of the n images as there are. Numbers below 64, or
@@ -180,7 +148,7 @@ def fd_by_images(features: Tensor, reference: Moments) -> list[tuple[int, float]
     points = []
     for size in sorted(size for size in sizes if size >= fewest or size == total):
         parts = [part for part in features.split(size) if len(part) == size]
-        points.append((size, fmean(Moments.of(part).distance(reference) for part in parts)))
+        points.append((size, fmean(Moments.of(p).statistics().distance(reference) for p in parts)))
     return points
 
 

@@ -27,12 +27,12 @@ from flowdopr.evaluate.fidelity import (
     NEED_ALL_FEATURES,
     NEED_MOMENTS,
     TOGETHER,
-    Moments,
     check_numbers,
     fidelity,
 )
 from flowdopr.evaluate.gallery import MOST_HELD_OUT, Gallery, nearest
 from flowdopr.evaluate.generate import ImageSampler, mean_nfe
+from flowdopr.evaluate.moments import Moments, file_record
 from flowdopr.evaluate.real import RealImages
 from flowdopr.evaluate.spectrum import PrincipalDirections, spectrum
 from flowdopr.processes import gathered
@@ -98,6 +98,10 @@ class ImageMetrics:
         needs_labels = chosen.extractor.name == "classifier" and info.num_classes > 1
         needs_features = needs_labels or NEED_FEATURES & set(chosen.metrics)
         extractor = real.extractor if needs_features else None
+        if chosen.reference is not None:
+            _ = (
+                real.statistics
+            )  # so that a file that does not fit is refused before images are drawn
         return cls(
             chosen, real, extractor, real.directions if "spectrum" in chosen.metrics else None
         )
@@ -176,10 +180,10 @@ class ImageMetrics:
         return {"gallery": {"file": file.name, **gallery.to_dict()}}
 
     def _gallery(self, drawn: Drawn, labels: Tensor | None) -> Gallery:
-        """The first generated images, with the nearest training images if features are needed."""
+        """The first generated images, with the nearest training images if metrics need these."""
         num = len(drawn.first)
         found = Gallery(drawn.first, None if labels is None else labels[:num])
-        if self.extractor is None or not self._needed():
+        if self.extractor is None or not self._needed() or self.chosen.reference is not None:
             return found
         real = self.real.features
         distances, indices = nearest(drawn.first_features, real)
@@ -203,7 +207,8 @@ class ImageMetrics:
         extractor, info = self.extractor, self.pixels.info
         features = (extractor.weights_sha256, str(extractor.dtype)) if extractor else None
         metrics = sorted(self.chosen.metrics)
-        key = repr((FLOOR_VERSION, info.fingerprint, len(chosen), metrics, features))
+        parts = (FLOOR_VERSION, info.fingerprint, len(chosen), metrics, features)
+        key = repr(parts if self.chosen.reference is None else (*parts, self.reference()))
         name = f"floor-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
         return cached_numbers(cache_folder() / "floors" / name, lambda: self._floor(chosen))
 
@@ -233,14 +238,17 @@ class ImageMetrics:
         if self.extractor is None or not self._needed():
             return {}, {}
         wanted = [one for one in self._needed() if one not in without]
-        both = (moments, self.real.moments) if NEED_MOMENTS & set(wanted) else None
-        return fidelity(features, self.real.features, self.extractor, wanted, moments=both)
+        both = (moments, self.real.statistics) if NEED_MOMENTS & set(wanted) else None
+        real = self.real.features if self.chosen.reference is None else features.features[:0]
+        return fidelity(features, real, self.extractor, wanted, moments=both)
 
     def _spectrum(self, moments: Tensor, num: int) -> dict[str, Any]:
         return {} if self.directions is None else spectrum(moments, num, self.directions)
 
     def reference(self) -> dict[str, Any]:
-        """The real images of the distances, for the card."""
+        """The real images of the distances, or the file of their statistics, for the card."""
+        if self.chosen.reference is not None:
+            return file_record(Path(self.chosen.reference))
         info = self.pixels.info
         return {
             "name": f"{info.name} train",

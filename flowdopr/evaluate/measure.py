@@ -24,6 +24,7 @@ from flowdopr.evaluate.generate import ImageSampler, balanced_labels, labels_lik
 from flowdopr.evaluate.images import ImageMetrics
 from flowdopr.evaluate.real import RealImages
 from flowdopr.latents import build_datasets, build_pixel_datasets, load_decoder
+from flowdopr.processes import device_of, this_process
 from flowdopr.runs import RunFolder, check_no_links
 from flowdopr.terminal import print_line
 
@@ -116,6 +117,17 @@ class Evaluator:
         sampler.state.wait_for_everyone()
         return path
 
+    def save_reference(self, path: Path, overrides: Iterable[str] = ()) -> None:
+        """Write mean and covariance of the training images' features to the npz file `path`.
+
+        Raises:
+            ConfigError, ValueError: as `card`, for the images and the feature space.
+        """
+        config, state = _changed(self.folder.config, overrides), this_process()
+        if state.is_main_process:
+            real = self._real(config, self._datasets(config), device_of(state))
+            real.write_statistics(path)
+
     def _keep(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` returned for this key the first time."""
         if key not in self._kept:
@@ -141,7 +153,8 @@ class Evaluator:
             pixels = build_pixel_datasets(config) if datasets.info.autoencoder else datasets
             return RealImages(pixels, config.evaluate, device)
 
-        key = (config.data.model_dump_json(), config.evaluate.extractor.model_dump_json())
+        chosen = config.evaluate
+        key = (config.data.model_dump_json(), chosen.extractor.model_dump_json(), chosen.reference)
         return self._keep(key, load)
 
     def _held_out_loss(self, config: Config, sampler: ImageSampler, datasets: Datasets) -> Measured:

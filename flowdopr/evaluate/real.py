@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from flowdopr.config.schema import EvaluateConfig
 from flowdopr.data import Datasets
 from flowdopr.disk import cache_folder
 from flowdopr.evaluate.extractors import Extractor, classifier_extractor, inception_extractor
-from flowdopr.evaluate.fidelity import Moments, reference_features
+from flowdopr.evaluate.fidelity import reference_features
+from flowdopr.evaluate.moments import Moments, Statistics, read_statistics, write_statistics
 from flowdopr.evaluate.pretrained import NETWORKS, pretrained_extractor
 from flowdopr.evaluate.spectrum import PrincipalDirections, principal_directions
 
@@ -41,9 +43,21 @@ class RealImages:
         return reference_features(self.pixels.reference, fingerprint, self.extractor)
 
     @cached_property
-    def moments(self) -> Moments:
-        """Those of `features`."""
-        return Moments.of(self.features)
+    def statistics(self) -> Statistics:
+        """Mean and covariance of `features`, or those in the file `evaluate.reference`.
+
+        Raises:
+            ValueError: the file cannot be read, or is not of this feature space.
+        """
+        if self.chosen.reference is None:
+            return Moments.of(self.features).statistics()
+        one = self.extractor(self.pixels.reference.batch(torch.tensor([0]))[0]).features
+        file = Path(self.chosen.reference)
+        return read_statistics(file, one.shape[1], self.extractor.weights_sha256)
+
+    def write_statistics(self, path: Path) -> None:
+        """Write mean and covariance of `features`, for `evaluate.reference` or other programs."""
+        write_statistics(path, Moments.of(self.features), self.extractor.weights_sha256)
 
     @cached_property
     def held_out_features(self) -> Tensor:
@@ -58,7 +72,7 @@ class RealImages:
 
     def prepare(self) -> None:
         """Compute what metrics need of real images, for other processes to find in the cache."""
-        _ = self.features, self.held_out_features
+        _ = self.statistics, self.held_out_features
         if "spectrum" in self.chosen.metrics:
             _ = self.directions
 

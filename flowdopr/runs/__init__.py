@@ -3,6 +3,7 @@
 from flowdopr.runs.averages import OWN, Average, averages_of, file_of
 from flowdopr.runs.branch import start_from
 from flowdopr.runs.checkpoint import kept_steps
+from flowdopr.runs.exported import open_run, write_exported
 from flowdopr.runs.folder import RunFolder, check_no_links
 from flowdopr.runs.guide import Guide, load_guide
 from flowdopr.runs.initial import load_initial
@@ -22,7 +23,9 @@ __all__ = [
     "kept_steps",
     "load_guide",
     "load_initial",
+    "open_run",
     "provenance",
     "start_from",
     "versions",
+    "write_exported",
 ]

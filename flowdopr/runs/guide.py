@@ -13,6 +13,7 @@ from torch import nn
 
 from flowdopr.config import Config, ConfigError
 from flowdopr.data import DatasetInfo
+from flowdopr.runs.exported import open_run
 from flowdopr.runs.folder import RunFolder
 
 SAME_FLOW = ("path", "prediction")
@@ -42,7 +43,7 @@ def load_guide(config: Config, dataset: DatasetInfo, device: torch.device | str 
         _check_own_branch(guidance.scale, config, dataset)
         return Guide(None, None)
     chosen = guidance.guide
-    run = RunFolder.open(chosen.run)
+    run = open_run(chosen.run)
     _check_fits(run, config, dataset)
     model, step = run.load_model(chosen.step, chosen.weights, device)
     return Guide(model, {"run": run.config.name, "step": step, "weights": chosen.weights})

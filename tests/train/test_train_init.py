@@ -1,14 +1,21 @@
-"""Training from the weights of another run, with a schedule of its own."""
+"""Training from the weights of another run or project, with a schedule of its own."""
 
+import argparse
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import again, tiny, weights
 
 from flowdopr.disk import file_sha256
+from flowdopr.runs import RunFolder
 from flowdopr.train import train
+
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+from peers import SiT
 
 NO_CHANGE = ("optimizer.lr=1e-30", "train.steps=1")  # too small to change a float32
 
@@ -44,11 +51,18 @@ def test_resuming_does_not_read_the_first_weights_again(tmp_path):
 @pytest.mark.parametrize(
     ("change", "place", "words"),
     [
-        ("model.depth=2", "", r"blocks\.1\..* is missing, .* and \d+ more"),
-        ("model.hidden_size=32", "", r" is \[.*\] torch.float32, not \[.*\] torch.float32"),
-        ("model.class_conditional=false", "", "is not in the model"),
+        ("model.depth=2", "", r"blocks\.1\..* is missing, .* and \d+ more; set model\.depth=1$"),
+        (
+            "model.hidden_size=32",
+            "",
+            r" is \[.*\] torch.float32, not .*; set model.hidden_size=16$",
+        ),
+        ("model.patch_size=2", "", r" is \[.*\] torch.float32, not .*; set model.patch_size=4$"),
+        ("model.mlp=swiglu", "", r"set model.mlp_ratio, model.mlp and model.qk_norm to those of"),
+        ("model.class_conditional=false", "", "is not in .*; set model.class_conditional=true"),
+        ("model={name: unet, channels: 8, attention_resolutions: []}", "", "set model.name=dit"),
         ("seed=1", "/nowhere", "nowhere: is missing; let train.init_from name"),
-        ("seed=1", "/config.yaml", "is damaged: .*; let train.init_from name"),
+        ("seed=1", "/config.yaml", "is damaged: .* of tensors alone.*; let train.init_from name"),
         ("seed=1", "/samples", "not a run folder"),
     ],
 )
@@ -60,3 +74,44 @@ def test_weights_that_cannot_be_used_are_refused_before_anything_is_written(
         train(tiny(tmp_path, "name=new", change, f"train.init_from={source}{place}"))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "runs" / "new").exists()
+
+
+SIT = {"depth": 1, "hidden_size": 16, "num_heads": 2, "patch_size": 4}
+
+
+def test_training_starts_from_a_published_sit(tmp_path):
+    """One that its own script saved: weights, average, optimizer and options."""
+    average, other = SiT((1, 8, 8), 10, **SIT), SiT((1, 8, 8), 10, **SIT)
+    torch.nn.init.normal_(average.final_layer.linear.weight)
+    stored = {"model": other.state_dict(), "ema": average.state_dict(), "opt": {}}
+    torch.save(stored | {"args": argparse.Namespace(model="SiT-S/2")}, tmp_path / "sit.pt")
+    torch.save(average, tmp_path / "whole.pt")
+    place = f"train.init_from={tmp_path}/sit.pt"
+    run = train(tiny(tmp_path, place, "optimizer=dopr-adamw", *NO_CHANGE))
+    x, t, y = torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([0, 9, 10])
+    model, _ = RunFolder.open(run).load_model()
+    torch.testing.assert_close(model(x, t, y), average(x, t, y))
+    with pytest.raises(ValueError, match=r"not a file of tensors alone, and no other is opened"):
+        train(tiny(tmp_path, "name=whole", f"train.init_from={tmp_path}/whole.pt"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("model.depth=2", r"blocks\.1\..* is missing.*set model.depth=1$"),
+        (
+            "data.channels=3",
+            r"embed.weight is \[16, 16\] .*, not \[16, 48\].*; its model has 16 channels x",
+        ),
+        ("seed=1", r"is \[8, 16\] .*, not \[11, 16\] .*; its model has 7 classes: train on data"),
+        ("model.class_conditional=false", "condition.label.weight is not in the model"),
+        ("model={name: unet, channels: 8, attention_resolutions: []}", "; set model.name=dit$"),
+    ],
+)
+def test_a_published_sit_that_does_not_fit_is_refused(tmp_path, change, words):
+    classes = 7 if change == "seed=1" else 10
+    torch.save(SiT((1, 8, 8), classes, **SIT).state_dict(), tmp_path / "sit.pt")
+    with pytest.raises(ValueError, match=words) as error:
+        train(tiny(tmp_path, change, f"train.init_from={tmp_path}/sit.pt"))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "runs").exists()

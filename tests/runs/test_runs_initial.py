@@ -1,0 +1,48 @@
+"""Weights that do not fit: what they show of the settings that they need."""
+
+import pytest
+import torch
+
+from flowdopr.disk import write_tensors
+from flowdopr.models import DiT, UNet, add_pc_layers
+from flowdopr.runs import load_initial
+
+DIT = {"depth": 1, "hidden_size": 16, "num_heads": 2, "patch_size": 2}
+UNET = {
+    "channels": 8,
+    "channel_multipliers": (1,),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+}
+
+
+def dit(classes=0, **changes):
+    return DiT((1, 8, 8), classes, **DIT | changes)
+
+
+def unet(**changes):
+    return UNet((1, 8, 8), **UNET | changes)
+
+
+@pytest.mark.parametrize(
+    ("stored", "model", "remedy"),
+    [
+        (unet(channels=16), unet(), "set model.channels=16"),
+        (unet(num_res_blocks=2), unet(), "set model.channel_multipliers, model.num_res_blocks, .*"),
+        (unet(), dit(), "set model.name=unet .*"),
+        (DiT((1, 8, 8), size="XS"), dit(), "set model.size=XS"),
+        (dit(hidden_size=32, depth=2), dit(), "set model.depth=2 model.hidden_size=32"),
+        (dit(), add_pc_layers(dit()), "set model.pc=null"),
+        (add_pc_layers(dit()), dit(), "set model.pc=that of its run"),
+        (
+            dit(classes=3),
+            dit(classes=2),
+            "its model has 3 classes: train on data that have as many",
+        ),
+        (torch.nn.Linear(2, 2), dit(), "let train.init_from name a run folder, or a file of .*"),
+    ],
+)
+def test_the_setting_that_weights_need_is_named(tmp_path, stored, model, remedy):
+    write_tensors(tmp_path / "a.safetensors", stored.state_dict())
+    with pytest.raises(ValueError, match=rf"a.safetensors: does not fit the model: .*; {remedy}$"):
+        load_initial(model, str(tmp_path / "a.safetensors"))
