@@ -217,8 +217,7 @@ def generate(
     rounding, for any batch size and number of processes.
 
     Args:
-        labels: (N,) int64 or other conditions (N, ...) of the model; None for an unconditional
-            one, together with `num_images`.
+        labels: (N,) int64, or other conditions (N, ...); None, with `num_images`, for none.
         indices: of the images, by default 0 to N - 1.
         device: where to sample; by default the device of the model's parameters.
         guide_model: second model for autoguidance.
