@@ -250,7 +250,8 @@ class Trainer:
             self.grad_norm, self.skipped_in_a_row = norm, 0
             self._set_lr()
             with self.meter.part(OPTIMIZER):
-                with tf32_products(self.config.train.precision != "no"):  # less than autocast
+                # These products round less than those of autocast.
+                with tf32_products(self.config.train.precision != "no"):
                     self.optimizer.step()
                 if self.config.model.pc is not None:
                     update_spectral_norms(self.raw_model, self.step)
