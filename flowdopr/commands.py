@@ -328,7 +328,7 @@ def export(
         str, Option(help="Licence of the weights for the model card, as the Hub names it.")
     ] = "unknown",
 ) -> None:
-    """Write a model into a folder for others: a safetensors file with its config, and a model card.
+    """Write a model into a folder for others: a file with weights and config, and a model card.
 
     `flowdopr.load`, `flowdopr sample` and `train.init_from` read the file.
     """

@@ -99,9 +99,7 @@ class ImageMetrics:
         needs_features = needs_labels or NEED_FEATURES & set(chosen.metrics)
         extractor = real.extractor if needs_features else None
         if chosen.reference is not None:
-            _ = (
-                real.statistics
-            )  # so that a file that does not fit is refused before images are drawn
+            _ = real.statistics  # a file that does not fit is refused before images are drawn
         return cls(
             chosen, real, extractor, real.directions if "spectrum" in chosen.metrics else None
         )

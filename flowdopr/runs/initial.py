@@ -62,10 +62,12 @@ def load_initial(model: Any, init_from: str) -> dict[str, str]:
 def _weights(path: Path, model: Any) -> Mapping[str, Tensor]:
     """The weights in a file, under the names of ours."""
     content = _content(path)
-    try:
-        return as_ours(content, model)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    with reading(path, REMEDY):  # tensors may lack the axes that their names promise
+        try:
+            return as_ours(content, model)
+        except ValueError as error:
+            refusal = error
+    raise ValueError(f"{path}: {refusal}")
 
 
 def _content(path: Path) -> Mapping[str, Any]:

@@ -46,3 +46,21 @@ def test_the_setting_that_weights_need_is_named(tmp_path, stored, model, remedy)
     write_tensors(tmp_path / "a.safetensors", stored.state_dict())
     with pytest.raises(ValueError, match=rf"a.safetensors: does not fit the model: .*; {remedy}$"):
         load_initial(model, str(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"x_embedder.proj.weight": torch.ones(2), "pos_embed": torch.ones(())}, "is damaged: "),
+        ({"x_embedder.proj.weight": torch.ones(2)}, "does not fit the model"),
+        ([torch.ones(2)], "is damaged: it holds a list in place of named weights; let"),
+        ({"ema": {"a": 1}}, "does not fit the model: .* is missing"),
+        (None, "is damaged: it is not a file of tensors alone, and no other is opened; let"),
+    ],
+)
+def test_files_of_other_things_are_refused_in_one_line(tmp_path, content, words):
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"no weights") if content is None else torch.save(content, path)
+    with pytest.raises(ValueError, match=rf"a.pt: {words}") as error:
+        load_initial(dit(), str(path))
+    assert "\n" not in str(error.value)
