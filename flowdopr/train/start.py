@@ -204,6 +204,9 @@ def make_accelerator(config: Config) -> Accelerator:
     check_trackers(config)
     check_launch()
     keep_freed_memory()
+    # cuDNN's backward pass of attention in bfloat16 can return NaN on H100 and H200, of large
+    # negative logits (pytorch/pytorch#196678); flash attention takes its place.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     AcceleratorState._reset_state()  # an earlier run in this process may have set it
     try:
         # With cpu=True, accelerate connects several processes without a GPU through gloo.

@@ -48,3 +48,11 @@ def test_constructing_a_trainer_changes_no_file(tmp_path):
     assert all(
         torch.equal(value, saved[key]) for key, value in components.model.state_dict().items()
     )
+
+
+def test_training_does_without_the_attention_of_cudnn(tmp_path):
+    """Its gradient of 64 tokens in bfloat16 can be NaN on H100 and H200."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    make_accelerator(tiny(tmp_path))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
