@@ -163,6 +163,8 @@ def draw(task: OwnTask, arms: Sequence[ArmRuns]) -> Any:
     are dashed and hollow. Lines on the right are geometric means over seeds."""
     from matplotlib.figure import Figure
 
+    from flowdopr.compare.plots import log_scale
+
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     bases = list(dict.fromkeys(one.arm.base or one.arm.name for one in arms))
@@ -183,8 +185,12 @@ def draw(task: OwnTask, arms: Sequence[ArmRuns]) -> Any:
         if logs:
             means = np.exp(np.mean(logs, 0))
             right.plot(range(len(means)), means, label=one.arm.name, **style, **marker)
-    left.set(xscale="log", yscale="log", xlabel=task.loss, ylabel=task.rollout)
-    right.set(yscale="log", title=f"{task.rollout} by horizon, after the last step")
+    left.set(xlabel=task.loss, ylabel=task.rollout)
+    if task.horizons:
+        right.set(title=f"{task.horizons[0].partition(', ')[0]} by horizon, after the last step")
+    log_scale(left, "x")
+    log_scale(left)
+    log_scale(right)
     right.set_xticks(range(len(task.horizons)), _short(task.horizons), rotation=30, ha="right")
     right.legend(frameon=False, fontsize=8)
     return figure

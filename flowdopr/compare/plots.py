@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -175,7 +175,7 @@ def spectrum(study: Study) -> Figure | None:
     if floor is not None:
         axes.plot(*_columns(_numbered(floor.spectrum)), ":", color="#52606d", label="real images")
     axes.axhline(1, color="#9aa5b1", linewidth=0.8)
-    _log_scale(axes)
+    log_scale(axes)
     axes.set_xlabel("groups of principal directions, by falling variance of the data")
     axes.set_ylabel("variance of rollouts / of data")
     _legend(axes, study)
@@ -310,17 +310,18 @@ def _label(axes: Axes, x: str, y: str) -> None:
     values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [[]])
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > 5 * values.min():
-        _log_scale(axes)
+        log_scale(axes)
 
 
-def _log_scale(axes: Axes) -> None:
-    """A logarithmic y with plain numbers at 1, 2 and 5 times powers of ten, or closer."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
+def log_scale(axes: Axes, name: Literal["x", "y"] = "y") -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5 times powers of ten, or closer."""
+    axes.set(**{f"{name}scale": "log"})
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    low, high = axis.get_view_interval()
     near = high < 5 * low
-    axes.yaxis.set_major_locator(MaxNLocator(5) if near else LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(MaxNLocator(5) if near else LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _ticks_at(axes: Axes, positions: Sequence[float], labels: Sequence[str]) -> None:
