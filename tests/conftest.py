@@ -2,6 +2,7 @@
 tests run beside each other; small configs; and images on disk made on the spot."""
 
 import os
+import sys
 import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flowdopr.config import Config, DataConfig, DiTConfig, TrainConfig
+from flowdopr.config import Config, DataConfig, DiTConfig, TrainConfig, own
 
 torch.set_num_threads(1)
 # The same examples in every run, so that a change that breaks nothing fails nothing.
@@ -43,6 +44,19 @@ def make_config():
         )
 
     return make
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """`own_module("mine", "text")` writes mine.py to the current folder, which is the test's."""
+    before = set(sys.modules)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(own, "_digests", {})
+    yield lambda name, text: Path(f"{name}.py").write_text(text)
+    for name in set(sys.modules) - before:
+        if Path(str(getattr(sys.modules[name], "__file__", ""))).parent == tmp_path:
+            del sys.modules[name]
 
 
 @pytest.fixture

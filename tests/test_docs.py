@@ -1,6 +1,7 @@
 """The documents are true: the table of imports, the paths they name, the Python they show."""
 
 import re
+from pathlib import Path
 
 import torch
 from test_architecture import MAY_IMPORT, PACKAGE, TOOLS
@@ -63,6 +64,26 @@ def test_a_model_of_ones_own_is_trained_as_its_page_says():
     names = run_page("own-model.md", {})
     assert names["held_out"].mean < 1
     assert names["samples"].shape == (10, 1, 8, 8)
+
+
+def test_a_model_and_data_of_ones_own_are_named_by_configs_as_their_pages_say(
+    tmp_path, own_module, monkeypatch
+):
+    for page, module, factory in (
+        ("data.md", "my_data", "odd_digits"),
+        ("own-model.md", "my_models", "Net"),
+    ):
+        text = (DOCS / page).read_text(encoding="utf-8")
+        (code, *_), (config,) = (
+            re.findall(f"```{kind}\n(.*?)```", text, re.S) for kind in ("python", "yaml")
+        )
+        own_module(module, code)
+        (tmp_path / "page.yaml").write_text(config)
+        monkeypatch.setenv("FLOWDOPR_CODE", f"{module}:{factory}")
+        assert f"FLOWDOPR_CODE={module}:{factory}" in text
+        settings = ["train.steps=20", "train.warmup_steps=0", "train.global_batch_size=16"]
+        assert run_command(["train", "page.yaml", *settings]) == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["mine", "odd"]
 
 
 def test_an_optimizer_of_ones_own_is_used_as_its_page_says(tmp_path, capsys):

@@ -177,7 +177,7 @@ def _prepare(config: Config) -> None:
     for path in sorted(study_path(config).glob("*/config.yaml")):
         if RunFolder.open(path.parent).dataset.fingerprint != datasets.info.fingerprint:
             raise ConfigError(
-                f"{path.parent}: the images in {config.data.root} are not those this run was "
+                f"{path.parent}: the images in {config.data.place} are not those this run was "
                 "trained on; give those, or begin a study anew by name=NEW"
             )
     pixels = build_pixel_datasets(config) if datasets.info.autoencoder else datasets

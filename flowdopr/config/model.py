@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from flowdopr.config.types import Count, Fraction, Pattern, Positive, Section
+from flowdopr.config.types import Count, Fraction, Function, Pattern, Positive, Section
 
 
 class PCConfig(Section):
@@ -96,3 +96,13 @@ class UNetConfig(ModelSection):
         if len(self.channel_multipliers) == 1:
             self.unused("model.resample", "with one level in model.channel_multipliers")
         return self
+
+
+class OwnConfig(ModelSection):
+    name: Literal["own"]
+    """A model of your own: docs/own-model.md."""
+    factory: Function
+    """The function that returns it, as `module:function`; the environment variable FLOWDOPR_CODE
+    must list it, because it runs code."""
+    options: dict[str, Any] | None = None
+    """Its arguments after `image_shape` and `num_classes`."""

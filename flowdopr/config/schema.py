@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from flowdopr.config.flow import FlowConfig
-from flowdopr.config.model import DiTConfig, UNetConfig
+from flowdopr.config.model import DiTConfig, OwnConfig, UNetConfig
 from flowdopr.config.optimizer import AdamWConfig, OptimizerConfig
 from flowdopr.config.sample import SampleConfig
 from flowdopr.config.types import (
@@ -20,6 +20,7 @@ from flowdopr.config.types import (
     Count,
     CountOrZero,
     Fraction,
+    Function,
     PathText,
     Positive,
     Section,
@@ -32,7 +33,7 @@ FILES = ("folder", "zip", "tar")
 DOWNLOADED = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 USED_BY = {  # the data sets that use a setting, where not all do
     "root": (*DOWNLOADED, *FILES, "latents"),
-    **dict.fromkeys(("image_size", "channels"), ("digits", *DOWNLOADED, *FILES)),
+    **dict.fromkeys(("image_size", "channels"), ("digits", *DOWNLOADED, *FILES, "own")),
     "resize": FILES,
     "held_out_fraction": ("digits", *FILES),
     "held_out_root": (*FILES, "latents"),
@@ -41,18 +42,20 @@ USED_BY = {  # the data sets that use a setting, where not all do
     "num_workers": (*FILES, "latents"),
     "cache": FILES,
     **dict.fromkeys(("autoencoder", "source_root"), ("latents",)),
+    **dict.fromkeys(("factory", "options"), ("own",)),
 }
 
 
 class DataConfig(Section):
     # fmt: off
     name: Literal[
-        "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "folder", "zip", "tar", "latents"
+        "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "folder", "zip", "tar",
+        "latents", "own",
     ]
     # fmt: on
     """Data set. `digits` ships with scikit-learn; `folder`, `zip` and `tar` hold your own images,
     flat or one folder a class, `tar` also webdataset's shards; `latents` is what `flowdopr encode`
-    wrote."""
+    wrote; `own` is what a function of yours returns: docs/data.md."""
     root: PathText = "data"
     """Where the data set is or is downloaded to: a folder, or the archive itself for `zip`; for
     `tar` the archive, a folder of archives or a pattern such as `'shards/{000..012}.tar'`."""
@@ -85,6 +88,16 @@ class DataConfig(Section):
     """`latents`: path of the autoencoder. null: its path at encoding."""
     source_root: PathText | None = None
     """`latents`: path of the images that were encoded. null: their path at encoding."""
+    factory: Function | None = None
+    """`own`: the function that returns the images, as `module:function`; the environment variable
+    FLOWDOPR_CODE must list it, because it runs code."""
+    options: dict[str, Any] | None = None
+    """`own`: the arguments of `factory`."""
+
+    @property
+    def place(self) -> str:
+        """The setting that says where the images come from, for messages."""
+        return f"data.factory={self.factory}" if self.factory else f"data.root={self.root}"
 
     @model_validator(mode="after")
     def _every_setting_is_used(self) -> DataConfig:
@@ -94,6 +107,8 @@ class DataConfig(Section):
                 self.unused(f"data.{key}", why)
         if self.held_out_root is not None:
             self.unused("data.held_out_fraction", "beside data.held_out_root")
+        if self.name == "own" and self.factory is None:
+            raise ValueError("data.name=own needs data.factory: MODULE:FUNCTION")
         if self.resize == "adm" and self.image_size is None:
             raise ValueError(
                 "data.resize=adm needs data.image_size: set it, or data.resize=bilinear"
@@ -397,7 +412,7 @@ class Config(Section):
     seed: CountOrZero = 0
     """Seed of weights, batches, noise, times and label dropout."""
     data: DataConfig
-    model: Annotated[DiTConfig | UNetConfig, NAMED]
+    model: Annotated[DiTConfig | UNetConfig | OwnConfig, NAMED]
     flow: FlowConfig = FlowConfig()
     optimizer: OptimizerConfig = AdamWConfig(name="adamw")
     train: TrainConfig

@@ -43,6 +43,9 @@ _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # cannot lead out of a folder
 _LETTERS = "must be of A-Z, a-z, 0-9, '.', '_' and '-', and begin with a letter or digit"
 Word = Annotated[str, text(_WORD, _LETTERS)]
 Words = Annotated[str, text(f"{_WORD}(/{_WORD})*", f"{_LETTERS}; '/' goes between folders")]
+Function = Annotated[
+    str, text(r"\w+(\.\w+)*:\w+", "must be MODULE:FUNCTION, such as my_models:make")
+]
 _AVERAGES = "must be ema, raw, own, ema-DECAY, power-LENGTH or posthoc-LENGTH"
 Weights = Annotated[str, text(r"ema|raw|own|(ema|power|posthoc)-.+", _AVERAGES)]
 Pattern = Annotated[str, AfterValidator(_regular_expression)]

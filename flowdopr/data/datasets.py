@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from flowdopr.config import DataConfig
+from flowdopr.config.own import call_own, explained
 from flowdopr.data.archives import Archive, Shards
 from flowdopr.data.check import broken_images
 from flowdopr.data.files import ImageFiles, load
@@ -52,6 +54,8 @@ def build_image_datasets(data: DataConfig) -> Datasets:
     """
     if data.name == "digits":
         return _in_memory(data, *_load_digits(data.held_out_fraction))
+    if data.name == "own":
+        return _in_memory(data, *_load_own(data))
     if data.name in TORCHVISION:
         return _in_memory(data, *_load_torchvision(data))
     sources = open_sources(data)
@@ -112,7 +116,7 @@ def _in_memory(
         fitted.append(ImageTensor(images, part.labels))
     channels, height, width = fitted[0].images.shape[1:]
     info = DatasetInfo(
-        name=data.name,
+        name=data.factory or data.name,
         image_shape=(channels, height, width),
         num_classes=len(names),
         class_names=tuple(names),
@@ -132,6 +136,43 @@ def _load_digits(held_out_fraction: float) -> tuple[ImageTensor, ImageTensor, Se
         ImageTensor(images[part], labels[part]) for part in split(labels, held_out_fraction, names)
     )
     return train, held_out, names
+
+
+def _load_own(data: DataConfig) -> tuple[ImageTensor, ImageTensor, Sequence[str]]:
+    """What the user's function returns: ((images, labels), (held-out images, their labels)).
+
+    Raises:
+        ConfigError: as `call_own`, or it returns something else.
+    """
+    what = "must return ((images, labels), (held-out images, their labels))"
+    found = call_own("data", data)
+    with explained(f"data.factory: {data.factory} {what}", "docs/data.md has an example"):
+        (images, labels), (others, their_labels) = found
+        if (labels is None) != (their_labels is None):
+            raise ValueError("one of the two has no labels")
+        train, held_out = _to_own_part(images, labels), _to_own_part(others, their_labels)
+        if train.images.shape[1:] != held_out.images.shape[1:]:
+            raise ValueError("the two have images of different shapes")
+    last = -1 if labels is None else int(max(part.labels.max() for part in (train, held_out)))
+    return train, held_out, [str(label) for label in range(last + 1)]
+
+
+def _to_own_part(images: Any, labels: Any) -> ImageTensor:
+    """Tensors or arrays of the user's as a split.
+
+    Raises:
+        ValueError: they are of other types or shapes.
+    """
+    images = torch.as_tensor(images)
+    labels = torch.zeros(len(images)) if labels is None else torch.as_tensor(labels)
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        found = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(f"images are {found} in place of uint8 (N, 1 or 3, H, W)")
+    if not images.numel() or labels.shape != images.shape[:1]:
+        raise ValueError(f"{tuple(labels.shape)} labels of {tuple(images.shape)} images")
+    if labels.min() < 0 or not torch.equal(labels, labels.long()):
+        raise ValueError("labels are whole numbers from 0")
+    return ImageTensor(images, labels.long())
 
 
 def _load_torchvision(data: DataConfig) -> tuple[ImageTensor, ImageTensor, Sequence[str]]:

@@ -23,6 +23,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from flowdopr.config import Config
+from flowdopr.config.own import own_code
 from flowdopr.data import UINT8_RULE, to_uint8
 from flowdopr.data.loader import picks_between
 from flowdopr.flow import (
@@ -169,6 +170,7 @@ class ImageSampler:
             "uint8": UINT8_RULE,
             "versions": versions(),
             "commit": commit(),
+            **own_code(self.config.model),
         }
 
     def guide_record(self) -> dict[str, Any]:

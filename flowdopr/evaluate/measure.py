@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowdopr.config import Config, ConfigError, apply_overrides
+from flowdopr.config.own import naming, own_code
 from flowdopr.config.schema import USED_BY
 from flowdopr.data import Datasets
 from flowdopr.disk import sealed, write_json
@@ -29,7 +30,10 @@ from flowdopr.runs import RunFolder, check_no_links
 from flowdopr.terminal import print_line
 
 FEWEST_FOR_FID = 50_000  # with fewer generated images, the card says that its distances are proxies
-PLACES = ("root", "held_out_root", "download", "num_workers", "cache", "autoencoder", "source_root")
+PLACES = (
+    *("root", "held_out_root", "download", "num_workers", "cache", "autoencoder", "source_root"),
+    *("factory", "options"),
+)
 CHANGEABLE = ("sample.", "evaluate.", *(f"data.{key}=" for key in PLACES))
 
 
@@ -107,6 +111,7 @@ class Evaluator:
             distances, more = metrics.measure(drawn, labels)
             card = origin | one_step | how | more | {"settings": settings}
             card |= {"metrics": loss | numbers | distances}
+            card |= own_code(config.model, config.data)
             card |= {"sampling": settings["sampling"] | guide | {"nfe": drawn.nfe}}
             card |= {"proxy": config.evaluate.fid_num_images < FEWEST_FOR_FID}
             card |= {"autoencoder": record} if record else {}
@@ -140,12 +145,12 @@ class Evaluator:
         Raises:
             ConfigError: they are not those that it was trained on.
         """
-        datasets = self._keep(config.data.model_dump_json(), lambda: build_datasets(config))
-        if datasets.info.fingerprint != self.folder.dataset.fingerprint:
-            raise ConfigError(
-                f"{self.folder.path}: the images in data.root={config.data.root} are not those it "
-                "was trained on; give data.root=FOLDER_OF_THOSE"
-            )
+        with naming(self.folder.path):
+            datasets = self._keep(config.data.model_dump_json(), lambda: build_datasets(config))
+            if datasets.info.fingerprint != self.folder.dataset.fingerprint:
+                raise ConfigError(
+                    f"the images in {config.data.place} are not those it was trained on; give those"
+                )
         return datasets
 
     def _real(self, config: Config, datasets: Datasets, device: torch.device) -> RealImages:

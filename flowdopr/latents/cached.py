@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowdopr.config import Config, DataConfig
+from flowdopr.config.own import naming
 from flowdopr.config.schema import USED_BY
 from flowdopr.data import build_image_datasets
 from flowdopr.data.info import DatasetInfo, Datasets
@@ -65,7 +66,8 @@ def build_pixel_datasets(config: Config) -> Datasets:
         raise ValueError(
             f"data.root: 'source' in '{Path(data.root) / NOTES}' is no section data ({error})"
         ) from None
-    datasets = build_image_datasets(source)
+    with naming(Path(data.root) / NOTES):
+        datasets = build_image_datasets(source)
     if datasets.info.fingerprint != notes.source.info.fingerprint:
         raise ValueError(
             f"data.source_root: the images in '{source.root}' are not those that were encoded into "

@@ -5,6 +5,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from flowdopr.config import Config, ConfigError
+from flowdopr.config.schema import USED_BY
 from flowdopr.data import Datasets, build_image_datasets
 from flowdopr.latents.autoencoder import Autoencoder
 from flowdopr.latents.shards import Encoding, write_notes, write_shards
@@ -51,7 +52,8 @@ def encode(
     settings = data.model_dump(
         exclude={"num_workers", "cache", "download", "autoencoder", "source_root"}
     )
-    places = {key: settings[key] for key in ("root", "held_out_root") if settings[key]}
+    used = [key for key in ("root", "held_out_root") if data.name in USED_BY[key]]
+    places = {key: settings[key] for key in used if settings[key]}
     encoding = Encoding(
         source=settings | {key: str(Path(place).resolve()) for key, place in places.items()},
         autoencoder=model.record(autoencoder),

@@ -16,6 +16,7 @@ class Launch(TypedDict, total=False):
     versions: dict[str, str]
     commit: str
     hardware: str
+    code: dict[str, str]
     launched: str
     from_step: int
 

@@ -19,7 +19,6 @@ from flowdopr.config import Config, ConfigError, read_config, to_yaml
 from flowdopr.config.yaml12 import parse_yaml
 from flowdopr.data import DatasetInfo
 from flowdopr.disk import parse_json, read_tensors, reading, to_json, write_tensors
-from flowdopr.models import build_model
 from flowdopr.runs.folder import RunFolder
 from flowdopr.runs.provenance import commit, versions
 
@@ -72,7 +71,7 @@ class ExportedRun(RunFolder):
             )
         plain = self.config.model.model_copy(update={"pc": None})  # PC layers were merged
         config = self.config.model_copy(update={"model": plain})
-        model = build_model(config, self.dataset.image_shape, self.dataset.num_classes)
+        model = self.new_model(config)
         model.load_state_dict(read_tensors(self.path, REMEDY, model.state_dict()))
         return model.to(device).eval(), own["step"]
 

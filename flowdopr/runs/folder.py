@@ -30,6 +30,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from flowdopr.config import Config, ConfigError, load_config, to_yaml
+from flowdopr.config.own import naming
 from flowdopr.data import DatasetInfo
 from flowdopr.disk import (
     LOCK,
@@ -460,16 +461,25 @@ class RunFolder:
             ConfigError: there is no such checkpoint, or it has no such weights (`load_weights`).
         """
         step = self.chosen_step(step)
-        model = build_model(self.config, self.dataset.image_shape, self.dataset.num_classes)
+        model = self.new_model(self.config)
         model.load_state_dict(self.load_weights(step, weights, model.state_dict()))
         update_spectral_norms(model)
         # Before the model is moved, so that its weights are the same on every device.
         return merge_pc_layers(model).to(device).eval(), step
 
+    def new_model(self, config: Config) -> nn.Module:
+        """The model of `config`, this run's, with weights as at the start of training.
+
+        Raises:
+            ConfigError: it is of code that this process is not allowed to run.
+        """
+        with naming(self.path):
+            return build_model(config, self.dataset.image_shape, self.dataset.num_classes)
+
     def num_parameters(self) -> int:
         """Number of trained numbers in the model, which is not loaded for that."""
         with torch.device("meta"):
-            model = build_model(self.config, self.dataset.image_shape, self.dataset.num_classes)
+            model = self.new_model(self.config)
         return sum(parameter.numel() for parameter in model.parameters())
 
     # Metrics

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from flowdopr.config import Config
 from flowdopr.config.optimizer import PACKAGES
+from flowdopr.config.own import own_code
 
 LIBRARIES = ("flowdopr", "torch", "torchvision", "torchdiffeq", "torch-fidelity", "accelerate")
 
@@ -44,16 +46,18 @@ def hardware(device: torch.device) -> str:
     return f"{platform.machine()} {device.type.upper()}, {threads} thread{'s' * (threads > 1)}"
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
+def provenance(device: torch.device, config: Config) -> dict[str, Any]:
     """Versions, commit, hardware and the time now, for the run folder's versions.json.
 
-    Among the versions are those of the packages that optimizers may come from.
+    Among the versions are those of the packages that optimizers may come from, and the SHA-256 of
+    code of the user's own that `config` names.
     """
     used = versions()
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             used[name] = metadata.version(name)
     made_by = {"versions": used, "commit": commit(), "hardware": hardware(device)}
+    made_by |= own_code(config.model, config.data)
     return made_by | {"launched": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 

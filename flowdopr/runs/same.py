@@ -16,6 +16,7 @@ FREE_ON_RESUME = (
     *("data.root", "data.held_out_root", "data.download", "data.num_workers", "data.cache"),
     "data.on_bad_image",  # which images are left is in the fingerprint
     *("data.autoencoder", "data.source_root"),
+    *("data.factory", "data.options"),  # the images that they give are in the fingerprint
     *(f"train.{key}" for key in ("steps", "log_every", "validate_every", "sample_every")),
     *(f"train.{key}" for key in ("checkpoint_every", "keep_checkpoints", "keep_every")),
     *(f"train.{key}" for key in ("keep_best", "max_skipped_steps", "process_timeout", "trackers")),
@@ -46,7 +47,7 @@ def check_same_run(
         )
     if dataset.fingerprint != run.dataset.fingerprint and not changed_data:
         raise ConfigError(
-            f"{run.path}: the images in {config.data.root} are not those this run was trained on; "
+            f"{run.path}: the images in {config.data.place} are not those this run was trained on; "
             "give those, or go on with these by --resume --changed-data"
         )
     for key in ("image_shape", "class_names"):

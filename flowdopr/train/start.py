@@ -78,8 +78,8 @@ def train(
             held.enter_context(run_log(run.path / "log.txt"))
             for line in (datasets.summary(), *unchecked):
                 log.info("%s", line)
-            made_by = provenance(accelerator.device) | {"processes": accelerator.num_processes}
-            made_by |= {"data": datasets.info.fingerprint} | components.initial
+            made_by = provenance(accelerator.device, config) | components.initial
+            made_by |= {"processes": accelerator.num_processes, "data": datasets.info.fingerprint}
             run = RunFolder.create(config, datasets.info, made_by, **allowed)
         else:
             held.enter_context(run_log(None))
