@@ -27,8 +27,10 @@ def test_the_distance_is_that_of_pytorch_fid(monkeypatch):
     assert ours[0].distance(ours[1]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_statistics_that_were_written_give_the_same_distance(make_run, tmp_path):
+def test_statistics_that_were_written_give_the_same_distance(make_run, tmp_path, capsys):
     run, file = make_run(), tmp_path / "new" / "digits.npz"
+    assert run_command(["evaluate", str(run.path), f"--save-reference={file}", "--step=1"]) == 2
+    assert "leave --step and --force out" in capsys.readouterr().err
     assert run_command(["evaluate", str(run.path), f"--save-reference={file}"]) == 0
     with np.load(file, allow_pickle=False) as stored:
         assert {"mu", "sigma"} <= set(stored)
