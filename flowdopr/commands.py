@@ -249,10 +249,15 @@ def evaluate(
     Only settings of the sections `sample` and `evaluate` can be changed.
     """
     with importing():
+        from flowdopr.config import ConfigError
         from flowdopr.evaluate import Evaluator
         from flowdopr.evaluate import evaluate as run_evaluate
 
     if save_reference is not None:
+        if force or step is not None:
+            raise ConfigError(
+                "--save-reference measures no checkpoint: leave --step and --force out"
+            )
         Evaluator(run).save_reference(save_reference, overrides or ())
         _tell(save_reference)
         return

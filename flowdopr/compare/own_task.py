@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ class OwnTask:
     horizons: tuple[str, ...] = ()
 
     def trial(self, arm: Arm, lr: float, seed: int) -> Trial:
-        return Trial(self.name, arm.name, arm.gp, arm.dopr, lr, seed, self.settings)
+        # A float, as in the results file: there 1 would be another trial than 1.0.
+        return Trial(self.name, arm.name, arm.gp, arm.dopr, float(lr), seed, self.settings)
 
 
 @dataclass
@@ -150,7 +152,7 @@ def fit(
 
     The learning rate rises over `warmup` steps and stays. `measure` sees the model in evaluation
     mode with an average of its latest weights, which at a constant rate stands for a decay: so all
-    points of a run are alike. It ends early where a measure is not finite.
+    points of a run are alike.
 
     Args:
         batch_loss: draws the next batch and returns its mean loss.
@@ -170,8 +172,6 @@ def fit(
             with average.applied(model), torch.no_grad():
                 measures = measure()
             model.train()
-            if not all(map(math.isfinite, measures.values())):
-                return
             yield {"step": step, **measures}
 
 
@@ -249,5 +249,9 @@ def _finish(
 
 def _run(task: OwnTask, trial: Trial) -> Run:
     began = time.perf_counter()
-    curve = list(task.train(trial))
+    curve = list(takewhile(_is_finite, task.train(trial)))  # a run that diverged ends there
     return Run(trial, curve, time.perf_counter() - began)
+
+
+def _is_finite(point: Point) -> bool:
+    return all(map(math.isfinite, point.values()))

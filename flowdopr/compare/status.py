@@ -118,10 +118,11 @@ def _spent(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _shares(lines: list[dict[str, Any]]) -> str:
-    """Of the time so far; on a GPU, waiting for data may overlap the other parts."""
+    """Of the time so far; on a GPU, waiting for data may overlap the other parts. Those that were
+    not measured, as in runs of earlier versions, are left out."""
     spent = _spent(lines)
     whole = spent.pop("training") + spent["evaluation"]
-    shares = (f"{100 * s / whole:.0f} % {part}" for part, s in spent.items())
+    shares = (f"{100 * s / whole:.0f} % {part}" for part, s in spent.items() if s)
     return f"time: {', '.join(shares)}".replace("data_wait", "waiting for data")
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch_fidelity
+from numpy.lib.npyio import NpzFile
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
@@ -76,13 +77,16 @@ def read_statistics(path: Path, dimension: int, weights_sha256: str) -> Statisti
     Raises:
         ValueError: the file is missing or damaged, has another dimension, or names another network.
     """
-    with reading(path, REMEDY), np.load(path, allow_pickle=False) as file:
-        mu, sigma = (np.asarray(file[name], dtype=np.float64) for name in ("mu", "sigma"))
+    with reading(path, REMEDY), path.open("rb") as raw, NpzFile(raw, allow_pickle=False) as file:
+        # Neither texts nor complex numbers become real ones.
+        mu, sigma = (file[name].astype(np.float64, casting="same_kind") for name in ("mu", "sigma"))
         network = str(file["weights_sha256"]) if "weights_sha256" in file else weights_sha256
         if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
             raise ValueError(f"its mu is {list(mu.shape)} and its sigma {list(sigma.shape)}")
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise ValueError("it has numbers that are not finite")
+        if not np.allclose(sigma, sigma.T) or sigma.diagonal().min() < 0:
+            raise ValueError("its sigma is not symmetric, or has negative variances")
     wrong = f"{len(mu)} features, and evaluate.extractor has {dimension}"
     if len(mu) == dimension:
         wrong = "" if network == weights_sha256 else "another network than evaluate.extractor's"

@@ -61,7 +61,7 @@ ADM: dict[str, str | Callable[[re.Match[str]], str]] = {
 
 
 def as_ours(content: Mapping[str, Any], model: nn.Module) -> Tensors:
-    """The weights in a file, with the names and shapes that those of `model` would have.
+    """The weights in a file, with the names, shapes and dtypes that those of `model` would have.
 
     Weights that fit no model of ours keep their own names or shapes, for a message that names them.
 
@@ -77,8 +77,6 @@ def as_ours(content: Mapping[str, Any], model: nn.Module) -> Tensors:
         tensors = _of_sit(tensors, model)
     elif "input_blocks.0.0.weight" in tensors and isinstance(model, UNet):
         tensors = _of_adm(tensors, model, heads_first=_heads_first(content, stored))
-    else:
-        return tensors
     wanted = model.state_dict()
     return {
         name: tensor.to(wanted[name].dtype) if name in wanted else tensor

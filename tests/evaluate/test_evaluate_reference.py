@@ -27,8 +27,10 @@ def test_the_distance_is_that_of_pytorch_fid(monkeypatch):
     assert ours[0].distance(ours[1]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_statistics_that_were_written_give_the_same_distance(make_run, tmp_path):
+def test_statistics_that_were_written_give_the_same_distance(make_run, tmp_path, capsys):
     run, file = make_run(), tmp_path / "new" / "digits.npz"
+    assert run_command(["evaluate", str(run.path), f"--save-reference={file}", "--step=1"]) == 2
+    assert "leave --step and --force out" in capsys.readouterr().err
     assert run_command(["evaluate", str(run.path), f"--save-reference={file}"]) == 0
     with np.load(file, allow_pickle=False) as stored:
         assert {"mu", "sigma"} <= set(stored)
@@ -70,8 +72,12 @@ def test_a_file_with_other_statistics_gives_another_distance(make_run, tmp_path)
             r"its mu is \[2, 3\] and its sigma \[3, 3\]",
         ),
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "numbers that are not finite"),
+        ({"mu": np.zeros(3), "sigma": np.tri(3)}, "sigma is not symmetric"),
+        ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "or has negative variances"),
+        ({"mu": np.zeros(3), "sigma": 1j * np.eye(3)}, "is damaged: Cannot cast"),
         ({"mu": np.zeros(3)}, "is damaged: .*sigma.*; let evaluate.reference name an npz file"),
         ({"mu": np.array([{}]), "sigma": np.eye(1)}, "is damaged: .*allow_pickle"),
+        (b"text", "is damaged: File is not a zip file; let"),
         (None, "other.npz: is missing; let evaluate.reference"),
         ("network", "is of another network than"),
     ],
@@ -83,6 +89,8 @@ def test_files_that_do_not_fit_are_refused_before_images_are_drawn(
     if content == "network":
         Evaluator(run.path).save_reference(file)
         np.savez(file, **dict(np.load(file)) | {"weights_sha256": "0" * 64})
+    elif isinstance(content, bytes):
+        file.write_bytes(content)
     elif content is not None:
         np.savez(file, **content)
     monkeypatch.delattr(import_module("flowdopr.evaluate.generate").ImageSampler, "draw")

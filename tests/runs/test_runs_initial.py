@@ -48,6 +48,13 @@ def test_the_setting_that_weights_need_is_named(tmp_path, stored, model, remedy)
         load_initial(model, str(tmp_path / "a.safetensors"))
 
 
+def test_weights_of_another_precision_are_converted(tmp_path):
+    stored, model = dit(), dit()
+    torch.save(stored.bfloat16().state_dict(), tmp_path / "a.pt")
+    load_initial(model, str(tmp_path / "a.pt"))
+    torch.testing.assert_close(model.state_dict(), stored.float().state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
