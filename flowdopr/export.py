@@ -65,7 +65,8 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: is there already; choose another --out")
     model, step = folder.load_model(step, weights)
-    found = model.state_dict()
+    # Cloned, because tied weights share memory, which safetensors does not take.
+    found = {name: value.clone() for name, value in model.state_dict().items()}
     named = weights == "raw" or weights.startswith("posthoc-")
     own = weights if named else file_of(folder.config, weights)
     drawn = folder.path / "samples" / f"step-{step:08d}.png"

@@ -70,8 +70,6 @@ def _own_model(
         elif (found := getattr(model, name)) != value:
             raise ConfigError(f"{place}: its model has {name} {found}; the data have {value}")
     x, t = torch.zeros(2, *image_shape), torch.full((2,), 0.5)
-    if x.is_meta:  # only its parameters are counted
-        return model
     y = torch.tensor([0, num_classes]) if num_classes else None
     remedy = f"it must take x (B, C, H, W), t (B,) and y (B,), 0 to {num_classes} or None"
     with explained(f"{place}: its model(x, t, y) fails", remedy), torch.no_grad():

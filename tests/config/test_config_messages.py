@@ -144,7 +144,7 @@ OVERRIDES = [
      "data.name: unknown value 'digitz'; did you mean 'digits'?"),
     ("data.name=qqq",
      "data.name: unknown value 'qqq'; choose one of digits, mnist, fashion_mnist, cifar10, "
-     "cifar100, folder, zip, tar, latents"),
+     "cifar100, folder, zip, tar, latents, own"),
     ("optimizer=Muon",
      "optimizer.name: unknown name 'Muon'; did you mean 'muon'?"),
     ("optimizer.name=dopr_muon",

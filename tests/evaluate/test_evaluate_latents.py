@@ -12,6 +12,7 @@ from latent_run import notes_of, save_autoencoder, source_config, training_confi
 from PIL import Image
 
 from flowdopr.cli import run_command
+from flowdopr.config import ConfigError
 from flowdopr.data import plain_batches, to_uint8
 from flowdopr.disk import sealed, write_json
 from flowdopr.evaluate import classifier, evaluate, sample
@@ -169,6 +170,28 @@ def test_a_source_of_two_folders_may_move(tmp_path, vae, pictures, write_images)
     with pytest.raises(ValueError, match=r"data.held_out_root: there is no folder"):
         evaluate(run)
     assert evaluate(run, [f"data.held_out_root={tmp_path / 'moved'}"]).is_file()
+
+
+MAKE = """
+import torch
+
+def make():
+    return [(torch.eye(16).byte().repeat(2, 1, 1, 1), [0, 1])] * 2
+"""
+
+
+def test_the_pixels_of_images_without_a_folder_are_found_again_if_allowed(
+    tmp_path, vae, pictures, own_module, monkeypatch
+):
+    own_module("pictures_of_mine", MAKE)
+    monkeypatch.setenv("FLOWDOPR_CODE", "pictures_of_mine:make")
+    for name in ("digits, image_size: 16", "own, factory: 'pictures_of_mine:make'"):
+        config = source_config(pictures, f"data={{name: {name}, channels: 3}}")
+        out = encode(config, autoencoder=str(vae), out=tmp_path / config.data.name)
+        assert build_pixel_datasets(training_config(out)).info == build_datasets(config).info
+    monkeypatch.delenv("FLOWDOPR_CODE")
+    with pytest.raises(ConfigError, match=r"latents.json: data.factory: pictures_of_mine:make is"):
+        build_pixel_datasets(training_config(out))
 
 
 def test_two_processes_write_what_one_does(tmp_path, vae, pictures):

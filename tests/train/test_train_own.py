@@ -42,6 +42,16 @@ class Net(nn.Module):
         return self.last(torch.relu(self.inner(h.movedim(1, -1))).movedim(-1, 1))
 
 
+class Tied(Net):
+    def __init__(self, **given):
+        super().__init__(**given)
+        self.again = nn.Linear(self.inner.in_features, self.inner.out_features)
+        self.again.weight = self.inner.weight
+
+    def forward(self, x, t, y):
+        return super().forward(x, t, y) + self.again(self.first(x).movedim(1, -1)).mean()
+
+
 class Flat(Net):
     def forward(self, x, t, y):
         return super().forward(x, t, y).flatten(1)
@@ -142,11 +152,14 @@ def code_of_card(run):
     return json.loads(card.read_text())["code"]
 
 
-def test_a_run_is_measured_drawn_from_and_exported(tmp_path, monkeypatch):
-    monkeypatch.setenv("FLOWDOPR_CODE", "mine:Net,mine:plain")
-    run = train(tiny(tmp_path, MODEL, PLAIN, "train.steps=2"))
+@pytest.mark.parametrize("factory", ["mine:Net", "mine:Tied"])
+def test_a_run_is_measured_drawn_from_and_exported(tmp_path, monkeypatch, factory):
+    monkeypatch.setenv("FLOWDOPR_CODE", f"{factory},mine:plain")
+    run = train(
+        tiny(tmp_path, f"model={{name: own, factory: '{factory}'}}", PLAIN, "train.steps=2")
+    )
     assert run_command(["evaluate", str(run), *MEASURED]) == 0
-    assert code_of_card(run) == dict.fromkeys(("mine:Net", "mine:plain"), file_sha256("mine.py"))
+    assert code_of_card(run) == dict.fromkeys((factory, "mine:plain"), file_sha256("mine.py"))
     assert run_command(["sample", str(run), "--num", "2", "--out", str(tmp_path / "drawn")]) == 0
     assert len(list((tmp_path / "drawn").glob("0*.png"))) == 2
     exported = export(run, tmp_path / "exported") / "model.safetensors"
