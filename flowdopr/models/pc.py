@@ -150,21 +150,21 @@ def add_pc_layers(
             PC layer.
     """
     if level not in range(len(LEVELS)):
-        raise ValueError(f"pc.level is {level}, it must be 0 to {len(LEVELS) - 1}")
+        raise ValueError(f"model.pc.level is {level}, it must be 0 to {len(LEVELS) - 1}")
     named = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     chosen: dict[str, Any] = {}
     for pattern in layers:
         found = {name: layer for name, layer in named.items() if finder(pattern)(name)}
         if not found:
             raise ValueError(
-                f"pc.layers: '{pattern}' finds no Linear or Conv2d layer of the "
+                f"model.pc.layers: '{pattern}' finds no Linear or Conv2d layer of the "
                 f"{type(model).__name__}: correct or remove it"
             )
         chosen |= found
     owners = Counter(module._parameters.get("weight") for module in model.modules())
     for name, layer in chosen.items():
         if reason := _why_not(layer, owners, recover_norm):
-            raise ValueError(f"pc.layers: '{name}' {reason}: let no pattern match it")
+            raise ValueError(f"model.pc.layers: '{name}' {reason}: let no pattern match it")
     for layer in chosen.values():
         layer.__class__ = OURS.get(type(layer), type(layer))
         layer.weight_map = PCMap(

@@ -248,7 +248,7 @@ class Other(nn.Linear):
         (lambda: add_pc_layers(nn.Sequential(Linear(2, 2)), layers=[""]), {}, "is one already"),
         (lambda: tied(), {}, "'0' shares its weight with another layer: let no pattern"),
         (lambda: zero(), {"recover_norm": False}, "'0' starts at zero"),
-        (lambda: zero(), {"level": 5}, "pc.level is 5, it must be 0 to 4"),
+        (lambda: zero(), {"level": 5}, "model.pc.level is 5, it must be 0 to 4"),
     ],
 )
 def test_what_cannot_be_a_pc_layer_is_refused(model, options, words):
