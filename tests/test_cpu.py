@@ -55,3 +55,22 @@ def test_second_moments_equal_their_definition(shape, onednn):
     add_second_moment(sums, rows, 2.0)
     expected: Tensor = 1 + 2 * torch.einsum("ngbs,ngbt->gbst", rows, rows)
     torch.testing.assert_close(sums.tril(), expected.tril(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("onednn", [True], indirect=True)
+def test_bfloat16_attention_is_as_exact_as_bfloat16(onednn):
+    q, k, v = (torch.randn(2, 3, 40, 16, requires_grad=True) for _ in range(3))
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    wanted = torch.autograd.grad(exact.square().sum(), (q, k, v))
+    rounded = cpu.attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    found = torch.autograd.grad(rounded.float().square().sum(), (q, k, v))
+    assert rounded.dtype == torch.bfloat16
+    for ours, theirs in zip((rounded, *found), (exact, *wanted), strict=True):
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_linear_under_autocast_is_no_convolution(onednn):
+    x, weight = torch.randn(512, 24, requires_grad=True), torch.randn(32, 24)
+    with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as profile:
+        cpu.linear(x, weight)
+    assert not any("conv" in event.name for event in profile.events())
