@@ -1,8 +1,10 @@
 """Replacements of torch functions that are faster on the CPU.
 
-`linear` and `upsampled_conv2d` differ from the functions they replace only by rounding, `dropout`
-by which elements it drops.
+`linear`, `attention`, `product` and `upsampled_conv2d` differ from the functions they replace only
+by rounding, `dropout` by which elements it drops.
 """
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,8 @@ ONEDNN_IS_FAST = (
 )
 # torch runs 1x1 convolutions of fewer images by a slower kernel. With fewer rows, MKL is faster.
 ONEDNN_IMAGES, ONEDNN_MIN_ROWS = 16, 512
+ONEDNN_MIN_PRODUCTS = 2**21  # multiplications in a product of matrices; up to these, MKL is faster
+MAX_SCORES = 1024  # tokens up to which attention may keep a score for each pair
 # Folding the kernel costs more than the products it saves when the image is smaller than this.
 FOLD_MIN_PIXELS = 64
 
@@ -24,12 +28,56 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     where that is faster."""
     rows = input.shape[:-1].numel()
     suits = ONEDNN_IS_FAST and input.is_cpu and input.dtype == torch.float32
+    # In bfloat16, to which autocast casts here, F.linear calls oneDNN itself, twice as fast.
+    suits = suits and not torch.is_autocast_enabled("cpu")
     if not suits or rows < ONEDNN_MIN_ROWS or rows % ONEDNN_IMAGES:
         return F.linear(input, weight, bias)
     # Rows become the pixels of channels-last images one pixel high: views, no copies.
     pixels = input.reshape(ONEDNN_IMAGES, -1, input.shape[-1]).mT.unsqueeze(2)
     out = F.conv2d(pixels, weight[:, :, None, None], bias)
     return out.squeeze(2).mT.reshape(*input.shape[:-1], weight.shape[0])
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`F.scaled_dot_product_attention`, (B, H, N, E) each -> (B, H, N, E).
+
+    In bfloat16 on the CPU the fused kernel is slower than in float32, and two products with all
+    scores in memory are not.
+    """
+    suits = ONEDNN_IS_FAST and q.is_cpu and q.dtype == torch.bfloat16
+    if not suits or k.shape[-2] > MAX_SCORES:
+        return F.scaled_dot_product_attention(q, k, v)
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    return scores.softmax(-1) @ v
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b`, (..., n, k) and (..., k, m) with the same leading axes -> (..., n, m), without a
+    gradient, computed by oneDNN where that is faster. Unlike `linear`, it suits any number of rows.
+    """
+    if not _suits_onednn(a, b):
+        return a @ b
+    # Parts of a matrix that are transposed would get oneDNN's slowest kernel.
+    a = a if a.stride(-1) == 1 else a.contiguous()
+    square = a.shape[-1] == b.shape[-1]
+    out = torch.empty_like(a) if square else a.new_empty(*a.shape[:-1], b.shape[-1])
+    for place in itertools.product(*map(range, a.shape[:-2])):
+        weight = b[place].mT if b[place].is_contiguous() else b[place].mT.contiguous()
+        out[place] = torch.ops.mkldnn._linear_pointwise(a[place], weight, None, "none", [], "")
+    return out
+
+
+def add_product(sums: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    """`sums.addmm_(a, b, alpha=alpha)` by `product` where that is faster."""
+    if _suits_onednn(a, b):
+        sums.add_(product(a, b), alpha=alpha)
+    else:
+        sums.addmm_(a, b, alpha=alpha)
+
+
+def _suits_onednn(a: Tensor, b: Tensor) -> bool:
+    suits = ONEDNN_IS_FAST and a.is_cpu and a.dtype == torch.float32
+    return suits and a.shape[-2:].numel() * b.shape[-1] > ONEDNN_MIN_PRODUCTS
 
 
 def dropout(input: Tensor, p: float, training: bool) -> Tensor:

@@ -12,10 +12,12 @@ Our default settings are timed against the other project's recipe, in pairs:
   EMA. It needs `pip install --no-deps torchcfm`; without it the script skips the pair and says so.
   Before the timing, our U-Net is given torchcfm's weights and must give the same outputs.
 - `pc`: our DiT with PC layers against our DiT without; the ratio is below 1 by what they cost.
+- `precision`: our DiT with `--precision` and `--compile` against our DiT in float32 without.
 
 A step is noise and times, forward, backward, clipping, optimizer and EMA. The two sides take
 turns, on a CPU step by step, on a GPU ten steps at a time, which are waited for. A ratio is the
-median over rounds of their seconds divided by ours; above 1 we are faster. `--precision` and
+median over rounds of their seconds divided by ours; above 1 we are faster. With `--threads 1` on
+a CPU these are seconds of the processor, in which other programs have no part. `--precision` and
 `--compile` change our side, as a config does; with `--both` they change the other side too. On a
 GPU both sides may use TF32 in float32, as SiT's script does.
 """
@@ -163,13 +165,15 @@ def dit_pair(batch_size: int, size: str, ours: Setup, theirs: Setup) -> dict[str
     }
 
 
-def pc_pair(batch_size: int, size: str, setup: Setup) -> dict[str, Step]:
-    """Steps of a DiT with PC layers and of one without, on the same latents."""
-    x_1, y, shape, classes = latents(batch_size, setup.device)
-    with_pc, plain = (DiT(shape, classes, size=size).to(setup.device) for _ in range(2))
+def own_pair(
+    batch_size: int, size: str, ours: Setup, theirs: Setup, *, pc: bool
+) -> dict[str, Step]:
+    """Steps of two of our DiTs on the same latents; `pc`: the first one has PC layers."""
+    x_1, y, shape, classes = latents(batch_size, ours.device)
+    dit, other = (DiT(shape, classes, size=size).to(ours.device) for _ in range(2))
     return {
-        "ours": our_step(add_pc_layers(with_pc), x_1, y, setup, max_norm=None),
-        "theirs": our_step(plain, x_1, y, setup, max_norm=None),
+        "ours": our_step(add_pc_layers(dit) if pc else dit, x_1, y, ours, max_norm=None),
+        "theirs": our_step(other, x_1, y, theirs, max_norm=None),
     }
 
 
@@ -205,12 +209,14 @@ def check_equal(ours: UNet, theirs: nn.Module) -> None:
 
 def seconds_per_step(step: Step, device: str, steps: int) -> float:
     """Mean over `steps` steps that follow each other without waiting."""
-    start = time.perf_counter()
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    now = time.process_time if alone else time.perf_counter
+    start = now()
     for _ in range(steps):
         step()
     if device != "cpu":
         torch.accelerator.synchronize()
-    return (time.perf_counter() - start) / steps
+    return (now() - start) / steps
 
 
 def measure(
@@ -247,7 +253,7 @@ def environment(device: str) -> dict[str, str | int]:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add, pairs = parser.add_argument, ["dit", "unet", "pc"]
+    add, pairs = parser.add_argument, ["dit", "unet", "pc", "precision"]
     add("--quick", action="store_true", help="smoke test: few rounds, small batches")
     add("--device", default="cpu", help="cpu or cuda")
     add("--dit", choices=DIT_SIZES, default="S", help="size of the DiT")
@@ -270,7 +276,8 @@ def main() -> None:
     torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
     batch_size, rounds = (4, 3) if arguments.quick else (arguments.batch_size, arguments.rounds)
     ours = Setup(device, arguments.precision == "bf16", arguments.compile)
-    theirs = ours if arguments.both else Setup(device, bf16=False, compiled=False)
+    plain = Setup(device, bf16=False, compiled=False)
+    theirs = ours if arguments.both else plain
     report: dict[str, object] = {"environment": environment(device)}
     for name in arguments.pairs:
         try:
@@ -279,7 +286,8 @@ def main() -> None:
             elif name == "unet":
                 pair = unet_pair(batch_size, ours, theirs)
             else:
-                pair = pc_pair(batch_size, arguments.dit, ours)
+                pc = name == "pc"
+                pair = own_pair(batch_size, arguments.dit, ours, ours if pc else plain, pc=pc)
         except ValueError as error:
             print(f"{name}: skipped: {error}")
             continue

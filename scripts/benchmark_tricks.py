@@ -11,6 +11,7 @@ the first arm is the extra cost of DoPr without the trick.
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -44,7 +45,7 @@ TRICKS: dict[str, tuple[dict[str, Any], dict[str, object]]] = {
     "no triangular Grams": ({}, {"flowdopr.optim.dopr.views.add_second_moment": whole_gram}),
     "no batched inverses": ({}, {"flowdopr.optim.dopr.transforms.MAX_INVERTED": 0}),
     "no batched application": ({}, {"flowdopr.optim.dopr.transforms.MAX_MULTIPLIED": 0}),
-    "no oneDNN products": ({}, {"flowdopr.optim.dopr.views.linear": torch.nn.functional.linear}),
+    "no oneDNN products": ({}, {"flowdopr.cpu.ONEDNN_MIN_PRODUCTS": math.inf}),
     "no shared statistics": (
         {},
         {"flowdopr.optim.dopr.statistics.Statistics._decide_sharing": lambda _: None},

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flowdopr.cpu import dropout, linear
+from flowdopr.cpu import attention, dropout, linear
 
 
 class EffectiveWeight:
@@ -199,7 +199,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attention(q, k, v)
         return self.proj(rearrange(out, "b h n e -> b n (h e)"))
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from flowdopr.cpu import product
 from flowdopr.optim.dopr.views import LayerView, Sample, unravelled
 
 
@@ -113,8 +114,7 @@ class ChannelView(LayerView):
     def gradients(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         weight = like[0]
         offsets_first = matrix.transpose(1, 2).reshape(weight.shape[0], self.offsets, -1)
-        product = offsets_first.transpose(1, 2).reshape(weight.shape)
-        return [product.to(weight.dtype)]
+        return [offsets_first.transpose(1, 2).reshape(weight.shape).to(weight.dtype)]
 
 
 class MeanChannelView(ChannelView):
@@ -174,10 +174,10 @@ class MeanChannelView(ChannelView):
         matrix = torch.stack(matrices).to(transforms[0].dtype)  # (K, g, b, r, k * k, s)
         for_mean, for_rest = torch.stack(list(transforms)).chunk(2, dim=2)
         correction = matrix.mean(4) @ (for_mean - for_rest)
-        product = (matrix.flatten(3, 4) @ for_rest).view(matrix.shape)
-        product = product.add_(correction[:, :, :, :, None]).permute(0, 1, 3, 2, 5, 4)
+        found = product(matrix.flatten(3, 4), for_rest).view(matrix.shape)
+        found = found.add_(correction[:, :, :, :, None]).permute(0, 1, 3, 2, 5, 4)
         like = many[0][0]
-        return [[weight.reshape(like.shape).to(like.dtype)] for weight in product.unbind(0)]
+        return [[weight.reshape(like.shape).to(like.dtype)] for weight in found.unbind(0)]
 
 
 class TransposedView(ChannelView):

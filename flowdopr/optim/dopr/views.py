@@ -29,9 +29,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowdopr.cpu import linear
+from flowdopr.cpu import add_product, product
 
 UNIT = 2**20
+WIDE, STRIPS = 128, 4  # side from which a sum of z z^T is made in strips, and their number
 GOLDEN = 648055  # of UNIT, the golden ratio; in integers, alike everywhere
 
 
@@ -75,23 +76,24 @@ def unravelled(numbers: Tensor, grid: Sequence[int]) -> tuple[Tensor, ...]:
 def add_second_moment(sums: Tensor, rows: Tensor, weight: float) -> None:
     """Add weight * sum_i z_i z_i^T of `rows` (n, g, b, s) to `sums` (g, b, s, s), in place.
 
-    One wide matrix gets its lower triangle only, in strips, which saves a third of the work;
-    nothing reads the upper triangle.
+    Wide matrices get their lower triangles only, in strips, which saves a third of the work;
+    nothing reads the upper triangles.
     """
-    groups, blocks, side, _ = sums.shape
+    side = sums.shape[-1]
     rows = rows.to(sums.dtype)
     if side == 1:
         sums.add_(rows.square().sum(0)[..., None], alpha=weight)
-    elif groups * blocks == 1:
-        flat = rows.reshape(-1, side)
-        strips = 4 if side >= 128 else 1
-        for i in range(strips):
-            first, last = side * i // strips, side * (i + 1) // strips
-            strip = sums[0, 0, first:last, :last]
-            strip.addmm_(flat[:, first:last].mT, flat[:, :last], alpha=weight)
-    else:
-        stacked = rows.reshape(-1, groups * blocks, side).transpose(0, 1)
+        return
+    stacked = rows.flatten(1, 2).transpose(0, 1)
+    if side < WIDE:
         sums.view(-1, side, side).baddbmm_(stacked.mT, stacked, alpha=weight)
+        return
+    for of_block, block in zip(sums.view(-1, side, side), stacked, strict=True):
+        columns = block.mT.contiguous()
+        for i in range(STRIPS):
+            first, last = side * i // STRIPS, side * (i + 1) // STRIPS
+            strip = of_block[first:last, :last]
+            add_product(strip, columns[first:last], columns[:last].mT, weight)
 
 
 class LayerView:
@@ -172,13 +174,8 @@ class LayerView:
     def multiply(self, grads: Sequence[Tensor], transform: Tensor) -> list[Tensor]:
         """The gradient matrix times T from the right, as gradients again."""
         matrix = self.matrix(grads).to(transform.dtype)
-        if self.side == 1:
-            product = matrix * transform
-        elif self.groups * self.blocks == 1:
-            product = linear(matrix[0, 0], transform[0, 0].mT)[None, None]
-        else:
-            product = matrix @ transform
-        return self.gradients(product, grads)
+        found = matrix * transform if self.side == 1 else product(matrix, transform)
+        return self.gradients(found, grads)
 
     def batch_key(self, grads: Sequence[Tensor]) -> tuple[object, ...] | None:
         """Layers with equal keys may share one `multiply_many`; None where that gains nothing."""
