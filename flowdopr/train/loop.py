@@ -59,7 +59,7 @@ from flowdopr.train.trackers import show_numbers, show_picture
 log = logging.getLogger("flowdopr.train")
 
 HELD_OUT, GRID = "held-out loss", "sample grid"
-TRY = "lower optimizer.lr, lengthen train.warmup_steps, or use train.precision=bf16 or no"
+TRY = "lower optimizer.lr, lengthen train.warmup_steps, or set train.precision=no where it is not"
 
 
 @dataclass(frozen=True)
