@@ -75,7 +75,7 @@ def test_the_humanoids_pose_is_at_rest_and_falls_without_feedback(humanoid):
 
 
 def test_the_expert_keeps_the_humanoid_upright(humanoid):
-    episodes = list(humanoid.expert_rollouts(3, seed=1))
+    episodes = list(humanoid.expert_rollouts(3, seed=20_000))  # those of robot_policy.py
     assert [one.survived for one in episodes] == [humanoid.EPISODE] * 3
     assert min(one.reward for one in episodes) > 4.5 * humanoid.EPISODE
 
