@@ -59,12 +59,18 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
     # Parts of a matrix that are transposed would get oneDNN's slowest kernel.
     a = a if a.stride(-1) == 1 else a.contiguous()
+    if a.shape[:-2].numel() == 1:
+        return _inner_product(a.flatten(0, -2), b.flatten(0, -2)).view(*a.shape[:-1], b.shape[-1])
     square = a.shape[-1] == b.shape[-1]
     out = torch.empty_like(a) if square else a.new_empty(*a.shape[:-1], b.shape[-1])
     for place in itertools.product(*map(range, a.shape[:-2])):
-        weight = b[place].mT if b[place].is_contiguous() else b[place].mT.contiguous()
-        out[place] = torch.ops.mkldnn._linear_pointwise(a[place], weight, None, "none", [], "")
+        out[place] = _inner_product(a[place], b[place])
     return out
+
+
+def _inner_product(a: Tensor, b: Tensor) -> Tensor:
+    weight = b.mT if b.is_contiguous() else b.mT.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(a, weight, None, "none", [], "")
 
 
 def add_product(sums: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:

@@ -89,7 +89,7 @@ def add_second_moment(sums: Tensor, rows: Tensor, weight: float) -> None:
         sums.view(-1, side, side).baddbmm_(stacked.mT, stacked, alpha=weight)
         return
     for of_block, block in zip(sums.view(-1, side, side), stacked, strict=True):
-        columns = block.mT.contiguous()
+        columns = block.contiguous().mT.contiguous()  # two copies: one would stride through memory
         for i in range(STRIPS):
             first, last = side * i // STRIPS, side * (i + 1) // STRIPS
             strip = of_block[first:last, :last]
