@@ -176,7 +176,7 @@ def draw(task: OwnTask, arms: Sequence[ArmRuns]) -> Any:
             "markersize": 5,
             "markerfacecolor": "w" if one.arm.base else colour,
         }
-        for run in one.reported.values():
+        for run in (run for run in one.reported.values() if run.curve):
             x, y = ([p[name] for p in run.curve] for name in (task.loss, task.rollout))
             left.plot(x, y, **style | {"linewidth": 0.7}, alpha=0.6)
             left.plot(x[-1:], y[-1:], color=colour, **marker)
@@ -192,7 +192,8 @@ def draw(task: OwnTask, arms: Sequence[ArmRuns]) -> Any:
     log_scale(left)
     log_scale(right)
     right.set_xticks(range(len(task.horizons)), _short(task.horizons), rotation=30, ha="right")
-    right.legend(frameon=False, fontsize=8)
+    if right.lines:
+        right.legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -42,7 +42,8 @@ DOPR = {"damping": 0.1, "cov_decay": 0.5}
 """DoPr's options for runs of a few thousand steps, as docs/optim.md advises."""
 
 Point = dict[str, float]
-"""`step` and the measures after it, by name; lower rollout measures are better, and positive."""
+"""`step` and the measures after it, by name; lower rollout measures are better. The loss and the
+measures of rollouts are positive, as their ratios are compared."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,9 @@ def run_study(
         path: the results file. Runs in it are not repeated; finished ones are added at once.
         workers: runs at the same time, each a process.
         threads: of each process, for torch on a CPU.
+
+    Raises:
+        ValueError: a line of the results file is damaged, or a measure is 0 or less.
     """
     results = Results(path)
     tuning = {(arm.name, lr): task.trial(arm, lr, TUNING_SEED) for arm in arms for lr in arm.lrs}
@@ -236,7 +240,11 @@ def _finish(
     missing = [trial for trial in trials if trial.key not in results.runs]
     futures: list[Future[Run]] = [pool.submit(_run, task, trial) for trial in missing]
     for number, future in enumerate(as_completed(futures), 1):
-        run = future.result()
+        try:
+            run = future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # else all of them run for nothing
+            raise
         results.add(run)
         trial = run.trial
         print(
@@ -250,6 +258,14 @@ def _finish(
 def _run(task: OwnTask, trial: Trial) -> Run:
     began = time.perf_counter()
     curve = list(takewhile(_is_finite, task.train(trial)))  # a run that diverged ends there
+    for point in curve:
+        for name in (task.loss, task.rollout, *task.horizons):
+            if point[name] <= 0:
+                raise ValueError(
+                    f"{task.name}, {trial.arm}: {name} is {point[name]:g} after step "
+                    f"{point['step']:g}, and ratios need positive measures: give k failures of n "
+                    "as (k + 0.5) / (n + 1)"
+                )
     return Run(trial, curve, time.perf_counter() - began)
 
 

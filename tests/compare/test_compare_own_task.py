@@ -1,6 +1,8 @@
 """A study of the user's own task is tuned, repeated and resumed; its report claims what is so."""
 
 import math
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +66,24 @@ def test_a_diverged_run_is_counted_and_in_no_mean(tmp_path):
         "| DoPr-Muon | 4 | 0 of 2 |",
     ]
     assert claims_of(TASK, runs) == {}
+    write_report(TASK, runs, tmp_path)
+
+
+def without_failures(trial):
+    (Path(trial.settings["begun"]) / f"{trial.arm} {trial.lr:g}").touch()
+    time.sleep(0 if trial.lr == 1 else 0.2)
+    yield {"step": 10, "loss": 1.0, "falls": 0.0}
+
+
+def test_a_measure_without_ratio_ends_the_study(tmp_path):
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    settings = {"steps": 10, "begun": str(begun)}
+    task = OwnTask("toy", without_failures, settings, rollout="falls")
+    arms = with_and_without_dopr({"sgd": range(1, 9)})
+    with pytest.raises(ValueError, match=r"toy, SGD: falls is 0 after step 10, .* \(k \+ 0.5\)"):
+        run_study(task, arms, tmp_path / "runs.jsonl")
+    assert len(list(begun.iterdir())) < 8
 
 
 def test_a_damaged_line_is_named(tmp_path):
