@@ -120,7 +120,7 @@ def llama(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("lora", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_causal_language_model_is_fine_tuned(llama, lora, monkeypatch, capsys):
     text, out = SCRIPTS.parent / "README.md", llama / "out"
     options = {"model": llama, "text": text, "lora": lora, "lr": 1e-2, "out": out}

@@ -139,6 +139,7 @@ def test_a_resumed_run_equals_the_straight_one_and_names_its_code(tmp_path):
         train(tiny(tmp_path, *BOTH, "name=cut", "model.options={width: 5}"), resume=True)
 
 
+@pytest.mark.slow
 def test_two_processes_train_it(tmp_path):
     run = train_on_two(tmp_path, *BOTH, "train.steps=2")
     assert json.loads((run / "versions.json").read_text())["code"].keys() == {

@@ -27,7 +27,14 @@ def test_a_resumed_run_equals_the_straight_one(tmp_path, settings):
     assert_same_checkpoint(straight, train(again(config, "name=cut"), resume=True), 12)
 
 
-@pytest.mark.parametrize("parts", ["micro-batches", "processes", "shards"])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        "micro-batches",
+        pytest.param("processes", marks=pytest.mark.slow),
+        pytest.param("shards", marks=pytest.mark.slow),
+    ],
+)
 def test_a_batch_in_parts_equals_the_whole_one(tmp_path, parts):
     settings = [*PC, *EFFECTIVE]
     whole = train(tiny(tmp_path, *settings, "name=whole"))
