@@ -22,7 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowdopr.config import Config, load_config
 from flowdopr.data import Datasets
@@ -70,6 +70,88 @@ class AfterMomentum(DoPr):
 
         with patch.object(self.optimizer, "momentum", preconditioned):
             self.optimizer.step()
+
+
+@dataclass
+class Bands:
+    """What a linear layer's weight (out, in) has for each band of times."""
+
+    gradient: Tensor  # (bands, out, in), of this step
+    sums: Tensor  # (bands, in, in), of z z^T since the last refresh
+    rows: Tensor  # (bands,)
+    sigma: Tensor | float = 0.0  # (bands, in, in), their average, times the sum of its weights
+    transform: Tensor | None = None  # (bands, in, in)
+
+
+class TimeBands(DoPr):
+    """A probe: T by bands of times, M = sum_b G_b (Sigma_b / s_b + gamma I)^-1.
+
+    G_b is the part of the gradient that comes from images at times of the band b, and Sigma_b the
+    second moment of inputs at those times. For linear layers; embeddings have one T for all times.
+    """
+
+    BANDS = 4
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, **options: Any) -> None:
+        super().__init__(optimizer, model, **options)
+        self.damping = options["damping"]
+        self.bands: dict[int, Bands] = {}
+        self.band = torch.empty(0)
+        model.register_forward_pre_hook(self._note_times)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(self._follow)
+
+    def _note_times(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.band = (args[1] * self.BANDS).long().clamp_max(self.BANDS - 1)
+
+    def _follow(self, module: nn.Linear, args: tuple[Tensor, ...], y: Tensor) -> None:
+        if module.training and y.requires_grad:
+            weight, z, band = module.weight, args[0].detach(), self.band
+            y.register_hook(lambda gradient: self._gather(weight, z, gradient, band))
+
+    def _gather(self, weight: Tensor, z: Tensor, gradient: Tensor, band: Tensor) -> None:
+        square = (self.BANDS, z.shape[-1], z.shape[-1])
+        found = self.bands.get(id(weight))
+        if found is None:
+            gradients = weight.new_zeros(self.BANDS, *weight.shape)
+            found = Bands(gradients, z.new_zeros(square), z.new_zeros(self.BANDS))
+            self.bands[id(weight)] = found
+        for number in range(self.BANDS):
+            rows = z[band == number].flatten(0, -2)
+            found.gradient[number] += gradient[band == number].flatten(0, -2).T @ rows
+            if self.statistics.gathering:
+                found.sums[number] += rows.T @ rows
+                found.rows[number] += len(rows)
+
+    def _step_preconditioned(self, ready: list[tuple[Layer, Tensor]]) -> None:
+        others = []
+        for layer, transform in ready:
+            weight = layer.parameters[0]
+            bands = self.bands.get(id(weight))
+            if bands is None:
+                others.append((layer, transform))
+                continue
+            if self.statistics.gathering:
+                self._refresh_bands(bands)
+            whole = bands.gradient.sum(0)
+            # 1, but for clipping; a zero gradient stays one
+            clipped = weight.grad.norm() / whole.norm().clamp_min(1e-30)  # pyright: ignore
+            weight.grad.copy_((bands.gradient @ bands.transform).sum(0) * clipped)  # pyright: ignore
+            bands.gradient.zero_()
+        super()._step_preconditioned(others)
+
+    def _refresh_bands(self, bands: Bands) -> None:
+        """As DoPr does: an average that warms up, over its mean eigenvalue."""
+        refresh = self.steps // self.refresh_every
+        decay = min(self.statistics.cov_decay, (1 + refresh) / (10 + refresh))
+        sigma = bands.sums / bands.rows[:, None, None].clamp_min(1)
+        bands.sigma = average = decay * bands.sigma + (1 - decay) * sigma
+        mean = average.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        identity = torch.eye(sigma.shape[-1], dtype=sigma.dtype)
+        bands.transform = torch.linalg.inv(average / mean + self.damping * identity)
+        bands.sums.zero_()
+        bands.rows.zero_()
 
 
 class MomentsAtOtherTimes:
@@ -143,6 +225,10 @@ VARIANTS = {
     "all rows": Variant({"max_rows": "all"}),
     "bias": Variant({"bias": True}),
     "fades out": Variant({"anneal": (0, 600)}),
+    "power 1/2, without condition, embed, final": Variant(
+        {"power": 0.5, **without(*CONDITION, r"embed", r"^final")}
+    ),
+    "damping from 10 to 1": Variant({"damping": (10.0, 1.0, 300)}),
     "without condition": Variant(without(*CONDITION)),
     "without condition, embed, final": Variant(without(*CONDITION, r"embed", r"^final")),
     "without attention": Variant(without("attention")),
@@ -152,6 +238,7 @@ VARIANTS = {
     "attention alone": Variant(without(*CONDITION, "embed", "final", "mlp")),
     "condition alone": Variant(without("^embed", "^final$", "attention", "mlp")),
     "after momentum": Variant({}, AfterMomentum),
+    "moments by band of time": Variant({}, TimeBands),
     "moments at late times": Variant({}, times=TimeSampler("logit_normal", mean=2.0)),
     "moments at early times": Variant({}, times=TimeSampler("logit_normal", mean=-2.0)),
 }

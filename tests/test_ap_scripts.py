@@ -89,6 +89,43 @@ def test_moments_at_other_times_leave_the_gradient_and_change_sigma() -> None:
     assert times[1] > 0.9
 
 
+def test_each_band_of_times_is_preconditioned_by_its_own_moments() -> None:
+    torch.manual_seed(0)
+    model = Field().double()
+    weight, before = model.layer.weight, model.layer.weight.detach().clone()
+    gp = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = forms.TimeBands(gp, model, damping=0.5, cov_decay=0.0)
+    x, t = batch(0), torch.linspace(0, 1, 16, dtype=torch.float64)
+    model(x, t).sin().sum().backward()
+    step = torch.zeros_like(weight)
+    for rows in torch.arange(16).split(4):
+        z = torch.cat([x[rows], t[rows, None]], 1)
+        sigma = z.T @ z / len(z)
+        damped = sigma / sigma.diagonal().mean() + 0.5 * torch.eye(4)
+        loss = nn.functional.linear(z, weight, model.layer.bias).sin().sum()
+        step += torch.linalg.solve(damped, torch.autograd.grad(loss, weight)[0], left=False)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), before - step)
+
+
+def test_one_band_of_times_is_dopr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms.TimeBands, "BANDS", 1)
+    ends = []
+    for kind in (DoPr, forms.TimeBands):
+        torch.manual_seed(0)
+        model = DiT((3, 8, 8), num_classes=2, patch_size=4, hidden_size=16, depth=1, num_heads=2)
+        optimizer = kind(Muon(model, lr=0.05), model, damping=1.0, refresh_every=2)
+        for step in range(5):
+            generator = torch.Generator().manual_seed(step)
+            x, t = torch.randn(6, 3, 8, 8, generator=generator), torch.rand(6, generator=generator)
+            optimizer.zero_grad()
+            model(x, t, torch.zeros(6, dtype=torch.long)).square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+        ends.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", forms.VARIANTS)
 def test_every_variant_builds_a_dopr_for_a_dit(name: str) -> None:
     variant = forms.VARIANTS[name]
