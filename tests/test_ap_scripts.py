@@ -14,7 +14,7 @@ from script_modules import load_script
 from torch import Tensor, nn
 
 from flowdopr.flow import FlowMatching, TimeSampler
-from flowdopr.models import DiT
+from flowdopr.models import DiT, UNet
 from flowdopr.optim import DoPr, Muon
 
 forms = load_script("ap_forms.py")
@@ -127,10 +127,17 @@ def test_one_band_of_times_is_dopr(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", forms.VARIANTS)
-def test_every_variant_builds_a_dopr_for_a_dit(name: str) -> None:
+def test_every_variant_builds_a_dopr(name: str) -> None:
     variant = forms.VARIANTS[name]
-    model = DiT((3, 8, 8), num_classes=2, patch_size=4, hidden_size=16, depth=1, num_heads=2)
     options = forms.dopr_options(variant)
+    if "convolutions" in name:
+        model = UNet((3, 8, 8), 2, channels=8, channel_multipliers=(1, 2), num_res_blocks=1)
+        optimizer = variant.dopr(Muon(model, lr=0.1), model, **options)
+        modes = {name: mode for name, _, mode, _ in optimizer.roles()}
+        kept = modes["down.0.0.conv_1.weight"], modes["middle.1.attention.qkv.weight"]
+        assert [mode == "none" for mode in kept] == [name.startswith("without"), "alone" in name]
+        return
+    model = DiT((3, 8, 8), num_classes=2, patch_size=4, hidden_size=16, depth=1, num_heads=2)
     if options is None:
         assert name == "no AP"
         return
