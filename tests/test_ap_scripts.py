@@ -131,7 +131,9 @@ def test_every_variant_builds_a_dopr(name: str) -> None:
     variant = forms.VARIANTS[name]
     options = forms.dopr_options(variant)
     if "convolutions" in name:
-        model = UNet((3, 8, 8), 2, channels=8, channel_multipliers=(1, 2), num_res_blocks=1)
+        model = UNet(
+            (3, 8, 8), 2, channels=8, channel_multipliers=(1, 2), attention_resolutions=(4,)
+        )
         optimizer = variant.dopr(Muon(model, lr=0.1), model, **options)
         modes = {name: mode for name, _, mode, _ in optimizer.roles()}
         kept = modes["down.0.0.conv_1.weight"], modes["middle.1.attention.qkv.weight"]
