@@ -36,7 +36,7 @@ PLUS, EQUALS, BLANK, SIGNS = 0, 1, 2, 3  # tokens; those of digits follow
 SHORTEST = 2
 LEARNING_RATES = {
     "adamw": (3e-4, 1e-3, 3e-3, 1e-2),
-    "muon": (2e-3, 6e-3, 2e-2, 6e-2),
+    "muon": (6e-4, 2e-3, 6e-3, 2e-2),
     "soap": (1e-3, 3e-3, 1e-2, 3e-2),
 }
 
