@@ -162,6 +162,7 @@ def main() -> None:
     add("--heads", type=int, default=6, help="of its attention")
     add("--problems", type=int, default=256, help="held-out problems of each length")
     add("--gps", nargs="+", default=[*LEARNING_RATES], choices=LEARNING_RATES, help="optimizers")
+    add("--lrs", type=float, nargs="+", help="learning rates to try; default: each optimizer's own")
     add("--seeds", type=int, default=5, help="number of reported seeds")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of all runs")
     add("--workers", type=int, default=1, help="runs at the same time")
@@ -175,7 +176,7 @@ def main() -> None:
         rollout="wrong",
         horizons=horizons(options.digits),
     )
-    arms = with_and_without_dopr({gp: LEARNING_RATES[gp] for gp in options.gps})
+    arms = with_and_without_dopr({gp: options.lrs or LEARNING_RATES[gp] for gp in options.gps})
     results = options.out / "runs.jsonl"
     seeds = range(options.seeds)
     runs = run_study(task, arms, results, seeds=seeds, workers=options.workers)
