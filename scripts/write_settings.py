@@ -112,7 +112,7 @@ def _meaning(section: type[Section], key: str, field: FieldInfo) -> str:
         said = arguments_of(Muon).get(key, "") if said == "as in `Muon`." else said
     else:
         said = arguments_of(DoPr).get(key, "") if section is DoPrConfig else ""
-    return said[:1].upper() + said[1:]
+    return (said[:1].upper() + said[1:]).replace("None", "null")
 
 
 def first_line(function: Any) -> str:

@@ -8,9 +8,10 @@ it on the reported seeds; `own_report.py` makes tables and a picture of it.
     def train(trial: Trial) -> Iterator[Point]:
         model = ...
         optimizer = build_optimizer(model, trial.gp, trial.lr, dopr=trial.dopr)
-        yield from fit(model, optimizer, loss_of_next_batch, measure, steps=1000)
+        steps = trial.settings["steps"]
+        yield from fit(model, optimizer, loss_of_next_batch, measure, steps=steps)
 
-    task = OwnTask("my task", train, rollout="falls")
+    task = OwnTask("my task", train, {"steps": 1000}, rollout="falls")
     results = run_study(task, with_and_without_dopr({"muon": [0.01, 0.02]}), Path("runs.jsonl"))
 
 Runs are processes of their own, which import the script again: call `run_study` under
@@ -156,7 +157,8 @@ def fit(
     points of a run are alike.
 
     Args:
-        batch_loss: draws the next batch and returns its mean loss.
+        batch_loss: draws the next batch and returns its mean loss, a scalar.
+        measure: returns the held-out loss and the measures of rollouts, by name.
         points: how many are measured.
     """
     ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, (k + 1) / warmup))

@@ -40,7 +40,7 @@ class RuleConfig(Section):
     """Regular expression, without look-around, searched in a layer's name; the first rule that
     matches wins."""
     mode: Literal["auto", "none", "full", "blocks", "diagonal", "sua", "sua-mean"] = "auto"
-    """Form of the layer's second moment; docs/optim.md says when to use which."""
+    """Form of the layer's second moment; docs/layers.md says when to use which."""
     bias: bool | None = None
     """Take a Linear's bias as one more input coordinate. null: as `optimizer.dopr.bias`."""
     max_side: Count | None = None

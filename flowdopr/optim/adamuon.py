@@ -32,8 +32,8 @@ class AdaMuon(MatrixOptimizer):
         params, weight_decay, nesterov, betas, adamw_lr, adamw_for: as in `Muon`.
         ns_steps, ns_coefficients, ns_dtype: as in `Muon`.
         lr: learning rate of all groups, in AdamW's units.
-        momentum: b above, of the momentum and of the second moment.
-        eps: in both denominators, and in the AdamW inside.
+        momentum: decay rate of the momentum buffer and of the second moment.
+        eps: added in both denominators, and in that of the AdamW inside.
 
     Raises:
         ValueError: a value out of range, or a pattern that matches nothing.

@@ -1,4 +1,4 @@
-"""Optimizers by name, for a model: the one literal dict of the family.
+"""Optimizers by name, for a model.
 
     build_optimizer(model, "muon", 1e-3, weight_decay=0.01, dopr={"damping": 0.1})
 
@@ -121,7 +121,7 @@ def soap(
 
     Args:
         betas: decay rates of Adam's first average, and of its second and of the factors.
-        eps: of Adam's denominator.
+        eps: added to Adam's denominator.
         precondition_frequency: steps between renewals of the eigenbasis.
     """
     options = {"betas": betas, "eps": eps, "precondition_frequency": precondition_frequency}

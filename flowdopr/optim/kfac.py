@@ -8,12 +8,12 @@ Martens and Grosse (arXiv 1503.05671), with convolutions after Grosse and Marten
     V <- m V + M
     W <- (1 - lr * wd) W - lr V
 
-where mean(.) is the mean eigenvalue. So is B of each refresh divided before it is averaged with the
-others, so that a loss scale which changes, or gradients which vanish, leave the average as it is.
-Rows are all positions of all samples ("expand" in
-Eschenhagen et al., arXiv 2311.00636). Dividing by the means drops one scalar per layer, which
-for the empirical Fisher grows without bound as the gradients vanish; M keeps the size of G, and
-the learning rate is one of SGD with momentum.
+where mean(.) is the mean eigenvalue. Each refresh's B is also divided by its own mean eigenvalue
+before it is averaged with earlier ones, so that a loss scale which changes, or gradients which
+vanish, leave the average as it is. Rows are all positions of all samples ("expand" in Eschenhagen
+et al., arXiv 2311.00636). Dividing by the means drops one scalar per layer, which for the empirical
+Fisher grows without bound as the gradients vanish; M keeps the size of G, and the learning rate is
+one of SGD with momentum.
 """
 
 import re
@@ -45,12 +45,12 @@ class KFAC(DoPr):
         model: its layers are watched by hooks until the optimizer is closed or gone.
         lr: learning rate, in the units of SGD.
         weight_decay: decoupled, for matrices and convolutions.
-        momentum: of the preconditioned gradient.
-        damping: relative to the mean eigenvalue of each factor.
-        cov_decay: of the running averages of both factors, per refresh.
-        refresh_every: steps between refreshes.
+        momentum: decay rate of the sum of preconditioned gradients.
+        damping: added to both factors, relative to the mean eigenvalue of each.
+        cov_decay: decay of the running averages of both factors, per refresh.
+        refresh_every: steps between refreshes of the factors and their inverses.
         betas, eps, adamw_for: as in `Muon`.
-        adamw_lr: learning rate of the AdamW inside.
+        adamw_lr: learning rate of the AdamW inside; None: `lr`.
 
     Raises:
         ValueError: a value out of range, a pattern that matches nothing, sharded weights, or a

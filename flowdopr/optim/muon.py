@@ -66,19 +66,25 @@ class Muon(MatrixOptimizer):
             False, as in Keller Jordan's code), and "fused_blocks".
         lr: learning rate of all groups, in the units that `adjust_lr` sets.
         weight_decay: decoupled; with a model, for matrices and convolutions only.
-        momentum, nesterov: of the momentum buffer.
+        momentum: decay rate of the momentum buffer.
+        nesterov: whether the momentum is Nesterov's.
         adjust_lr: "match_rms_adamw" (0.2 sqrt(max(rows, cols)): updates as large as AdamW's, so
             that one learning rate serves both) or "original" (Keller Jordan's: max(1,
             rows/cols)^0.5 for a matrix and 1 for a convolution with a square kernel; learning
             rates near 0.02 are usual and `adamw_lr` should be given).
-        ns_steps, ns_coefficients, ns_dtype: see `newton_schulz`.
-        betas, eps: of the AdamW inside.
-        adamw_lr: learning rate of the AdamW inside, if not `lr`.
-        adamw_for: regular expressions on names of matrices that AdamW shall update instead, such
-            as first and last layers; needs a model.
+        ns_steps: number of Newton-Schulz steps, see `newton_schulz`.
+        ns_coefficients: (a, b, c) of each of these steps.
+        ns_dtype: precision of these steps; None: bfloat16 on CUDA, elsewhere that of the weights,
+            float32 at least.
+        betas: decay rates of the averages in the AdamW inside.
+        eps: added to the square root in the denominator of the AdamW inside.
+        adamw_lr: learning rate of the AdamW inside; None: `lr`.
+        adamw_for: regular expressions on names of matrices that AdamW updates instead, such as
+            first and last layers.
 
     Raises:
-        ValueError: a value out of range, or a pattern that matches nothing.
+        ValueError: a value out of range, a pattern that matches nothing, or `adamw_for` where
+            `params` is not a model.
     """
 
     gp = "muon"

@@ -28,7 +28,7 @@ class RowNorm(MatrixOptimizer):
     Args:
         params, weight_decay, betas, adamw_lr, adamw_for: as in `Muon`.
         lr: learning rate of all groups, in AdamW's units.
-        momentum: of the buffer B.
+        momentum: decay rate of the momentum buffer.
         eps: smallest length of a row, and the epsilon of the AdamW inside.
 
     Raises:

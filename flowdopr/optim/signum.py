@@ -21,7 +21,7 @@ class Signum(SteadyOptimizer):
     Args:
         params: parameters or parameter groups.
         lr: the size of every entry of the update; about a third of a good AdamW learning rate.
-        momentum: of the buffer B; 0 gives signSGD.
+        momentum: decay rate of the momentum buffer; 0 gives signSGD.
         weight_decay: decoupled.
 
     Raises:

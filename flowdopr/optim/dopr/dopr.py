@@ -2,9 +2,9 @@
 
     optimizer = DoPr(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
 
-For every layer y = W z the gradient G is replaced by M = G (Sigma / m + gamma I)^-1, with Sigma the
-second moment of z and m = tr(Sigma) / d, and the wrapped optimizer, the gradient preconditioner
-(GP), steps on M. In this room:
+For every layer y = W z the gradient G (d_out x d_in) is replaced by M = G (Sigma / s + gamma I)^-1,
+with Sigma the second moment of z and s = tr(Sigma) / d_in its mean eigenvalue, and the wrapped
+optimizer, the gradient preconditioner (GP), steps on M. In this room:
 
     dopr         when what happens: the wrapper
     layers       which layer is preconditioned how
@@ -63,9 +63,8 @@ EVALUATES_LOSS = re.compile(r"(?i)lbfgs|sam$|alig|adahessian|sophiah")
 class DoPr(SteadyOptimizer):
     """Wraps a constructed optimizer over `model`'s parameters with activation preconditioning.
 
-    After a step `.grad` holds what the GP saw, M. Besides what the constructor refuses, a step
-    raises ValueError where a layer that shares its Sigma has read another tensor than the layer it
-    shares with.
+    After a step `.grad` holds what the GP saw, M. `step` raises ValueError where two layers share a
+    Sigma, because they read one tensor at the first refresh, and then read different ones.
 
     Args:
         optimizer: the GP. Its param_groups and state are shared: schedulers, GradScaler and
@@ -79,23 +78,26 @@ class DoPr(SteadyOptimizer):
             a layer's refresh k, from 0, it is at most (1 + k) / (10 + k), a warm-up.
         refresh_every: steps between refreshes of Sigma and its inverse. Statistics are gathered
             on refresh steps only, the first step always.
-        form: "inverse", GP(G S^-power), or "sandwich", GP(G L^-T) L^-1 with S = L L^T, whose
-            steps do not depend on the coordinates of z where the GP is Muon or row
-            normalisation. Under the sandwich weight decay is decoupled, whatever the GP's own.
+        form: "inverse", GP(G S^-power) with S = Sigma / s + gamma I, or "sandwich", GP(G L^-T) L^-1
+            with S = L L^T. Without damping, and with Muon or row normalisation as the GP, the
+            direction of the sandwich's steps does not depend on the coordinates of z. Its weight
+            decay is decoupled, whatever the GP's own.
         power: alpha of S^-alpha in the form "inverse"; 1 is the paper's.
         anneal: (first, last) steps between which AP fades linearly into the bare GP; None: never.
-        max_rows: rows of z that one forward contributes to a layer, evenly spread; "all" or None
-            takes every one.
+        max_rows: rows of z that one forward contributes to a layer's Sigma, evenly spread; "all":
+            every row.
         max_side: side of the widest Sigma. Wider layers fall into equal diagonal blocks, and so do
             layers that narrow to half or less (an MLP's second), as wide as their output.
         conv_mode: mode of convolutions that no rule decides, see `LayerRule`; "auto" takes "full"
             for patches of up to 128 coordinates and "sua-mean" for wider ones.
         bias: give Linear layers their bias as one more coordinate of z, which centres Sigma.
         pc_gradient: which gradient AP multiplies in a layer that computes with f(W), such as a PC
-            layer: that of the "raw" W, or of the "effective" weight f(W), in the backward pass,
-            which then carries the product through f to W. It takes the T of the last refresh, and
-            there is none in the first step; clipping sees the product; and a bias is no coordinate.
-        rules: `LayerRule`s, or mappings of their fields, by name; the first match wins.
+            layer: that of the "raw" W, or that of the "effective" weight f(W). The latter is
+            multiplied within the backward pass, by the inverse of the last refresh (there is none
+            in the first step), and the product then goes through f to W. So clipping acts on the
+            product, and a bias cannot be a coordinate of z.
+        rules: `LayerRule`s, or mappings of their fields. The first one whose pattern is found in
+            the name of a layer decides how that layer is preconditioned.
 
     Raises:
         ValueError: a setting out of range, a trainable layer weight that the optimizer lacks, a
@@ -158,7 +160,8 @@ class DoPr(SteadyOptimizer):
         return list(self.found.roles)
 
     def diagnostics(self) -> dict[str, Diagnostics]:
-        """Layer name -> refreshes, skipped refreshes and damping; the host waits for them."""
+        """For each layer with a Sigma of its own, by name: the refreshes in its average, those that
+        were skipped, and its damping. The host waits for these numbers."""
         return self.statistics.diagnostics()
 
     def _update_all(self) -> None:
@@ -201,7 +204,7 @@ class DoPr(SteadyOptimizer):
         getattr(self.optimizer, "eval", lambda: None)()
 
     def close(self) -> None:
-        """Remove every hook from the model; the optimizer steps no more."""
+        """Remove every hook from the model. Afterwards `step` raises ValueError."""
         self._reporter.log_sent()
         self.statistics.remove_hooks()
         unregister(self._handle)
@@ -219,7 +222,11 @@ class DoPr(SteadyOptimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave. ValueError if it is not of a DoPr of these layers."""
+        """Restore what `state_dict` gave.
+
+        Raises:
+            ValueError: it has no entry "dopr", or one of other layers or modes.
+        """
         inner = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             inner = before(self, inner) or inner

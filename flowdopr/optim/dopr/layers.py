@@ -57,7 +57,7 @@ class LayerRule:
         mode: "auto" (by the layer's kind and size), "none" (GP alone), "full", "blocks" (equal, at
             most `max_side` wide), "diagonal"; for convolutions also "sua" (one channel Sigma for
             all offsets of the kernel) and "sua-mean" (the same with the mean's cross terms).
-        bias: give a Linear its bias as one more coordinate. None: as DoPr's `bias`.
+        bias: give a Linear its bias as one more coordinate of z. None: as DoPr's `bias`.
         max_side: side of the widest Sigma that "auto" and "blocks" may use. None: as DoPr's.
         max_rows: rows of z that a forward contributes, or "all". None: as DoPr's.
 
