@@ -50,6 +50,8 @@ def train(
     """Train a run and return its folder, as `flowdopr train` does.
 
     Args:
+        config: a file, the name of one that comes with flowdopr, a mapping of what a file has, or a
+            `Config`.
         overrides: settings as on the command line, such as "optimizer.lr=1e-3".
         resume: go on from the newest checkpoint, if there is one.
         changed_data: go on although the images changed.
@@ -72,6 +74,7 @@ def evaluate(
     """Measure a checkpoint of a run, as `flowdopr evaluate` does, and return its card.
 
     Args:
+        run: the run folder.
         overrides: settings of the sections `sample` and `evaluate`.
         step: the checkpoint; None: the newest.
         force: measure again although there is a card.
@@ -95,6 +98,8 @@ def compare(
     A script must call it under `if __name__ == "__main__":`, because the runs' processes import it.
 
     Args:
+        config: the study, as in `train`.
+        overrides: settings as on the command line.
         workers: runs at the same time, in place of `compare.workers`.
         report_only: only make the report, from the runs that are there.
 
@@ -124,7 +129,7 @@ def load(run: str | Path, weights: str = "ema", step: int | None = None) -> Trai
 class TrainedModel:
     """A model of a run, made by `load`.
 
-    module: the network, in evaluation mode. config: of the run. step: of the checkpoint.
+    module: the network, in evaluation mode. config: that of the run. step: the checkpoint's step.
     """
 
     def __init__(self, sampler: ImageSampler) -> None:
@@ -134,7 +139,7 @@ class TrainedModel:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Of what the network sees, (C, H, W): images, or latents."""
+        """(C, H, W) of what the network sees: images, or latents."""
         return self._sampler.run.dataset.image_shape
 
     @property
@@ -153,14 +158,17 @@ class TrainedModel:
         guidance_scale: float | None = None,
         overrides: Iterable[str] = (),
     ) -> Tensor:
-        """Images (num, C, H, W), float32 in [-1, 1], on the CPU; those of `flowdopr sample`.
+        """Images (num, C, H, W), float32 in [-1, 1], on the CPU.
 
-        Image i depends on (`seed`, i), its label and the settings, as in `flowdopr sample`.
+        Image i depends on (`seed`, i), its label and the settings; it is that of `flowdopr sample`.
 
         Args:
+            num: number of images.
             labels: class numbers and names, or a text such as "0-4,cat", repeated over the images;
                 None: all classes in turn.
-            solver, steps, guidance_scale, overrides: in place of the run's settings `sample.*`.
+            solver, steps, guidance_scale: in place of the run's `sample.solver`, its `steps` and
+                `sample.guidance.scale`.
+            overrides: other settings `sample.key=value`.
 
         Raises:
             ConfigError, ValueError: unknown labels, or settings that cannot be used.
@@ -182,9 +190,11 @@ class TrainedModel:
     def velocity(self, x: Tensor, t: float | Tensor, y: Tensor | None = None) -> Tensor:
         """The velocity (B, C, H, W) in float32 that the model predicts, without guidance.
 
-        Autograd goes through it; the times t are one number or (B,), from 0 (noise) to 1 (data).
+        Autograd goes through it.
 
         Args:
+            x: points of the path (B, C, H, W): images in [-1, 1], or latents, with noise.
+            t: times from 0 (noise) to 1 (data), one number or (B,).
             y: labels (B,); None for an unconditional model.
         """
         device = self._sampler.device
@@ -202,12 +212,20 @@ class TrainedModel:
         atol: float = 1e-5,
         rtol: float = 1e-5,
     ) -> Tensor:
-        """log p(x | y) in nats, (B,), of the density that the ODE without guidance has.
+        """log p(x | y) in nats, (B,), of the density that the ODE without guidance has, by dopri5.
+
+        Equation (9) of `flowdopr/flow/likelihood.py`, with Hutchinson's estimate of the divergence.
 
         Args:
-            x: images in [-1, 1], or latents.
-            seed: of the probes of Hutchinson's estimate.
-            exact: the trace itself, by C H W backward passes in place of one for each model call.
+            x: images (B, C, H, W) in [-1, 1], or latents.
+            y: labels (B,); None for an unconditional model.
+            seed: of the probes of the estimate.
+            exact: compute the divergence itself, by C H W backward passes in place of one for each
+                model call.
+            atol, rtol: tolerances of the solver.
+
+        Raises:
+            ValueError: the solver cannot reach the tolerances.
         """
         device = self._sampler.device
         x, labels = x.to(device), None if y is None else y.to(device)

@@ -68,7 +68,7 @@ ImagesPath = Annotated[
         "--out",
         metavar="<Path>",
         parser=_path,
-        help="Folder for the images; a cut sampling into it goes on.",
+        help="Folder for the images; if sampling into it was interrupted, it goes on.",
     ),
 ]
 LatentsPath = Annotated[
@@ -77,17 +77,21 @@ LatentsPath = Annotated[
         "--out",
         metavar="<Path>",
         parser=_path,
-        help="Folder for the latents; an interrupted encoding goes on.",
+        help="Folder for the latents; if encoding into it was interrupted, it goes on.",
     ),
 ]
 ImageNumbers = Annotated[
-    str | None, Option(help="In place of --num, the numbers of images to draw again: 3,7,10-19.")
+    str | None, Option(help="In place of --num, the images to draw, by number: 3,7,10-19.")
 ]
 Labels = Annotated[
     str | None, Option(help="Classes, repeated over the images: 3 or 0-9 or cat,dog.")
 ]
 ImageSeed = Annotated[
-    int, Option(min=0, help="Image i depends on the seed and i alone (adaptive: up to tolerance).")
+    int,
+    Option(
+        min=0,
+        help="Image i depends on the seed, i and its label alone (adaptive: up to tolerance).",
+    ),
 ]
 Npz = Annotated[
     bool,
@@ -189,20 +193,22 @@ def sample(
     atol: Annotated[float | None, Option(help="Absolute tolerance of the solver.")] = None,
     rtol: Annotated[float | None, Option(help="Relative tolerance of the solver.")] = None,
     guidance_scale: Annotated[
-        float | None, Option(help="Guidance, classifier-free or by the guide.")
+        float | None, Option(help="Scale of classifier-free guidance, or of that by --guide-run.")
     ] = None,
     guide_run: Annotated[
-        str | None, Option(help="Autoguidance by the model of this run folder, a worse one.")
+        str | None, Option(help="Autoguidance by the worse model of this run folder or file.")
     ] = None,
     guide_weights: Annotated[str | None, Option(help="Weights of the guide; default: ema.")] = None,
-    guide_step: Annotated[int | None, Option(help="Checkpoint of the guide.")] = None,
+    guide_step: Annotated[
+        int | None, Option(help="Checkpoint of the guide; default: the newest.")
+    ] = None,
     labels: Labels = None,
     seed: ImageSeed = 0,
     step: Checkpoint = None,
     ema: WhichWeights = "ema",
     batch_size: Annotated[int | None, Option(help="Images at a time.")] = None,
     autoencoder: Annotated[
-        str | None, Option(help="Where the autoencoder of a run on latents lies now.")
+        str | None, Option(help="For a run on latents: place of the autoencoder, if it moved.")
     ] = None,
     npz: Npz = False,
     trajectory: WithTrajectory = False,
@@ -211,7 +217,7 @@ def sample(
 
     RUN may be a file that `flowdopr export` wrote.
 
-    Any setting of the section `sample` is given as sample.key=value, after the options' own.
+    All settings of the section `sample` can be given as sample.key=value, which win over options.
     """
     with importing():
         from flowdopr.evaluate import sample as run_sample
@@ -278,17 +284,20 @@ def compare(
         bool, Option("--report-only", help="Only rebuild the report from finished runs.")
     ] = False,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Print the runs that are left and their time, run nothing.")
+        bool,
+        Option(
+            "--dry-run", help="Print which runs are left and how long they take, and run nothing."
+        ),
     ] = False,
     cluster: Annotated[
         Literal["slurm", "local"] | None,
         Option(
-            help="Run each run as a job of SLURM, with compare.cluster; local: on this machine."
+            help="Run each run as a job of SLURM, as compare.cluster says; local: on this machine."
         ),
     ] = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Train every arm x trial x seed, evaluate each, and write report.html.
+    """Train every arm of a study with its settings and seeds, evaluate each run, write report.html.
 
     Finished runs are skipped and interrupted ones go on, so the same command can be repeated.
     """
@@ -349,7 +358,9 @@ def encode(
     autoencoder: AutoencoderPath,
     out: LatentsPath,
     overrides: Overrides = None,
-    kept: Annotated[str, Option(help="posterior: drawn anew each epoch; or mean.")] = "posterior",
+    kept: Annotated[
+        str, Option(help="posterior: each epoch draws its latents anew; or its mean alone.")
+    ] = "posterior",
     dtype: Annotated[str, Option(help="float16 or float32.")] = "float16",
     shard_size: Annotated[int, Option(min=1, help="Images in a file.")] = 8192,
     batch_size: Annotated[int, Option(min=1, help="Images at a time.")] = 32,
@@ -377,7 +388,7 @@ def encode(
 def check(data: DataPath, overrides: Overrides = None) -> None:
     """Decode every image of DATA as training does, and print a line for each broken one.
 
-    Of latents, the checksums are compared. The exit code is 1 if anything is broken.
+    Of latents, it compares the checksums. The exit code is 1 if anything is broken.
     """
     with importing():
         from flowdopr.latents import check as run_check
@@ -405,7 +416,9 @@ def list_configs(context: typer.Context) -> None:
 
 
 @configs.command()
-def show(name: Annotated[str, Argument(metavar="NAME")]) -> None:
+def show(
+    name: Annotated[str, Argument(metavar="NAME", help="A name that `flowdopr configs` lists.")],
+) -> None:
     """Print a config as a start for your own: flowdopr configs show quickstart > mine.yaml."""
     from flowdopr.config import ConfigError, did_you_mean, shipped
 
