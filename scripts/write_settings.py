@@ -34,8 +34,8 @@ with any other name it is refused. The name alone is short for the section with 
 `flow.path: cosine` is `flow.path: {name: cosine}`, a list of numbers as a solver's `grid` is
 `{name: list, times: ...}`, and `dopr-muon` is `{name: muon, dopr: {}}`. In a file, a section whose
 name changes from that of the file's `base` starts afresh, and an optimizer that is named without
-`dopr` has none. On the command line `section=NAME` starts afresh, while `section.name=NAME` keeps
-what was set to other values than the defaults.
+`dopr` has no DoPr. On the command line `section=NAME` starts afresh, while `section.name=NAME`
+keeps what was set to other values than the defaults.
 """
 
 

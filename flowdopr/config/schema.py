@@ -72,11 +72,12 @@ class DataConfig(Section):
     """Share held out of training where the data set has no test split: digits, folder, zip, tar."""
     held_out_root: PathText | None = None
     """`folder`, `zip`, `tar`: place of the held-out images, instead of a share of `root`.
-    `latents`: where those are now."""
+    `latents`: path of the held-out images that were encoded. null: their path at encoding."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """What an image that cannot be decoded does. error: training looks at as many images as it can
-    within some seconds, and ends. skip: all images are decoded once, which a cache remembers, and
-    the data set is that without the broken ones; for a large one, run `flowdopr check` first."""
+    """What happens if an image cannot be decoded. error: training tries as many images as it can
+    within some seconds before its first step, and ends if one is broken. skip: all images are
+    decoded once, a cache remembers the broken ones, and the data set is that without them; for a
+    large one, run `flowdopr check` first."""
     download: bool = True
     """Download a torchvision data set that is not in `root` yet."""
     num_workers: CountOrZero = 0
@@ -144,12 +145,12 @@ class TrainConfig(Section):
     cooldown_steps: Count | None = None
     """Steps of the cooldown; null: without one."""
     init_from: PathText | None = None
-    """Start from these weights: a run folder, which stands for the average of its newest checkpoint
-    that samples are drawn with, or a file of weights of flowdopr, SiT, DiT, torchcfm, flow_matching
-    or ADM (docs/exchange.md). null: a new model."""
+    """Start from these weights: those of a run folder (of its newest checkpoint, the average that
+    samples are drawn with), or a file of weights of flowdopr, SiT, DiT, torchcfm, flow_matching or
+    ADM (docs/exchange.md). null: a new model."""
     ema_decays: tuple[Fraction, ...] = (0.9999,)
-    """Decays of exponential weight averages; the first one is sampled from. Step k uses at most
-    (1 + k) / (10 + k). `[]` for an optimizer that averages the weights itself."""
+    """Decays of exponential weight averages; samples are drawn with the first one. At step k a
+    decay is at most (1 + k) / (10 + k). `[]` for an optimizer that averages the weights itself."""
     ema_lengths: tuple[Annotated[float, Field(gt=0, le=0.28)], ...] = ()
     """Relative lengths (sigma_rel) of power-function averages (EDM2). From two or more, such as
     [0.05, 0.1], and several checkpoints, other lengths are reconstructed afterwards as
@@ -170,8 +171,8 @@ class TrainConfig(Section):
     keep_best: bool = False
     """The checkpoint of the lowest held-out loss stays too."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Where the lines of metrics.jsonl, the sample grids and the config are shown too; each is a
-    package to be installed, together by `pip install "flowdopr[trackers]"`."""
+    """Trackers that also show the lines of metrics.jsonl, the sample grids and the config;
+    `pip install "flowdopr[trackers]"` installs all three."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -282,15 +283,17 @@ class EvaluateConfig(Section):
     """Distance of the rollouts' states from the path's points over time: its settings, `{}` for the
     defaults. null: not measured."""
     fid_num_images: Annotated[int, Field(ge=2)] = 10_000
-    """Generated images; fewer than 50,000 is a labelled proxy."""
+    """Number of generated images. With fewer than 50,000, FID cannot stand beside published ones,
+    and the card says `proxy: true`."""
     gallery: CountOrZero = 16
-    """How many of them are kept beside the card, each with the training image nearest to it."""
+    """How many of the generated images are kept beside the card, each with the training image
+    nearest to it."""
     labels: Literal["balanced", "data"] = "balanced"
     """Labels of the generated images: equally many of each class, or as frequent as in the data."""
     weights: Weights = "ema"
-    """Which weights: `ema` (the average that is sampled from), `raw` (those that are trained), an
-    average's own name such as `ema-0.999` or `power-0.1`, `posthoc-LENGTH`, or `own`, the average
-    that the optimizer keeps itself."""
+    """Which weights: `ema` (the average that samples are drawn with), `raw` (those that are
+    trained), an average's own name such as `ema-0.999` or `power-0.1`, `posthoc-LENGTH`, or `own`,
+    the average that the optimizer keeps itself."""
     seed: CountOrZero = 0
     """Seed of the rollouts' noise and of the one-step loss's noise and times."""
 
@@ -331,7 +334,8 @@ class ArmConfig(Section):
 
 class CompareConfig(Section):
     arms: Annotated[tuple[ArmConfig, ...], Field(min_length=1)]
-    """What is compared; each arm x learning rate x seed is one run."""
+    """What is compared: one entry for each arm, such as an optimizer. Each learning rate and seed
+    of an arm is one run."""
     seeds: Annotated[tuple[CountOrZero, ...], Field(min_length=1)] = (0, 1, 2)
     """Seeds of the runs that are reported."""
     tuning_seeds: tuple[CountOrZero, ...] = ()

@@ -51,12 +51,14 @@ def rollout_drift(
 
     Args:
         objective: gives the path and the coupling of noise and images.
+        model: model(x, t, y) -> (B, ...).
         x_1: images (N, ...), N >= 2, on the model's device. The rollouts are N too, of the labels
             `y`, from other noise than that of the path.
+        seed: of both noises.
         sampling: settings of the rollout.
 
     Raises:
-        ValueError: for fewer than two images.
+        ValueError: for fewer than two images, or as `generate`.
     """
     if len(x_1) < 2:
         raise ValueError(f"rollout_drift: {len(x_1)} images: give two or more")

@@ -161,12 +161,14 @@ def bits_per_dim(
         images: (N, C, H, W) uint8.
         y: labels (N,) or None.
         seed: dequantisation and probes of image i depend only on (seed, first_index + i).
+        batch_size: images handled together.
         trace: "hutchinson" (one backward pass a call) or "exact" (C H W of them).
         device: where to compute; by default the device of the model's parameters.
         sampling: settings of the ODE; by default dopri5, linear path, velocity, no guidance.
 
     Raises:
-        ValueError: for images that are not uint8, an unknown trace, or a stochastic solver.
+        ValueError: for images that are not uint8, an unknown trace, a stochastic solver, or as
+            `solve`.
     """
     sampling = sampling or Sampling(solver="dopri5")
     check_likelihood(images, trace, sampling)

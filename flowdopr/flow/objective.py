@@ -52,7 +52,7 @@ class FlowMatching:
         prediction: what the model predicts: "velocity", "data" or "noise".
         weighting: weight of the squared error, see `loss_weight`.
         time_sampler: distribution of t, by default uniform.
-        coupling: pairs noise with images.
+        coupling: pairs noise with images, see `make_coupling`; by default as drawn.
         class_dropout_prob: probability that the label of an image is replaced by the null label
             `model.num_classes`, as classifier-free guidance needs.
         sigma_data: standard deviation of the data, for the weighting "edm".
@@ -101,8 +101,12 @@ class FlowMatching:
     ) -> Draw:
         """Random numbers for a global batch, drawn on the generator's device, moved to `device`.
 
-        Each process and micro-batch takes its slice, so the numbers do not depend on how many of
-        them there are.
+        Each process and micro-batch takes its slice, so the numbers do not depend on how many
+        processes and micro-batches there are.
+
+        Args:
+            batch_size: images of the global batch, B.
+            image_shape: of one of them, (C, H, W) or any other.
         """
         here = generator.device
         t = self.time_sampler(batch_size, generator, self.path)

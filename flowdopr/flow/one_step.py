@@ -110,8 +110,11 @@ def one_step_loss(
     8
 
     Args:
+        objective: gives the path and what the model predicts.
+        model: model(x, t, y) -> (B, ...).
         batches: pairs (x_1 (B, ...), y (B,) or None) on the model's device; the same batches in
             the same order give the same loss.
+        seed: of noise and times.
 
     Raises:
         ValueError: when there are no batches.

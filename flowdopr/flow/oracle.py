@@ -170,8 +170,12 @@ def excess_error(
     0.0
 
     Args:
-        batches: pairs (x_1, y) of the oracle's training set. With other images each term is still
-            correct, but the loss is not the sum of the other two.
+        oracle: v* of the training set.
+        objective: gives the path and what the model predicts.
+        model: model(x, t, y) -> (B, ...).
+        batches: pairs (x_1 (B, ...), y (B,) or None) of the oracle's training set. With other
+            images each term is still correct, but the loss is not the sum of the other two.
+        seed: of noise and times.
 
     Raises:
         ValueError: when there are no batches.
@@ -209,8 +213,11 @@ def rollout_excess(
     0.0
 
     Args:
+        oracle: v* of the training set.
+        model: model(x, t, y) -> (B, ...).
         labels: (N,), or None together with `num_images`; the rollout is one batch, from the noise
             that `generate` would use.
+        seed: of that noise.
         space: "velocity" or "data". "data" leaves out times below SAFE_TIME on the polynomial path,
             where the velocity does not determine the data.
         sampling: settings of the rollout; guidance, if any, is part of the model's velocity.

@@ -33,7 +33,7 @@ SOLVERS = ODE_SOLVERS + SDE_SOLVERS
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of a rollout; combinations that cannot work raise ValueError on construction.
+    """Settings of a rollout.
 
     path, prediction, coupling: those with which the model was trained.
     solver: one of SOLVERS: torchdiffeq's names, "euler_maruyama" or "sde_heun".
@@ -43,6 +43,9 @@ class Sampling:
     noise_scale, last_step: for stochastic solvers, see `solve_sde`.
     last_step_size: length in time of the last step of a stochastic solver; the other steps divide
         the time before it. By default the last interval of the time grid.
+
+    Raises:
+        ValueError: for a combination that cannot work.
     """
 
     path: Path = field(default_factory=LinearPath)
@@ -147,7 +150,8 @@ class Sampling:
         )
 
     def rollout(self, velocity: Velocity, x_0: Tensor, noise: Callable[[], Tensor]) -> Rollout:
-        """Integrate from noise `x_0` (B, ...) to images; stochastic solvers call `noise`."""
+        """Integrate from noise `x_0` (B, ...) to images; a stochastic solver draws from `noise`,
+        which returns standard normal numbers of the shape of `x_0`."""
         grid, solver, path = self.grid(), self.solver, self.path
         if grid[0] > 0:
             x_0 = path(grid[0]).sigma.to(x_0) * x_0  # x_t without alpha_t x_1, which is unknown
@@ -205,7 +209,7 @@ def generate(
     sampling: Sampling | None = None,
     **settings: Any,
 ) -> Samples:
-    """Sample one image for each label.
+    """Sample one image for each label, by rollouts from noise.
 
     >>> def model(x, t, y): return -x
     >>> samples = generate(model, None, num_images=3, image_shape=(1, 4, 4), seed=0, steps=2)
@@ -217,15 +221,19 @@ def generate(
     rounding, for any batch size and number of processes.
 
     Args:
+        model: model(x, t, y) -> (B, ...), giving what `Sampling.prediction` names.
         labels: (N,) int64, or other conditions (N, ...); None, with `num_images`, for none.
-        indices: of the images, by default 0 to N - 1.
+        seed: of the noise.
+        indices: numbers of the images, by default 0 to N - 1.
+        num_images: N, where there are no labels.
+        batch_size: images rolled out together.
         device: where to sample; by default the device of the model's parameters.
         guide_model: second model for autoguidance.
         image_shape: of one sample, (C, H, W) or any other; by default `model.image_shape`.
         sampling, settings: a `Sampling`, and any of its fields by name, which take precedence.
 
     Raises:
-        ValueError: for a wrong combination of settings, before anything runs.
+        ValueError: for a wrong combination of settings, before anything runs, or as `solve`.
         TypeError: for a setting that `Sampling` does not have.
     """
     sampling = replace(sampling or Sampling(), **settings)

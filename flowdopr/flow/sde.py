@@ -55,8 +55,12 @@ def solve_sde(
     with two calls an interval, as in SiT.
 
     Args:
+        velocity: v(x, t) as in `solve`.
+        x_0: noise (B, ...).
+        path: path of the velocity.
         noise: returns standard normal numbers of the shape of `x_0`; called once an interval.
         grid: increasing times (N + 1,); the last interval is the last step.
+        solver: "euler_maruyama" or "sde_heun".
         noise_scale: factor in w_t; 1 is SiT's default, 0 is the ODE by Euler or by Heun.
         last_step: "tweedie" or "mean"; either is one call.
 

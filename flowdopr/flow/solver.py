@@ -81,6 +81,7 @@ def solve(
     BATCH_DEPENDENT_SOLVERS.
 
     Args:
+        velocity: v(x, t) -> (B, ...) for states x (B, ...) and a scalar time t.
         x_0: states (B, ...); half precision is integrated in float32.
         grid: increasing or decreasing times (N + 1,). Fixed-step solvers take these N steps,
             multistep solvers need them equal, and adaptive solvers use only the two ends.

@@ -43,6 +43,8 @@ def trajectory(
     (tensor([0., 1.]), torch.Size([12, 1, 2]))
 
     Args:
+        model, labels, seed, indices, guide_model, sampling: as in `generate`.
+        image_shape: of one sample.
         frames: at most so many times T. Of the times at which the solver calls the model, these are
             the first ones after equally spaced times.
 
