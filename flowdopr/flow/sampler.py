@@ -221,14 +221,10 @@ def generate(
     rounding, for any batch size and number of processes.
 
     Args:
-        model: model(x, t, y) -> (B, ...), giving what `Sampling.prediction` names.
+        model, guide_model: model(x, t, y) -> (B, ...); the second one is for autoguidance.
         labels: (N,) int64, or other conditions (N, ...); None, with `num_images`, for none.
-        seed: of the noise.
         indices: numbers of the images, by default 0 to N - 1.
-        num_images: N, where there are no labels.
-        batch_size: images rolled out together.
         device: where to sample; by default the device of the model's parameters.
-        guide_model: second model for autoguidance.
         image_shape: of one sample, (C, H, W) or any other; by default `model.image_shape`.
         sampling, settings: a `Sampling`, and any of its fields by name, which take precedence.
 
