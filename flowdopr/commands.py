@@ -60,7 +60,7 @@ RunPath = Annotated[
 ]
 DataPath = Annotated[
     Path,
-    Argument(metavar="DATA", parser=_path, help="Config, or a folder or ZIP archive of images."),
+    Argument(metavar="DATA", parser=_path, help="Config, or a folder, ZIP or tar of images."),
 ]
 ImagesPath = Annotated[
     Path,
