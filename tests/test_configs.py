@@ -1,5 +1,6 @@
 """Every file in configs/ is loaded and built: model, optimizer with DoPr, objective, sampling."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,10 @@ SHAPES = {
     **dict.fromkeys(("mnist", "fashion_mnist"), (1, 28, 28)),
     "digits": (1, 8, 8),
     "latents": (4, 32, 32),  # of ImageNet at 256x256
+    "zip": (3, 16, 16),  # of results/cifar16
 }
 CLASSES = {"latents": 1000}
+SIZES = re.compile(r"(\d+(?:\.(\d+))?)M parameters")
 # Parameters of the sources' models: SiT without the discarded half of its head's 2 x 2 x 8 outputs.
 PARAMETERS = {
     "sit-s2": 33.0e6,
@@ -74,6 +77,15 @@ def test_config_loads_and_builds(path):
             assert format_roles(model, optimizer)
     build_objective(config)
     build_sampling(config)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if SIZES.search(path.read_text())], ids=lambda path: path.stem
+)
+def test_comments_give_the_number_of_parameters(path):
+    said, decimals = SIZES.search(path.read_text()).groups(default="")
+    count = sum(p.numel() for p in model_of(load_config(path)).parameters())
+    assert f"{count / 1e6:.{len(decimals)}f}" == said
 
 
 def test_a_file_of_a_data_set_alone_names_a_config_to_give():
