@@ -193,7 +193,8 @@ def draw(task: OwnTask, arms: Sequence[ArmRuns]) -> Any:
     log_scale(right)
     right.set_xticks(range(len(task.horizons)), _short(task.horizons), rotation=30, ha="right")
     if right.lines:
-        right.legend(frameon=False, fontsize=8)
+        names = right.get_legend_handles_labels()
+        figure.legend(*names, loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 
