@@ -146,7 +146,8 @@ def build_components(
     model = build_model(config, dataset.image_shape, dataset.num_classes)
     initial = {}
     if starts and config.train.init_from:
-        initial = {"init_from": load_initial(model, config.train.init_from)}
+        origin = load_initial(model, config.train.init_from, config.model.pc)
+        initial = {"init_from": origin}
     if sharded:
         share_out(model, torch.device(device))
     optimizer = build_optimizer(model, **optimizer_arguments(config))
