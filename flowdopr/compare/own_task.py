@@ -94,10 +94,14 @@ class Run:
 class OwnTask:
     """A task: what `train` yields for a trial, and what its measures are called.
 
+    name: of the files of its report too.
     train: must be a function that pickle finds by its name, or a `functools.partial` of one.
     settings: of every run; `steps` must be among them.
     rollout: the measure by which learning rates are chosen.
     horizons: the rollout measures of shorter and longer rollouts, by growing length.
+
+    Raises:
+        ValueError: `name` is no file's name.
     """
 
     name: str
@@ -106,6 +110,13 @@ class OwnTask:
     rollout: str
     loss: str = "loss"
     horizons: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if Path(self.name).name != self.name or not self.name:
+            raise ValueError(
+                f"OwnTask: name={self.name!r} must be a file's name, which the report's files get; "
+                "give one without slashes"
+            )
 
     def trial(self, arm: Arm, lr: float, seed: int) -> Trial:
         # A float, as in the results file: there 1 would be another trial than 1.0.
