@@ -31,8 +31,9 @@ from flowdopr.models import build_model
 from flowdopr.optim import averages_itself, build_optimizer
 from flowdopr.processes import asks_for_shards, check_launch, keep_freed_memory
 from flowdopr.runs import RunFolder, averages_of, load_guide, load_initial, provenance
+from flowdopr.train.components import Components
 from flowdopr.train.log import log_roles, run_log
-from flowdopr.train.loop import Components, Trainer
+from flowdopr.train.loop import Trainer
 from flowdopr.train.shards import share_out
 from flowdopr.train.signals import TrainingFailed
 from flowdopr.train.trackers import check_trackers, tracking
@@ -95,8 +96,8 @@ def train(
                 log.info("no checkpoint in %s: training starts at step 0", run.path)
             with tracking(accelerator, run, trainer.step), _telling_of_killed_workers(run):
                 trainer.fit()
-            if trainer.missing:
-                log.warning("%s: trained, but without %s", run.path, ", ".join(trainer.missing))
+            if missing := ", ".join(trainer.looks.missing):
+                log.warning("%s: trained, but without %s", run.path, missing)
         finally:
             accelerator.free_memory()
     return run.path
