@@ -30,7 +30,15 @@ from flowdopr.latents import build_datasets, load_decoder
 from flowdopr.models import build_model
 from flowdopr.optim import averages_itself, build_optimizer
 from flowdopr.processes import asks_for_shards, check_launch, keep_freed_memory
-from flowdopr.runs import RunFolder, averages_of, load_guide, load_initial, provenance
+from flowdopr.runs import (
+    RunFolder,
+    averages_of,
+    begin_run,
+    check_place,
+    load_guide,
+    load_initial,
+    provenance,
+)
 from flowdopr.train.components import Components
 from flowdopr.train.log import log_roles, run_log
 from flowdopr.train.loop import Trainer
@@ -72,7 +80,7 @@ def train(
     with ExitStack() as held:
         if accelerator.is_main_process:
             allowed = {"resume": resume, "changed_data": changed_data}
-            run.check_place(config, datasets.info, **allowed)
+            check_place(config, datasets.info, **allowed)
             unchecked = check_start(datasets)
             remedy = "wait for it, or choose another folder by name=NEW"
             held.enter_context(locked(run.path, remedy, patience=patience))
@@ -81,7 +89,7 @@ def train(
                 log.info("%s", line)
             made_by = provenance(accelerator.device, config) | components.initial
             made_by |= {"processes": accelerator.num_processes, "data": datasets.info.fingerprint}
-            run = RunFolder.create(config, datasets.info, made_by, **allowed)
+            run = begin_run(config, datasets.info, made_by, **allowed)
         else:
             held.enter_context(run_log(None))
         accelerator.wait_for_everyone()

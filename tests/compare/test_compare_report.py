@@ -28,7 +28,7 @@ from flowdopr.disk import sealed, write_json
 from flowdopr.evaluate import Gallery
 from flowdopr.evaluate.card import card_settings
 from flowdopr.models import build_model
-from flowdopr.runs import RunFolder
+from flowdopr.runs import begin_run
 
 DIGITS = DatasetInfo("digits", (1, 8, 8), 10, tuple("0123456789"), 1600, 197, "f" * 64)
 MADE_BY = {
@@ -61,7 +61,7 @@ def card(plan, step, fd, config):
 
 def make_run(plan, fd):
     """A finished run folder, as training and evaluation leave it."""
-    run = RunFolder.create(plan.config, DIGITS, MADE_BY, resume=False)
+    run = begin_run(plan.config, DIGITS, MADE_BY, resume=False)
     tensor = {"w": torch.zeros(1)}
     for step in (4, 8):
         run.save_checkpoint(step, model=tensor, averages={"ema-0.9": tensor}, state={}, note={})
@@ -264,7 +264,7 @@ def test_names_are_escaped(study):
 def test_unfinished_and_failed_runs_are_listed(study):
     first, second, third, _ = expand(study)
     make_run(first, 5.0)
-    RunFolder.create(second.config, DIGITS, MADE_BY, resume=False)
+    begin_run(second.config, DIGITS, MADE_BY, resume=False)
     third.failure.parent.mkdir()
     third.failure.write_text("RuntimeError: <boom>\n")
     assert [read_result(read_run(plan)).status for plan in expand(study)] == [
