@@ -27,13 +27,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flowdopr.compare.worker import process_context
 from flowdopr.disk import parse_json, reading, to_json
 from flowdopr.runs.averages import Average
 from flowdopr.train.ema import EMA
@@ -230,9 +230,7 @@ def run_study(
     """
     results = Results(path)
     tuning = {(arm.name, lr): task.trial(arm, lr, TUNING_SEED) for arm in arms for lr in arm.lrs}
-    with ProcessPoolExecutor(
-        workers, get_context("spawn"), torch.set_num_threads, (threads,)
-    ) as pool:
+    with ProcessPoolExecutor(workers, process_context(), torch.set_num_threads, (threads,)) as pool:
         _finish(task, tuning.values(), results, pool)
         found = []
         for arm in arms:
