@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flowdopr.api import TrainedModel, compare, evaluate, load, train
 
+__version__ = "0.1.0"
 __all__ = ["TrainedModel", "compare", "evaluate", "load", "train"]
 
 
@@ -21,10 +22,7 @@ def __getattr__(name: str) -> Any:
     """What is imported when it is asked for: torch takes seconds, and Ctrl-C must find the command
     ready at once."""
     from importlib import import_module
-    from importlib.metadata import version
 
-    if name == "__version__":
-        return version("flowdopr")
     if name in ("train", "evaluate", "compare"):  # packages that are called, see room.py
         return import_module(f"flowdopr.{name}")
     if name in __all__:

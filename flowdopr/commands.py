@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +15,7 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperGroup
 
+from flowdopr import __version__
 from flowdopr.exits import KEPT, LESS_MEMORY, OutOfMemory, Stopped, importing, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ Checkpoint = Annotated[int | None, Option(help="Checkpoint; default: the newest.
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"flowdopr {version('flowdopr')}")
+        print(f"flowdopr {__version__}")
         raise typer.Exit
 
 

@@ -7,8 +7,13 @@ imported for the first pattern, because the optimizers without patterns need tor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+
+
+def patterns_in(given: Sequence[str]) -> Sequence[str]:
+    """Patterns as they are; of one alone, which Python would take for its letters, a list."""
+    return [given] if isinstance(given, str) else given
 
 
 @lru_cache

@@ -49,7 +49,7 @@ from flowdopr.data import DatasetInfo
 from flowdopr.evaluate import evaluate
 from flowdopr.evaluate.card import read_card
 from flowdopr.models import build_model
-from flowdopr.runs import RunFolder
+from flowdopr.runs import RunFolder, begin_run
 from flowdopr.train.meter import PARTS
 from flowdopr.train.saving import Saver
 
@@ -167,7 +167,7 @@ def waits(tries: Tries) -> str:
         config = load_config(tries.config, tries.settings(f"waits-{width}", *more))
         shutil.rmtree(tries.out / config.name, ignore_errors=True)
         info = DatasetInfo("digits", (1, 8, 8), 10, tuple("0123456789"), 1, 1, "")
-        run = RunFolder.create(config, info, {}, resume=False)
+        run = begin_run(config, info, {}, resume=False)
         model = build_model(config, info.image_shape, info.num_classes)
         optimizer = torch.optim.AdamW(model.parameters())
         for weight in model.parameters():

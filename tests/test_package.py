@@ -1,19 +1,22 @@
 """The package as users install it: built, alone in an empty folder, and with torch alone."""
 
 import os
+import platform
 import re
 import subprocess
 import sys
 import tarfile
 import zipfile
-from importlib.metadata import requires
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from flowdopr import __version__
 from flowdopr.cli import run_command
 from flowdopr.config import load_config, load_data_config, shipped, title
 from flowdopr.config.shipped import PACKAGE
+from flowdopr.runs import versions
 
 ROOT = PACKAGE.parent
 WITHOUT = """
@@ -37,7 +40,7 @@ SHORT = [
 
 def needed(package: str) -> set[str]:
     """The modules of the packages that `package` needs, extras aside."""
-    lines = [line for line in requires(package) or () if "extra ==" not in line]
+    lines = [line for line in metadata.requires(package) or () if "extra ==" not in line]
     names = {re.split(r"[^\w-]", line)[0].lower().replace("-", "_") for line in lines}
     modules = {"pyyaml": "yaml", "pillow": "PIL", "scikit_learn": "sklearn"}
     return {modules.get(name, name) for name in names}
@@ -47,6 +50,13 @@ def test_the_optimizers_need_torch_alone():
     absent = needed("flowdopr") - needed("torch") - {"torch"} | {"pydantic_core"}
     assert {"numpy", "pydantic", "torchvision", "yaml"} <= absent
     subprocess.run([sys.executable, "-c", WITHOUT, *absent], check=True, cwd=ROOT)
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch):
+    with monkeypatch.context() as nothing_installed:
+        nothing_installed.setattr(sys, "meta_path", [])
+        found = versions()
+    assert found == {"python": platform.python_version(), "flowdopr": __version__}
 
 
 def test_a_torchvision_of_another_torch_is_named_in_one_line(tmp_path):

@@ -6,7 +6,6 @@ and exit, so that the same command can continue the study.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -21,7 +20,7 @@ import torch
 
 from flowdopr.compare.plan import RunPlan
 from flowdopr.compare.progress import Display
-from flowdopr.compare.worker import Work, run_in_process
+from flowdopr.compare.worker import Work, process_context, run_in_process
 from flowdopr.terminal import print_line
 from flowdopr.train import StopSignal
 
@@ -31,17 +30,6 @@ NOTHING_PRINTED = (
     "the run printed nothing; a script that calls compare must do so under "
     "if __name__ == '__main__':"
 )
-FORKSERVER = "forkserver"
-
-
-def _processes() -> Any:
-    """Where a process can be forked, all are copies of one that has imported torch once: this takes
-    four seconds, a tenth of a small run."""
-    if FORKSERVER not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context(FORKSERVER)
-    context.set_forkserver_preload([run_in_process.__module__])
-    return context
 
 
 @contextmanager
@@ -122,7 +110,7 @@ class Executor:
     def __init__(self, work: Work, *, workers: int) -> None:
         self.work = work
         self.max_workers = workers
-        self.processes = _processes()
+        self.processes = process_context()
         self.workers: dict[int, Worker] = {}
         """The running processes by slot, a number below `max_workers` that decides the GPU."""
         self.failed: list[str] = []

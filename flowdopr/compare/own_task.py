@@ -27,13 +27,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flowdopr.compare.worker import process_context
 from flowdopr.disk import parse_json, reading, to_json
 from flowdopr.runs.averages import Average
 from flowdopr.train.ema import EMA
@@ -94,10 +94,14 @@ class Run:
 class OwnTask:
     """A task: what `train` yields for a trial, and what its measures are called.
 
+    name: of the files of its report too.
     train: must be a function that pickle finds by its name, or a `functools.partial` of one.
     settings: of every run; `steps` must be among them.
     rollout: the measure by which learning rates are chosen.
     horizons: the rollout measures of shorter and longer rollouts, by growing length.
+
+    Raises:
+        ValueError: `name` is no file's name.
     """
 
     name: str
@@ -106,6 +110,13 @@ class OwnTask:
     rollout: str
     loss: str = "loss"
     horizons: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if Path(self.name).name != self.name or not self.name:
+            raise ValueError(
+                f"OwnTask: name={self.name!r} must be a file's name, which the report's files get; "
+                "give one without slashes"
+            )
 
     def trial(self, arm: Arm, lr: float, seed: int) -> Trial:
         # A float, as in the results file: there 1 would be another trial than 1.0.
@@ -219,9 +230,7 @@ def run_study(
     """
     results = Results(path)
     tuning = {(arm.name, lr): task.trial(arm, lr, TUNING_SEED) for arm in arms for lr in arm.lrs}
-    with ProcessPoolExecutor(
-        workers, get_context("spawn"), torch.set_num_threads, (threads,)
-    ) as pool:
+    with ProcessPoolExecutor(workers, process_context(), torch.set_num_threads, (threads,)) as pool:
         _finish(task, tuning.values(), results, pool)
         found = []
         for arm in arms:

@@ -74,25 +74,17 @@ def _how_far(run: RunFolder) -> str:
 
 
 def _numbers(run: RunFolder) -> list[str]:
-    """The newest loss, held-out loss and FD, the speed and the memory."""
+    """The newest loss, held-out loss and Frechet distance, the speed and the memory."""
     newest: dict[str, tuple[int, Any]] = {}
     for line in run.metrics():
         newest |= {key: (line["step"], value) for key, value in line.items()}
-    cards = [read_card(path) for path in (run.path / "evaluation").glob("*.json")]
-    for card in sorted((card for card in cards if card), key=lambda card: card["step"]):
-        if "fd" in card["metrics"]:
-            newest["fd"] = card["step"], card["metrics"]["fd"]
-    words = {
-        "loss": "loss",
-        "held_out_loss": "held-out loss",
-        "fd": "FD",
-        "grad_norm": "gradient norm",
-    }
+    words = {"loss": "loss", "held_out_loss": "held-out loss", "grad_norm": "gradient norm"}
     quality = [
         f"{word} {number(newest[key][1])} (step {newest[key][0]:,})"
         for key, word in words.items()
         if key in newest
     ]
+    quality += _distance(run)
     if "seconds_per_step" not in newest:
         return []
     speed = [
@@ -101,6 +93,21 @@ def _numbers(run: RunFolder) -> list[str]:
         f"{newest['peak_memory_mib'][1]:,.0f} MiB",
     ]
     return ["; ".join(quality), ", ".join(speed), _shares(run.metrics())]
+
+
+def _distance(run: RunFolder) -> list[str]:
+    """The Frechet distance of the newest checkpoint that has one, of the most images if there are
+    several, with what it depends on."""
+    cards = filter(None, map(read_card, (run.path / "evaluation").glob("*.json")))
+    found = [(card, name) for card in cards for name in ("fd", "fid") if name in card["metrics"]]
+    if not found:
+        return []
+    card, name = max(found, key=lambda one: (one[0]["step"], one[0]["sampling"]["num_images"]))
+    return [
+        f"{name.upper()} {number(card['metrics'][name])} (step {card['step']:,}, "
+        f"{count(card['sampling']['num_images'], 'image')} against {card['reference']['name']}, "
+        f"{card['extractor'].get('name', 'none')})"
+    ]
 
 
 def _spent(lines: list[dict[str, Any]]) -> dict[str, float]:

@@ -58,12 +58,18 @@ class _Metrics(_Checked):
 
 class _Sampling(_Checked):
     nfe: float
+    num_images: int
 
 
 class _Extractor(_Checked):
+    name: str = "none"
     space: str = "none"
     held_out_accuracy: float | None = None
     warning: str | None = None
+
+
+class _Reference(_Checked):
+    name: str
 
 
 class _Gallery(_Checked):
@@ -83,6 +89,7 @@ class _Card(_Checked):
     floor: _Metrics = _Metrics()
     sampling: _Sampling
     extractor: _Extractor
+    reference: _Reference
     gallery: _Gallery | None = None
 
 

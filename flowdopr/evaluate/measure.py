@@ -126,8 +126,13 @@ class Evaluator:
         """Write mean and covariance of the training images' features to the npz file `path`.
 
         Raises:
-            ConfigError, ValueError: as `card`, for the images and the feature space.
+            ConfigError, ValueError: `path` is a folder; or as `card`, for the images and the
+                feature space.
         """
+        if path.is_dir():
+            raise ConfigError(
+                f"{path}: is a folder; name a file to write, such as {path / 'reference.npz'}"
+            )
         config, state = _changed(self.folder.config, overrides), this_process()
         if state.is_main_process:
             real = self._real(config, self._datasets(config), device_of(state))

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from flowdopr.linalg import same_shape, stack_blocks
 from flowdopr.models.layers import Conv2d, EffectiveWeight, Linear
-from flowdopr.patterns import finder
+from flowdopr.patterns import finder, patterns_in
 
 DEFAULT_LAYERS = (r"(^|\.)(mlp\.(up|down)|attention\.proj)$",)
 """The MLPs and the outputs of attention, as in the paper."""
@@ -140,7 +140,7 @@ def add_pc_layers(
 
     Args:
         level: 0 to 4, the degree of p; 0 normalises alone.
-        layers: regular expressions, which are searched in the names of Linear and Conv2d layers.
+        layers: a regular expression or several, searched in the names of Linear and Conv2d layers.
         recover_norm: multiply by the spectral norm again, as a constant.
         gain: multiply each matrix by a trained scalar, 1 at the start.
         power_iterations: of one `update_spectral_norms`.
@@ -153,7 +153,7 @@ def add_pc_layers(
         raise ValueError(f"model.pc.level is {level}, it must be 0 to {len(LEVELS) - 1}")
     named = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     chosen: dict[str, Any] = {}
-    for pattern in layers:
+    for pattern in patterns_in(layers):
         found = {name: layer for name, layer in named.items() if finder(pattern)(name)}
         if not found:
             raise ValueError(

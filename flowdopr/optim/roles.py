@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from flowdopr.patterns import finder
+from flowdopr.patterns import finder, patterns_in
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 DECAYED = ("matrix", "conv")
@@ -141,8 +141,8 @@ def parameter_groups(
         weight_decay: given to matrices and convolutions; all other groups get 0.
         adamw_for: None if the method updates every parameter alike. Otherwise it updates matrices
             and convolutions only, everything else goes to groups with gp "adamw", and so do the
-            matrices whose names match one of these regular expressions (first and last layers,
-            say). The method's groups then carry `fused_blocks`.
+            matrices whose names match this regular expression, or one of these (first and last
+            layers, say). The method's groups then carry `fused_blocks`.
 
     Raises:
         ValueError: a pattern that is no regular expression or matches no parameter, a model without
@@ -157,7 +157,7 @@ def parameter_groups(
                 f"embedding '{name}' has sparse gradients, which {gp} cannot use: build it with "
                 "sparse=False, or use sgd"
             )
-    found = {pattern: _finder(pattern) for pattern in adamw_for or ()}
+    found = {pattern: _finder(pattern) for pattern in patterns_in(adamw_for or ())}
     for pattern, finds in found.items():
         if not any(finds(role.name) for role in roles):
             raise ValueError(f"adamw_for: pattern '{pattern}' matches no parameter of the model")

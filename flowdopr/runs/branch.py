@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flowdopr.config import Config, apply_overrides, effective
 from flowdopr.disk import replacing_folder
+from flowdopr.runs.begin import begin_run
 from flowdopr.runs.checkpoint import MANIFEST
 from flowdopr.runs.folder import KEPT_AVERAGES, RunFolder
 from flowdopr.runs.same import check_same_run
@@ -33,7 +34,7 @@ def start_from(longer: RunFolder, config: Config) -> int:
         return 0
     *earlier, step = shared
     longer.check(step)
-    run = RunFolder.create(effective(config), longer.dataset, longer.made_by(), resume=True)
+    run = begin_run(effective(config), longer.dataset, longer.made_by(), resume=True)
     for line in longer.metrics():
         if line["step"] <= step:
             run.append_metrics(line)

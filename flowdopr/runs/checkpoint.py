@@ -12,6 +12,7 @@ of earlier versions have neither checksums nor the run's own files.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,3 +105,14 @@ def kept_steps(steps: Sequence[int], settings: TrainConfig, metrics: str = "") -
         known = [one for one in losses if one[0] is not None and one[1] in steps]
         kept |= {step for _, step in sorted(known)[:1]}
     return kept
+
+
+def step_name(step: int) -> str:
+    """The name of the folder of a checkpoint."""
+    return f"step-{step:08d}"
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the folders named `step-00000500` in `folder`, ascending."""
+    names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.glob("step-*"))
+    return sorted(int(name[1]) for name in names if name)

@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +32,11 @@ from flowdopr.config import Config, ConfigError, load_config, to_yaml
 from flowdopr.config.own import naming
 from flowdopr.data import DatasetInfo
 from flowdopr.disk import (
-    LOCK,
-    OWNER,
-    PART,
     WriteError,
     check_sealed_text,
     read_json,
     read_tensors,
     reading,
-    remove_parts,
     sealed,
     sealed_text,
     to_json,
@@ -58,30 +53,25 @@ from flowdopr.runs.checkpoint import (
     kept_steps,
     manifest_of,
     new_checkpoint,
+    step_name,
+    steps_in,
 )
 from flowdopr.runs.contents import MadeBy, State
 from flowdopr.runs.metrics import MetricsFile
-from flowdopr.runs.provenance import with_earlier
-from flowdopr.runs.same import check_same_run, other_setting
+from flowdopr.runs.same import other_setting
 
 log = logging.getLogger("flowdopr.runs")
 
 CHECKPOINTS, KEPT_AVERAGES = "checkpoints", "averages"
 CONFIG, DATASET, VERSIONS, METRICS = "config.yaml", "dataset.json", "versions.json", "metrics.jsonl"
 DELETED = ".deleted"  # suffix of a checkpoint while it is being deleted
-DAMAGED = ".damaged"  # suffix of a checkpoint that was found damaged; only the user deletes it
-# What `create` makes before config.yaml. A crash may leave these in a folder that is not a run yet.
-BEFORE_CONFIG = {
-    *(CHECKPOINTS, "samples", "evaluation", "log.txt", VERSIONS, DATASET, LOCK, OWNER),
-    *(f"{name}{PART}" for name in (VERSIONS, DATASET, CONFIG, OWNER)),
-}
 # The remedies for damaged files.
 RESTORE = "restore it from a copy of the run"
 RESTORE_OR_RESUME = f"{RESTORE}, or by flowdopr train with the run's config and --resume"
 
 
 class RunFolder:
-    """A run on disk: `create` a new one or one to be resumed, `open` one to read it."""
+    """A run on disk: `open` it to read it, or `begin.begin_run` to train it."""
 
     def __init__(self, path: Path, config: Config, dataset: DatasetInfo):
         self.path, self.config, self.dataset = path, config, dataset
@@ -105,98 +95,21 @@ class RunFolder:
         info = read_json(path / DATASET, RESTORE_OR_RESUME, DatasetInfo)
         return cls(path, load_config(path / CONFIG, follow_base=False), info)
 
-    @classmethod
-    def create(
-        cls,
-        config: Config,
-        dataset: DatasetInfo,
-        made_by: dict[str, Any],
-        *,
-        resume: bool,
-        changed_data: bool = False,
-    ) -> RunFolder:
-        """Prepare the folder `<output>/<name>` for training, from the newest sound checkpoint.
-
-        Checkpoints after that one are damaged, and set aside. Other files of these steps are
-        deleted, as the steps are trained again.
+    def write_own_files(self, step: int, made_by: dict[str, Any]) -> None:
+        """Write the files that a checkpoint has copies of, as training goes on from `step` with
+        them: 0 or that of a checkpoint.
 
         Args:
-            made_by: what `provenance` returned, for versions.json.
-            resume: allow a folder that has checkpoints of this run.
-            changed_data: allow that they were trained on other images.
-
-        Raises:
-            ConfigError: see `check_place`.
+            made_by: for versions.json.
         """
-        cls.check_place(config, dataset, resume=resume, changed_data=changed_data)
-        path = Path(config.output) / config.name
-        for folder in (CHECKPOINTS, "samples", "evaluation"):
-            (path / folder).mkdir(parents=True, exist_ok=True)
-        for folder in (CHECKPOINTS, "samples"):
-            remove_parts(path / folder)
-        run = cls(path, config, dataset)
-        newest = run._set_damaged_aside()
-        if newest == 0:
-            shutil.rmtree(path / KEPT_AVERAGES, ignore_errors=True)
-        before = run.made_by(newest) if newest else {}
-        if newest != config.train.steps:  # else nothing is trained by these versions
-            before = with_earlier(made_by, before, newest)
-        run._texts = {
-            VERSIONS: to_json(sealed(before)),
-            DATASET: to_json(sealed(dataset.to_dict())),
-            CONFIG: sealed_text(to_yaml(config)),
+        self._texts = {
+            VERSIONS: to_json(sealed(made_by)),
+            DATASET: to_json(sealed(self.dataset.to_dict())),
+            CONFIG: sealed_text(to_yaml(self.config)),
         }
-        run._metrics.go_on(newest, run._kept_lines(newest))
-        for name, text in run.texts().items():
-            write_text(path / name, text)
-        return run
-
-    @classmethod
-    def check_place(
-        cls, config: Config, dataset: DatasetInfo, *, resume: bool, changed_data: bool = False
-    ) -> None:
-        """Check that this run may be written into its folder; writes nothing.
-
-        Raises:
-            ConfigError: the folder holds a run and `resume` is off, or a run of another config, or
-                something else, or links that lead out of it.
-        """
-        path = Path(config.output) / config.name
-        check_no_links(path)
-        if _steps_in(path / CHECKPOINTS):
-            before = cls._recovered(path)
-            if not resume:
-                raise ConfigError(
-                    f"{path}: a run is here already; go on with it by --resume, "
-                    "or choose another folder by name=NEW"
-                )
-            check_same_run(before, config, dataset, changed_data=changed_data)
-        elif all((path / name).exists() for name in (CONFIG, DATASET)):
-            pass  # a run without a checkpoint may be overwritten
-        elif path.exists() and not {item.name for item in path.iterdir()} <= BEFORE_CONFIG:
-            raise ConfigError(
-                f"{path}: the folder has files but is not a run; choose another by name=NEW"
-            )
-
-    @classmethod
-    def _recovered(cls, path: Path) -> RunFolder:
-        """The run in `path`, which has checkpoints, also if its own files are damaged: then it is
-        described by those of the newest checkpoint that has sound ones.
-
-        Raises:
-            ConfigError, ValueError: no checkpoint has them either; what is wrong with its own.
-        """
-        try:
-            return cls.open(path)
-        except ValueError:
-            for step in reversed(_steps_in(path / CHECKPOINTS)):
-                folder = path / CHECKPOINTS / _step_name(step)
-                with suppress(ValueError):
-                    for name in (CONFIG, DATASET):
-                        checked_file(folder, name, "")
-                    found = cls.open(folder)
-                    return cls(path, found.config, found.dataset)
-            raise
+        self._metrics.go_on(step, self._kept_lines(step))
+        for name, text in self.texts().items():
+            write_text(self.path / name, text)
 
     def made_by(self, step: int = 0) -> dict[str, Any]:
         """The content of versions.json (see `with_earlier`), or {} if nothing is trained yet.
@@ -219,11 +132,11 @@ class RunFolder:
     # Checkpoints
 
     def checkpoint_path(self, step: int) -> Path:
-        return self.path / CHECKPOINTS / _step_name(step)
+        return self.path / CHECKPOINTS / step_name(step)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints, ascending."""
-        return _steps_in(self.path / CHECKPOINTS)
+        return steps_in(self.path / CHECKPOINTS)
 
     @contextmanager
     def new_checkpoint(
@@ -317,16 +230,6 @@ class RunFolder:
                 return step, wrong
         return 0, wrong
 
-    def _set_damaged_aside(self) -> int:
-        """Rename the checkpoints after the newest sound one, and return the step of that."""
-        newest, wrong = self.newest_sound(f"the checkpoint is set aside, with the ending {DAMAGED}")
-        for step, what in wrong.items():
-            aside = self.path / CHECKPOINTS / (_step_name(step) + DAMAGED)
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(self.checkpoint_path(step), aside)
-            log.warning("%s", what)
-        return newest
-
     def _delete_checkpoints(self, steps: Iterable[int]) -> None:
         """Delete the checkpoints of `steps`, except for their power-function averages.
 
@@ -336,7 +239,7 @@ class RunFolder:
         for deleted in (self.path / CHECKPOINTS).glob("*" + DELETED):
             self._delete_files(deleted)
         for step in steps:
-            deleted = self.path / CHECKPOINTS / (_step_name(step) + DELETED)
+            deleted = self.path / CHECKPOINTS / (step_name(step) + DELETED)
             os.replace(self.checkpoint_path(step), deleted)
             self._delete_files(deleted)
 
@@ -407,9 +310,9 @@ class RunFolder:
         if not stored:
             raise ConfigError(f"{self.path}: {weights} needs a run with train.ema_lengths")
         folders = {
-            t: self.path / place / _step_name(t)
+            t: self.path / place / step_name(t)
             for place in (KEPT_AVERAGES, CHECKPOINTS)
-            for t in _steps_in(self.path / place)
+            for t in steps_in(self.path / place)
             if t <= step
         }
         snapshots = [(t, length) for t in sorted(folders) for length in stored]
@@ -502,27 +405,3 @@ class RunFolder:
         """The lines of metrics.jsonl that checkpoint `step` has; none if it has no copy."""
         path = self._copy(step, METRICS)
         return path.read_text(encoding="utf-8").splitlines(keepends=True) if path else []
-
-
-def check_no_links(path: Path) -> None:
-    """Check that what is written into the run folder `path` stays there.
-
-    Raises:
-        ConfigError: a folder or file in it is a symbolic link; a stranger's run may have one.
-    """
-    for item in path.iterdir() if path.is_dir() else ():
-        if item.is_symlink():
-            raise ConfigError(
-                f"{item}: is a link, through which files outside the run would be written; put "
-                "what it leads to in its place"
-            )
-
-
-def _step_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def _steps_in(folder: Path) -> list[int]:
-    """Steps of the folders named `step-00000500` in `folder`, ascending."""
-    names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.glob("step-*"))
-    return sorted(int(name[1]) for name in names if name)

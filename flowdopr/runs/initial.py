@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -13,16 +14,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flowdopr.config import ConfigError, load_config
+from flowdopr.config.model import PCConfig
 from flowdopr.disk import check_fit, file_sha256, reading
 from flowdopr.models import pc_layers, update_spectral_norms
 from flowdopr.models.dit import SIZES
 from flowdopr.models.foreign import as_ours
-from flowdopr.runs.folder import RunFolder
+from flowdopr.runs.folder import CONFIG, RunFolder
 
 REMEDY = (
     "let train.init_from name a run folder, or a file of weights by safetensors or torch.save that "
     "docs/exchange.md lists"
 )
+
+MAPPED = "PC layers of some kind"
+"""What named weights show of `model.pc` where it is set."""
 
 REST = {
     "dit": "model.mlp_ratio, model.mlp and model.qk_norm",
@@ -31,19 +37,21 @@ REST = {
 }
 
 
-def load_initial(model: Any, init_from: str) -> dict[str, str]:
+def load_initial(model: Any, init_from: str, pc: PCConfig | None = None) -> dict[str, str]:
     """Give `model` the weights in `init_from`, in place.
 
     Args:
         init_from: a file of weights that `as_ours` knows, by safetensors or torch.save, or a run
             folder, which stands for the average of its newest checkpoint that samples are drawn
             with. A model without PC layers gets the merged weights of a run that has them.
+        pc: section `model.pc`, with which the PC layers of `model` were made.
 
     Returns:
         The file and its sha256, for versions.json.
 
     Raises:
-        ConfigError, ValueError: no such file or checkpoint, or weights that do not fit the model.
+        ConfigError, ValueError: no such file or checkpoint, weights that do not fit the model, or
+            that are not finite.
     """
     path, wanted = Path(init_from), model.state_dict()
     run = RunFolder.open(path) if path.is_dir() else None
@@ -53,7 +61,14 @@ def load_initial(model: Any, init_from: str) -> dict[str, str]:
         found = run.load_model()[0].state_dict()
     else:
         found = _weights(path, model)
+        _check_same_pc(found, path, pc)
     check_fit(found, wanted, path, _remedy(found, wanted, model))
+    for name, tensor in found.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{path}: {name} has numbers that are not finite; let train.init_from name weights "
+                "that have none, such as those of an earlier checkpoint"
+            )
     model.load_state_dict(found)
     update_spectral_norms(model)
     return {"file": str(path.resolve()), "sha256": file_sha256(path)}
@@ -88,10 +103,33 @@ def _content(path: Path) -> Mapping[str, Any]:
         return found
 
 
+def _check_same_pc(found: Mapping[str, Tensor], path: Path, pc: PCConfig | None) -> None:
+    """Check that PC layers made by `pc` compute what those of the weights `found` do, which have
+    the same names and shapes at every level.
+
+    Raises:
+        ConfigError: they do not; only the config beside a checkpoint's weights tells.
+    """
+    beside = path.with_name(CONFIG)
+    if not beside.is_file() or not any(".weight_map." in name for name in found):
+        return
+    theirs = load_config(beside, follow_base=False).model.pc
+    if theirs and (pc is None or _function(pc) != _function(theirs)):
+        value = json.dumps(theirs.model_dump(mode="json", exclude_defaults=True))
+        raise ConfigError(f"{path}: has PC layers of other settings; set model.pc='{value}'")
+
+
+def _function(pc: PCConfig) -> dict[str, Any]:
+    """The settings that decide what a PC layer computes."""
+    return pc.model_dump(exclude={"power_iterations"})
+
+
 def _remedy(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: Any) -> str:
     """What to change so that the model has weights like `found`."""
     theirs, ours = (settings_of(tensors, model.image_shape[0]) for tensors in (found, wanted))
     other = {key: value for key, value in theirs.items() if ours.get(key) != value}
+    if other.get("model.pc") == MAPPED:
+        return "set model.pc to that of its run"
     if settings := [f"{key}={value}" for key, value in other.items() if "." in key]:
         return f"set {' '.join(settings)}"
     if other:
@@ -117,7 +155,7 @@ def settings_of(tensors: Mapping[str, Tensor], channels: int) -> dict[str, Any]:
         return found
     label = shapes.get("condition.label.weight")
     mapped = any(".weight_map." in name for name in shapes)
-    found["model.pc"] = "that of its run" if mapped else "null"
+    found["model.pc"] = MAPPED if mapped else "null"
     found["model.class_conditional"] = str(label is not None).lower()
     found |= {"classes": label[0] - 1} if label else {}
     if "stem.weight" in shapes:

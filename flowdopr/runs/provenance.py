@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import subprocess
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
@@ -13,11 +14,12 @@ from typing import Any
 
 import torch
 
+from flowdopr import __version__
 from flowdopr.config import Config
 from flowdopr.config.optimizer import PACKAGES
 from flowdopr.config.own import own_code
 
-LIBRARIES = ("flowdopr", "torch", "torchvision", "torchdiffeq", "torch-fidelity", "accelerate")
+LIBRARIES = ("torch", "torchvision", "torchdiffeq", "torch-fidelity", "accelerate")
 
 
 @functools.cache
@@ -34,8 +36,17 @@ def commit() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that can change a result."""
-    found = {"python": platform.python_version()}
-    return found | {name: metadata.version(name) for name in LIBRARIES}
+    own = {"python": platform.python_version(), "flowdopr": __version__}
+    return own | _installed(LIBRARIES)
+
+
+def _installed(packages: Iterable[str]) -> dict[str, str]:
+    """The version of each package that is installed."""
+    found = {}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def hardware(device: torch.device) -> str:
@@ -52,10 +63,7 @@ def provenance(device: torch.device, config: Config) -> dict[str, Any]:
     Among the versions are those of the packages that optimizers may come from, and the SHA-256 of
     code of the user's own that `config` names.
     """
-    used = versions()
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            used[name] = metadata.version(name)
+    used = versions() | _installed(PACKAGES)
     made_by = {"versions": used, "commit": commit(), "hardware": hardware(device)}
     made_by |= own_code(config.model, config.data)
     return made_by | {"launched": datetime.now(timezone.utc).isoformat(timespec="seconds")}

@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Set
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,63 +21,32 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torchvision.transforms.v2.functional import to_pil_image
 
 from flowdopr.config import Config
-from flowdopr.data import Batch, Datasets, build_loader, plain_batches, to_uint8
-from flowdopr.disk import WriteError, replacing
-from flowdopr.exits import is_out_of_memory, one_line
-from flowdopr.flow import (
-    ONE_STEP_BATCH,
-    Draw,
-    FlowMatching,
-    Sampling,
-    generate,
-    one_step_loss,
-)
+from flowdopr.data import Batch, Datasets, build_loader
+from flowdopr.disk import WriteError
+from flowdopr.exits import one_line
+from flowdopr.flow import Draw
 from flowdopr.linalg import local, tf32_products
 from flowdopr.models import update_spectral_norms
 from flowdopr.optim import DeferredRead
-from flowdopr.pictures import grid
 from flowdopr.processes import Agreement
-from flowdopr.runs import Average, RunFolder
+from flowdopr.runs import RunFolder
 from flowdopr.terminal import Counter, counting
+from flowdopr.train.components import Components
 from flowdopr.train.culprit import culprit
 from flowdopr.train.ema import EMA, OwnAverage
 from flowdopr.train.log import FILE_ONLY, shown_line
+from flowdopr.train.looks import Looks
 from flowdopr.train.meter import BACKWARD, DATA, FORWARD, OPTIMIZER, Meter
 from flowdopr.train.saving import Saver
-from flowdopr.train.schedule import derive_seed, lr_factor
+from flowdopr.train.schedule import derive_seed, is_due, lr_factor
 from flowdopr.train.shards import placed_state, placed_weights, whole
-from flowdopr.train.signals import Interrupted, StopSignal, TrainingFailed
+from flowdopr.train.signals import TRY, Interrupted, StopSignal, TrainingFailed
 from flowdopr.train.spikes import Spikes
-from flowdopr.train.trackers import show_numbers, show_picture
+from flowdopr.train.trackers import show_numbers
 
 log = logging.getLogger("flowdopr.train")
-
-HELD_OUT, GRID = "held-out loss", "sample grid"
-TRY = "lower optimizer.lr, lengthen train.warmup_steps, or set train.precision=no where it is not"
-
-
-@dataclass(frozen=True)
-class Components:
-    """What a config describes, each built once: see `start.build_components`.
-
-    The guide model and the decoder of the sample grids stay on the training device: their weights
-    take little memory beside gradients, optimizer state and activations.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    objective: FlowMatching
-    averages: Sequence[Average]
-    sampling: Sampling
-    guide_model: nn.Module | None
-    decode: Callable[[Tensor], Tensor]
-    initial: dict[str, Any]
-    """For versions.json: the file that the weights started from, if any."""
-    sharded: bool
-    """Whether the processes share out the weights: see `shards`."""
 
 
 class Trainer:
@@ -117,8 +83,7 @@ class Trainer:
         self.meter, self.spikes = Meter(accelerator), Spikes()
         self.grad_norm, self.skipped, self.skipped_in_a_row = 0.0, 0, 0
         self.agreement = Agreement(accelerator.num_processes, config.train.process_timeout)
-        self.missing: list[str] = []
-        """Held-out losses and sample grids that failed."""
+        self.looks = Looks(config, accelerator, datasets, components, run, self.ema)
         self.step = self._restore()
         self.saver = Saver(run, self.step)
 
@@ -140,7 +105,7 @@ class Trainer:
         bar = counting("training", settings.steps, completed=self.step, shown=shown)
         with StopSignal() as stop, bar as progress, self.saver:
             if self.step:
-                done = self._looked_at()
+                done = self.looks.done(self.step)
                 self.accelerator.wait_for_everyone()  # before the first process adds to it
                 self._look(done)
             batch, ending = self._next(self.step, loader, stop)
@@ -326,11 +291,10 @@ class Trainer:
             start_step=self.step,
         )
 
-    # Logging, validation and samples
+    # Logging and looks
 
     def _due(self, every: int | None) -> bool:
-        last = self.step == self.config.train.steps
-        return last or (every is not None and self.step % every == 0)
+        return is_due(self.step, every, self.config.train.steps)
 
     def _log(self, progress: Counter) -> None:
         """Log the steps since the last line, if any was taken."""
@@ -362,91 +326,16 @@ class Trainer:
                 log.warning("%s; the next line tries again", error.what)
 
     def _look(self, done: Set[str] = frozenset()) -> None:
-        """Validate and draw samples where this step is due, except for what is `done`.
-
-        The first process does it; the others help where they hold parts of the weights. A failure
-        is logged, and training goes on.
-        """
-        settings = self.config.train
-        looks = {
-            HELD_OUT: (settings.validate_every, self._validate),
-            GRID: (settings.sample_every, self._draw_samples),
-        }
-        due = [what for what, (every, _) in looks.items() if self._due(every)]
+        """Validate and draw samples where this step is due, except for what is `done`."""
+        due = self.looks.due(self.step)
         if not due:
             return
         self.meter.pause()
-        began, found = time.perf_counter(), {}
-        if self.accelerator.is_main_process or self.components.sharded:
-            for what in (what for what in due if what not in done):
-                try:
-                    with self._averaged_model() as model:
-                        found |= looks[what][1](model)
-                except Exception as error:
-                    self._note_missing(f"{what} of step {self.step}", error)
-        self.accelerator.wait_for_everyone()
-        if not done >= set(due):
-            seconds = time.perf_counter() - began
-            self._record({"step": self.step, **found, "evaluation_seconds": seconds})
+        left = [what for what in due if what not in done]
+        found = self.looks.take(self.step, left)  # all processes meet there, whatever each has left
+        if left:
+            self._record({"step": self.step, **found})
         self.meter.go_on()
-
-    def _looked_at(self) -> set[str]:
-        """What an earlier launch made of the restored step, before it ended."""
-        lines = [line for line in self.run.metrics() if line["step"] == self.step]
-        found = {HELD_OUT for line in lines if "held_out_loss" in line}
-        return found | ({GRID} if self._grid_path().exists() else set())
-
-    def _note_missing(self, what: str, error: Exception) -> None:
-        log.info("%s", what, exc_info=True, extra=FILE_ONLY)
-        remedy = ": lower sample.batch_size" if is_out_of_memory(error) else ""
-        log.warning("no %s: %s%s; the run goes on without it", what, one_line(error), remedy)
-        self.missing.append(what)
-
-    @contextmanager
-    def _averaged_model(self) -> Iterator[nn.Module]:
-        """The raw model with averaged weights, in evaluation mode."""
-        self.raw_model.eval()
-        try:
-            with self.ema.applied(self.raw_model), torch.no_grad():
-                update_spectral_norms(self.raw_model)  # those of the averaged weights
-                yield self.raw_model
-        finally:
-            self.raw_model.train()
-
-    def _validate(self, model: nn.Module) -> dict[str, float]:
-        batches = plain_batches(self.datasets.held_out, ONE_STEP_BATCH, self.accelerator.device)
-        # Not the run's own seed, so that runs of several seeds can be compared.
-        seed = self.config.evaluate.seed
-        result = one_step_loss(self.objective, model, batches, seed=seed)
-        if not math.isfinite(result.mean):
-            raise TrainingFailed(f"it is {result.mean}; {TRY}")
-        return {"held_out_loss": result.mean}
-
-    def _draw_samples(self, model: nn.Module) -> dict[str, float]:
-        number = self.config.sample.num_images
-        conditional = self.config.model.class_conditional
-        num_classes = self.datasets.info.num_classes if conditional else 0
-        samples = generate(
-            model,
-            torch.arange(number) % num_classes if num_classes else None,
-            num_images=number,
-            seed=self.config.seed,
-            batch_size=self.config.sample.batch_size,
-            guide_model=self.components.guide_model,
-            sampling=self.components.sampling,
-        )
-        images = self.components.decode(samples.images)
-        if not images.isfinite().all():  # they would become black
-            raise TrainingFailed(f"images are not finite; {TRY}")
-        if self.accelerator.is_main_process:
-            picture = to_pil_image(grid(to_uint8(images)))
-            with replacing(self._grid_path()) as part:
-                picture.save(part, format="png")
-            show_picture(self.accelerator, self.step, picture)
-        return {}
-
-    def _grid_path(self) -> Path:
-        return self.run.path / "samples" / f"step-{self.step:08d}.png"
 
     # Checkpoints
 

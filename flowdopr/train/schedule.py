@@ -33,6 +33,11 @@ def lr_factor(
     return 1.0 - done if decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
 
+def is_due(step: int, every: int | None, last: int) -> bool:
+    """Whether `step` is the `last` one, or one of `every` so many; None: of no others."""
+    return step == last or (every is not None and step % every == 0)
+
+
 def derive_seed(*parts: int) -> int:
     """A 63-bit seed from integers; different integers give unrelated seeds."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1

@@ -6,6 +6,9 @@ import signal
 import threading
 from types import FrameType
 
+TRY = "lower optimizer.lr, lengthen train.warmup_steps, or set train.precision=no where it is not"
+"""The remedy for numbers that are not finite."""
+
 
 class Interrupted(Exception):
     """A signal stopped the work, which is saved; the same command with `--resume` continues it."""

@@ -30,9 +30,18 @@ from flowdopr.latents import build_datasets, load_decoder
 from flowdopr.models import build_model
 from flowdopr.optim import averages_itself, build_optimizer
 from flowdopr.processes import asks_for_shards, check_launch, keep_freed_memory
-from flowdopr.runs import RunFolder, averages_of, load_guide, load_initial, provenance
+from flowdopr.runs import (
+    RunFolder,
+    averages_of,
+    begin_run,
+    check_place,
+    load_guide,
+    load_initial,
+    provenance,
+)
+from flowdopr.train.components import Components
 from flowdopr.train.log import log_roles, run_log
-from flowdopr.train.loop import Components, Trainer
+from flowdopr.train.loop import Trainer
 from flowdopr.train.shards import share_out
 from flowdopr.train.signals import TrainingFailed
 from flowdopr.train.trackers import check_trackers, tracking
@@ -71,7 +80,7 @@ def train(
     with ExitStack() as held:
         if accelerator.is_main_process:
             allowed = {"resume": resume, "changed_data": changed_data}
-            run.check_place(config, datasets.info, **allowed)
+            check_place(config, datasets.info, **allowed)
             unchecked = check_start(datasets)
             remedy = "wait for it, or choose another folder by name=NEW"
             held.enter_context(locked(run.path, remedy, patience=patience))
@@ -80,7 +89,7 @@ def train(
                 log.info("%s", line)
             made_by = provenance(accelerator.device, config) | components.initial
             made_by |= {"processes": accelerator.num_processes, "data": datasets.info.fingerprint}
-            run = RunFolder.create(config, datasets.info, made_by, **allowed)
+            run = begin_run(config, datasets.info, made_by, **allowed)
         else:
             held.enter_context(run_log(None))
         accelerator.wait_for_everyone()
@@ -95,8 +104,8 @@ def train(
                 log.info("no checkpoint in %s: training starts at step 0", run.path)
             with tracking(accelerator, run, trainer.step), _telling_of_killed_workers(run):
                 trainer.fit()
-            if trainer.missing:
-                log.warning("%s: trained, but without %s", run.path, ", ".join(trainer.missing))
+            if missing := ", ".join(trainer.looks.missing):
+                log.warning("%s: trained, but without %s", run.path, missing)
         finally:
             accelerator.free_memory()
     return run.path
@@ -146,7 +155,8 @@ def build_components(
     model = build_model(config, dataset.image_shape, dataset.num_classes)
     initial = {}
     if starts and config.train.init_from:
-        initial = {"init_from": load_initial(model, config.train.init_from)}
+        origin = load_initial(model, config.train.init_from, config.model.pc)
+        initial = {"init_from": origin}
     if sharded:
         share_out(model, torch.device(device))
     optimizer = build_optimizer(model, **optimizer_arguments(config))

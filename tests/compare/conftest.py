@@ -30,8 +30,17 @@ compare:
 """
 
 
+def study_in(folder: Path) -> Config:
+    path = folder / "study.yaml"
+    path.write_text(STUDY.format(output=folder))
+    return load_config(path)
+
+
 @pytest.fixture
 def study(tmp_path: Path) -> Config:
-    path = tmp_path / "study.yaml"
-    path.write_text(STUDY.format(output=tmp_path))
-    return load_config(path)
+    return study_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_study(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return study_in(tmp_path_factory.mktemp("study"))

@@ -86,6 +86,14 @@ def test_a_measure_without_ratio_ends_the_study(tmp_path):
     assert len(list(begun.iterdir())) < 8
 
 
+@pytest.mark.parametrize("name", ["walker/easy", "/walker", "", "."])
+def test_a_name_that_leads_out_of_the_folder_is_refused(name):
+    with pytest.raises(
+        ValueError, match=rf"OwnTask: name='{name}' must be a file's name, .* slashes"
+    ):
+        OwnTask(name, train, {"steps": 10}, rollout=HORIZONS[1])
+
+
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "runs.jsonl"
     path.write_text('{"trial": ')

@@ -28,7 +28,7 @@ from flowdopr.disk import sealed, write_json
 from flowdopr.evaluate import Gallery
 from flowdopr.evaluate.card import card_settings
 from flowdopr.models import build_model
-from flowdopr.runs import RunFolder
+from flowdopr.runs import begin_run
 
 DIGITS = DatasetInfo("digits", (1, 8, 8), 10, tuple("0123456789"), 1600, 197, "f" * 64)
 MADE_BY = {
@@ -56,12 +56,13 @@ def card(plan, step, fd, config):
             "seed": 0,
         },
         "extractor": {"name": "own", "space": "own features", "held_out_accuracy": 0.98},
+        "reference": {"name": "digits train"},
     }
 
 
 def make_run(plan, fd):
     """A finished run folder, as training and evaluation leave it."""
-    run = RunFolder.create(plan.config, DIGITS, MADE_BY, resume=False)
+    run = begin_run(plan.config, DIGITS, MADE_BY, resume=False)
     tensor = {"w": torch.zeros(1)}
     for step in (4, 8):
         run.save_checkpoint(step, model=tensor, averages={"ema-0.9": tensor}, state={}, note={})
@@ -84,19 +85,32 @@ def make_run(plan, fd):
         (run.path / "evaluation" / f"card-{number}.json").write_text(text)
 
 
-@pytest.fixture
-def finished(study):
+def finish(study):
     for plan in expand(study):
         make_run(plan, FD[plan.arm, plan.seed])
     return study
 
 
-def test_numbers_of_the_table(finished, capsys):
+@pytest.fixture
+def finished(study):
+    return finish(study)
+
+
+@pytest.fixture(scope="module")
+def report(shared_study):
+    """The folder of a finished study with its report, for tests that only read it."""
+    return compare(finish(shared_study), report_only=True)
+
+
+def test_the_command_says_where_the_report_is_and_what_it_found(finished, capsys):
     folder = compare(finished, report_only=True)
     printed = capsys.readouterr().out
     assert str(folder / "report.html") in printed
     assert "DoPr-AdamW had the lowest mean FD" in printed
-    plain, dopr = csv.DictReader(io.StringIO((folder / "table.csv").read_text()))
+
+
+def test_numbers_of_the_table(report):
+    plain, dopr = csv.DictReader(io.StringIO((report / "table.csv").read_text()))
     assert (plain["arm"], plain["optimizer"], plain["dopr"]) == ("AdamW", "adamw", "False")
     assert (dopr["arm"], dopr["optimizer"], dopr["dopr"]) == ("DoPr-AdamW", "adamw", "True")
     assert float(plain["fd_mean"]) == 5.5
@@ -117,13 +131,13 @@ def test_numbers_of_the_table(finished, capsys):
     assert {key: float(plain[key]) for key in expected} == pytest.approx(expected)
     assert plain["commit"] == MADE_BY["commit"]
     assert plain["hardware"] == MADE_BY["hardware"]
-    page = (folder / "report.html").read_text()
+    page = (report / "report.html").read_text()
     for shown in ("5.50 ± 0.71", "3.25 ± 0.35", "0.5550 ± 0.0071", "20 ms", "108 MiB", "abacus"):
         assert shown in page
 
 
-def test_the_report_is_one_file(finished):
-    page = (compare(finished, report_only=True) / "report.html").read_text()
+def test_the_report_is_one_file(report):
+    page = (report / "report.html").read_text()
     assert not re.search(r"https?:|<script [^>]|<link|@import|url\(", page)
     images = re.findall(r'<img[^>]* src="([^"]*)"', page)
     # Scatter, NFE, FD and loss over steps and seconds; a grid an arm.
@@ -133,20 +147,18 @@ def test_the_report_is_one_file(finished):
     assert "too few for a claim" in page
 
 
-def test_every_run_links_to_its_files(finished):
-    folder = compare(finished, report_only=True)
-    page = (folder / "report.html").read_text()
-    for plan in expand(finished):
+def test_every_run_links_to_its_files(report, shared_study):
+    page = (report / "report.html").read_text()
+    for plan in expand(shared_study):
         for target in (f"{plan.name}/config.yaml", f"{plan.name}/evaluation/"):
             assert f'href="{target}"' in page
-            assert (folder / target).exists()
+            assert (report / target).exists()
         assert f"<code>flowdopr train {plan.path}/config.yaml name=NEW</code>" in page
 
 
-def test_what_was_trained_on_what_and_when_is_on_the_page(finished):
-    folder = compare(finished, report_only=True)
-    page = (folder / "report.html").read_text()
-    model = build_model(finished, DIGITS.image_shape, DIGITS.num_classes)
+def test_what_was_trained_on_what_and_when_is_on_the_page(report, shared_study):
+    page = (report / "report.html").read_text()
+    model = build_model(shared_study, DIGITS.image_shape, DIGITS.num_classes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     for name, value in {
         "parameters": f"{parameters:,}",
@@ -156,7 +168,7 @@ def test_what_was_trained_on_what_and_when_is_on_the_page(finished):
         "runs launched": "2026-03-14 15:09 UTC",
     }.items():
         assert f"<dt>{name}</dt><dd>{value}</dd>" in page
-    results = json.loads((folder / "results.json").read_text())
+    results = json.loads((report / "results.json").read_text())
     assert results["dataset"] == DIGITS.to_dict()
     assert {run["num_parameters"] for run in results["runs"]} == {parameters}
     assert all(run["launched"] == [MADE_BY["launched"]] for run in results["runs"])
@@ -189,16 +201,15 @@ def test_time_is_that_of_training_and_bars_are_the_losses_that_both_reached(fini
     assert bar.get_xdata() == pytest.approx([0.5 + 5.5 / 100, 0.5 + 6.5 / 100])
 
 
-def test_results_json_holds_every_run_and_difference(finished):
-    folder = compare(finished, report_only=True)
-    results = json.loads((folder / "results.json").read_text())
+def test_results_json_holds_every_run_and_difference(report):
+    results = json.loads((report / "results.json").read_text())
     fd, *_, loss = results["claims"]
     assert (fd["first"], fd["second"]) == ("DoPr-AdamW", "AdamW")
     assert (fd["measure"], loss["measure"]) == ("FD at equal steps", "one-step loss")
     assert fd["by_seed"] == pytest.approx({"0": 3 / 5, "1": 3.5 / 6})
     assert fd["ratio"] == pytest.approx((3 / 5 * 3.5 / 6) ** 0.5)
     assert (fd["shown"], fd["p_permutation"]) == (False, 0.5)
-    table = list(csv.DictReader(io.StringIO((folder / "table.csv").read_text())))
+    table = list(csv.DictReader(io.StringIO((report / "table.csv").read_text())))
     for row, arm in zip(table, results["arms"], strict=True):
         assert row == {key: "" if value is None else str(value) for key, value in arm.items()}
     assert len(results["runs"]) == 4
@@ -264,7 +275,7 @@ def test_names_are_escaped(study):
 def test_unfinished_and_failed_runs_are_listed(study):
     first, second, third, _ = expand(study)
     make_run(first, 5.0)
-    RunFolder.create(second.config, DIGITS, MADE_BY, resume=False)
+    begin_run(second.config, DIGITS, MADE_BY, resume=False)
     third.failure.parent.mkdir()
     third.failure.write_text("RuntimeError: <boom>\n")
     assert [read_result(read_run(plan)).status for plan in expand(study)] == [
@@ -449,8 +460,8 @@ def test_a_browser_shows_the_report_without_complaint_and_sorts_it(finished, tmp
     assert len(in_chromium(broken, tmp_path / "broken.html", width)[1]) == 1
 
 
-def test_the_table_for_latex_has_the_rows_of_the_report(finished):
-    lines = (compare(finished, report_only=True) / "table.tex").read_text().splitlines()
+def test_the_table_for_latex_has_the_rows_of_the_report(report):
+    lines = (report / "table.tex").read_text().splitlines()
     assert lines[:2] == [r"\begin{tabular}{lrrrrrrr}", r"\toprule"]
     assert lines[2].startswith(r"optimizer & learning rate & FD $\downarrow$ & one-step loss")
     dopr = next(line for line in lines if line.startswith("DoPr-AdamW"))

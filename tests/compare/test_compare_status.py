@@ -44,7 +44,8 @@ def warn_of_three_layers() -> None:
 
 def test_a_run_complete_and_on_its_way(study, capsys):
     run = RunFolder.open(train(expand(study)[0].config))
-    evaluate(run.path, ["evaluate.metrics=[fd]"])
+    for n in (64, 32):
+        evaluate(run.path, ["evaluate.metrics=[fd]", f"evaluate.fid_num_images={n}"])
     with run_log(run.path / "log.txt"):
         trainer = logging.getLogger("flowdopr.train")
         warn_of_three_layers()
@@ -55,7 +56,9 @@ def test_a_run_complete_and_on_its_way(study, capsys):
     first, quality, speed, shares, checkpoints, *health = capsys.readouterr().out.splitlines()
     assert first == f"{run.path}: step 8 of 8 (100 %), complete"
     assert re.fullmatch(
-        r"loss [\d.]+ \(step 8\); .*FD [\d.]+ \(step 8\); gradient norm .*", quality
+        r"loss [\d.]+ \(step 8\); .*; gradient norm [\d.]+ \(step 8\); "
+        r"FD [\d.]+ \(step 8, 64 images against digits train, flowdopr-classifier\)",
+        quality,
     )
     assert re.fullmatch(r"[\d,]+ images/s, .* a step, [\d,]+ MiB", speed)
     parts = {word: int(share) for share, word in re.findall(r"(\d+) % ([a-z ]+)", shares)}

@@ -5,7 +5,7 @@ from untrained import make_config, save_random_checkpoint
 
 from flowdopr.data import Datasets
 from flowdopr.latents import build_datasets
-from flowdopr.runs import RunFolder
+from flowdopr.runs import RunFolder, begin_run
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,7 +25,7 @@ def make_run(tmp_path, digits):
     """`make_run()` -> a run folder with random weights at steps 1 and 2."""
 
     def make(**settings) -> RunFolder:
-        run = RunFolder.create(make_config(tmp_path, **settings), digits.info, {}, resume=False)
+        run = begin_run(make_config(tmp_path, **settings), digits.info, {}, resume=False)
         for step in (1, 2):
             save_random_checkpoint(run, step)
         return run

@@ -319,6 +319,7 @@ def test_small_images_are_magnified_in_the_grid():
     assert torch.equal(picture[0, 2:34:4, 2:34:4], images[0, 0])
 
 
+@pytest.mark.slow
 def test_two_processes_draw_and_measure_what_one_does(make_run, tmp_path):
     """Images bit for bit, also with a solver whose steps depend on the batch; metrics, which add up
     sums of the processes, to rounding."""

@@ -17,7 +17,7 @@ from flowdopr.config import apply_overrides
 from flowdopr.evaluate import evaluate
 from flowdopr.export import export
 from flowdopr.models import build_model
-from flowdopr.runs import RunFolder, load_initial, open_run
+from flowdopr.runs import begin_run, load_initial, open_run
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_an_exported_file_draws_the_images_of_the_run(make_run, tmp_path, weight
     run = make_run()
     if change:
         config = apply_overrides(run.config, ["name=changed", *change])
-        run = RunFolder.create(config, run.dataset, {}, resume=False)
+        run = begin_run(config, run.dataset, {}, resume=False)
         save_random_checkpoint(run, step)
     options = ["--ema", weights, *(["--step", str(step)] if step else [])]
     command = ["export", str(run.path), f"--out={tmp_path / 'out'}", *options]

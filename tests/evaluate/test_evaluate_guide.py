@@ -14,7 +14,7 @@ from flowdopr.data import to_uint8
 from flowdopr.evaluate import evaluate, sample
 from flowdopr.evaluate.generate import balanced_labels
 from flowdopr.flow import build_sampling, generate
-from flowdopr.runs import RunFolder, load_guide
+from flowdopr.runs import begin_run, load_guide
 from flowdopr.runs.checkpoint import write_manifest
 from flowdopr.train import train
 
@@ -31,7 +31,7 @@ def other_run(tmp_path, digits):
 
     def make(*overrides, info=digits.info):
         config = apply_overrides(make_config(tmp_path), ["name=guide", *overrides])
-        run = RunFolder.create(config, info, {}, resume=False)
+        run = begin_run(config, info, {}, resume=False)
         for step in (3, 4):
             save_random_checkpoint(run, step)
         return run

@@ -194,6 +194,7 @@ def test_the_pixels_of_images_without_a_folder_are_found_again_if_allowed(
         build_pixel_datasets(training_config(out))
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(tmp_path, vae, pictures):
     alone = encode(
         source_config(pictures), autoencoder=str(vae), out=tmp_path / "alone", shard_size=4

@@ -11,7 +11,7 @@ from flowdopr.evaluate import Evaluator, evaluate, measure
 from flowdopr.evaluate.card import answers, card_settings
 from flowdopr.evaluate.generate import balanced_labels, labels_like_data, repeated_labels
 from flowdopr.flow import ONE_STEP_BATCH, build_objective, one_step_loss
-from flowdopr.runs import RunFolder, averages_of
+from flowdopr.runs import averages_of, begin_run
 from flowdopr.runs.checkpoint import write_manifest
 from flowdopr.train import train
 
@@ -216,7 +216,7 @@ def test_nothing_is_downloaded_to_the_place_that_a_runs_config_names(make_run, t
     run, place = make_run(), tmp_path / "place"
     data = [f"data.root={place}", "data.download=true"]
     config = apply_overrides(run.config, ["name=mnist", "data.name=mnist", *data])
-    stranger = RunFolder.create(config, run.dataset, {}, resume=False)
+    stranger = begin_run(config, run.dataset, {}, resume=False)
     save_random_checkpoint(stranger, 1)
     with pytest.raises(ValueError, match=r"mnist is not in .* data.download is false.*=true"):
         evaluate(stranger.path)

@@ -31,6 +31,11 @@ def test_statistics_that_were_written_give_the_same_distance(make_run, tmp_path,
     run, file = make_run(), tmp_path / "new" / "digits.npz"
     assert run_command(["evaluate", str(run.path), f"--save-reference={file}", "--step=1"]) == 2
     assert "leave --step and --force out" in capsys.readouterr().err
+    assert run_command(["evaluate", str(run.path), f"--save-reference={tmp_path}"]) == 2
+    assert capsys.readouterr().err == (
+        f"flowdopr: {tmp_path}: is a folder; name a file to write, such as "
+        f"{tmp_path}/reference.npz\n"
+    )
     assert run_command(["evaluate", str(run.path), f"--save-reference={file}"]) == 0
     with np.load(file, allow_pickle=False) as stored:
         assert {"mu", "sigma"} <= set(stored)

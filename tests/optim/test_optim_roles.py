@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from flowdopr.models import add_pc_layers, pc_layers
 from flowdopr.optim import DoPr
 from flowdopr.optim.roles import (
     check_claimed,
@@ -84,6 +85,17 @@ def test_a_pattern_is_found_in_linear_time_or_refused(pattern, message):
     rule = {"pattern": pattern, "mode": "none"}
     with pytest.raises(ValueError, match="layer rule"):
         DoPr(torch.optim.SGD(model.parameters()), model, rules=[rule])
+
+
+def test_one_pattern_is_not_the_list_of_its_letters():
+    model = nn.ModuleDict({"head": nn.Linear(2, 2), "body": nn.Linear(2, 2)})
+    one, listed = (
+        parameter_groups(model, "muon", weight_decay=0.0, adamw_for=given)
+        for given in ("head", ["head"])
+    )
+    assert [group["gp"] for group in one] == [group["gp"] for group in listed] == ["adamw", "muon"]
+    assert all(map(torch.equal, one[0]["params"], listed[0]["params"]))
+    assert [*pc_layers(add_pc_layers(model, layers="head"))] == ["head"]
 
 
 def test_groups_claim_each_parameter_once_and_decay_matrices_only():

@@ -1,4 +1,4 @@
-"""Two processes that work together by gloo, as the tests of several ranks start them."""
+"""Two processes that work together by gloo, started as those of a study, which is quick."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +8,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from flowdopr.compare.worker import process_context
+
 
 def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
     """What `work(rank)`, a function of a module, returns on each of two ranks."""
-    mp.spawn(_start, (work, folder), nprocs=2)
+    method = process_context().get_start_method()
+    mp.start_processes(_start, (work, folder), nprocs=2, start_method=method)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

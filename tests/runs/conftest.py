@@ -5,7 +5,7 @@ from stored import INFO
 
 from flowdopr.config import apply_overrides
 from flowdopr.data import DatasetInfo
-from flowdopr.runs import RunFolder
+from flowdopr.runs import RunFolder, begin_run
 
 
 @pytest.fixture
@@ -17,6 +17,6 @@ def create(make_config, tmp_path):
     ) -> RunFolder:
         settings = [f"output={tmp_path}", "name=run", "train.steps=8", *overrides]
         config = apply_overrides(make_config(name="digits"), settings)
-        return RunFolder.create(config, info, {"commit": commit}, resume=resume)
+        return begin_run(config, info, {"commit": commit}, resume=resume)
 
     return run

@@ -33,7 +33,7 @@ def unet(**changes):
         (DiT((1, 8, 8), size="XS"), dit(), "set model.size=XS"),
         (dit(hidden_size=32, depth=2), dit(), "set model.depth=2 model.hidden_size=32"),
         (dit(), add_pc_layers(dit()), "set model.pc=null"),
-        (add_pc_layers(dit()), dit(), "set model.pc=that of its run"),
+        (add_pc_layers(dit()), dit(), "set model.pc to that of its run"),
         (
             dit(classes=3),
             dit(classes=2),
@@ -53,6 +53,14 @@ def test_weights_of_another_precision_are_converted(tmp_path):
     torch.save(stored.bfloat16().state_dict(), tmp_path / "a.pt")
     load_initial(model, str(tmp_path / "a.pt"))
     torch.testing.assert_close(model.state_dict(), stored.float().state_dict(), rtol=0, atol=0)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
+    stored = dit().state_dict()
+    stored["final.bias"][0] = torch.nan
+    torch.save(stored, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a.pt: final.bias has numbers that are not finite; let"):
+        load_initial(dit(), str(tmp_path / "a.pt"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from flowdopr.latents import build_datasets
 from flowdopr.runs.folder import RunFolder
 from flowdopr.train import Trainer, train
 from flowdopr.train.log import run_log
-from flowdopr.train.loop import GRID, HELD_OUT
+from flowdopr.train.looks import GRID, HELD_OUT
 from flowdopr.train.start import build_components, make_accelerator
 
 
@@ -23,8 +23,9 @@ def test_a_process_that_has_nothing_to_look_at_waits_for_the_first(tmp_path, mon
     met = []
     monkeypatch.setattr(accelerator, "wait_for_everyone", lambda: met.append(trainer.step))
     before = contents(run.path)
-    assert trainer._looked_at() == {HELD_OUT, GRID}
-    trainer._look(done=trainer._looked_at())
+    done = trainer.looks.done(trainer.step)
+    assert done == {HELD_OUT, GRID}
+    trainer._look(done)
     assert met == [8]
     assert contents(run.path) == before
 

@@ -94,6 +94,7 @@ def test_images_that_cannot_be_loaded_end_the_run_after_saving(
         assert RunFolder.open(tmp_path / "runs" / "tiny").steps() == []
 
 
+@pytest.mark.slow
 def test_each_process_says_its_own_error(tmp_path, images):
     path, shared = tiny_file(tmp_path, *images)
     broken = training_image(tiny(tmp_path, *images), 2 * 16 + 8)  # in the share of process 1

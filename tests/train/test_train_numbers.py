@@ -12,7 +12,7 @@ from tiny import again, assert_equal, assert_same_checkpoint, start_two, tiny, t
 from flowdopr.cli import run_command
 from flowdopr.runs import RunFolder
 from flowdopr.train import start, train
-from flowdopr.train.loop import TRY
+from flowdopr.train.signals import TRY
 from flowdopr.train.spikes import FEWEST, Spikes
 
 EVERY = ["train.checkpoint_every=1", "train.log_every=1"]

@@ -1,19 +1,21 @@
 """Runs with optimizers of other packages, which may average the weights themselves."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
-from test_train_resume import launch, wait_for_checkpoint
 from tiny import again, assert_equal, tiny, weights
 
 from flowdopr.cli import run_command
 from flowdopr.config import ConfigError
 from flowdopr.runs.folder import RunFolder
-from flowdopr.train import train
+from flowdopr.train import Interrupted, train
 
 FREE = "schedulefree.AdamWScheduleFree"
 UNET = (
@@ -63,13 +65,16 @@ def test_a_resumed_run_equals_the_straight_one(tmp_path, class_path, lr, dopr, m
 def test_a_run_that_is_interrupted_goes_on_bitwise(tmp_path):
     settings = [*outside(FREE, dopr=True), "train.validate_every=2", "train.checkpoint_every=5"]
     config = tiny(tmp_path, *settings, "name=stopped", "train.steps=100000")
-    process = launch(tmp_path / "tiny.yaml", [f"output={tmp_path}/runs", *settings], "name=stopped",
-                     "train.steps=100000")  # fmt: skip
     run = tmp_path / "runs" / "stopped"
-    wait_for_checkpoint(run, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 143
+
+    def stop_after_a_checkpoint() -> None:
+        while not list(run.glob("checkpoints/step-????????")):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_after_a_checkpoint, daemon=True).start()
+    with pytest.raises(Interrupted):
+        train(config)
     total = RunFolder.open(run).steps()[-1] + 6
     train(again(config, f"train.steps={total}"), resume=True)
     assert_same(train(again(config, "name=straight", f"train.steps={total}")), run, total)

@@ -110,7 +110,11 @@ def test_a_loss_over_a_cut_is_the_loss_of_all_its_steps(tmp_path):
 
 @pytest.mark.parametrize(
     ("signum", "code"),
-    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)],
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        (signal.SIGKILL, -signal.SIGKILL),
+    ],
 )
 def test_stopped_at_any_moment(tmp_path, signum, code):
     settings = [
