@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -118,6 +119,7 @@ class TimeBands(DoPr):
 
     BANDS = 4
 
+    @wraps(DoPr.__init__)
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, **options: Any) -> None:
         super().__init__(optimizer, model, **options)
         self.bands: dict[int, Bands] = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flowdopr.flow import FlowMatching, TimeSampler
 from flowdopr.models import DiT, UNet
-from flowdopr.optim import DoPr, Muon
+from flowdopr.optim import DoPr, Muon, build_optimizer
 
 forms = load_script("ap_forms.py")
 mechanism = load_script("ap_mechanism.py")
@@ -175,7 +175,8 @@ def test_every_variant_builds_a_dopr(name: str) -> None:
     if options is None:
         assert name == "no AP"
         return
-    optimizer = variant.dopr(Muon(model, lr=0.1), model, **options)
+    with forms.probing(variant):
+        optimizer = build_optimizer(model, "muon", 0.1, dopr=options)
     modes = {name for name, _, mode, _ in optimizer.roles() if mode != "none"}
     assert ("blocks.0.mlp.down.weight" in modes) == ("mlp.down" not in excluded(options))
 
