@@ -42,32 +42,6 @@ BASE = {"damping": 1.0}
 """The reference: the form "inverse" with DoPr's defaults but for the damping."""
 
 
-class FadesOut(DoPr):
-    """A probe: AP becomes the bare optimizer, linearly over `STEPS` steps."""
-
-    STEPS = 600
-
-    def _refresh(self) -> None:
-        super()._refresh()
-        rest = min(1.0, self.steps / self.STEPS)
-        for number, transform in enumerate(self.transforms):
-            if transform is not None:
-                eye = torch.eye(transform.shape[-1])
-                self.transforms[number] = (1 - rest) * transform + rest * eye
-
-
-class DampingFalls(DoPr):
-    """A probe: the damping falls from 10 times its value to its value, over `STEPS` steps."""
-
-    STEPS = 300
-
-    def _refresh(self) -> None:
-        last = self.damping
-        self.damping = last * 10 ** max(0.0, 1 - self.steps / self.STEPS)
-        super()._refresh()
-        self.damping = last
-
-
 class EarlierBatches(DoPr):
     """A probe: the gradient of a batch is preconditioned by moments of earlier batches alone, so
     that noise in Sigma is independent of that in the gradient."""
@@ -122,6 +96,7 @@ class TimeBands(DoPr):
     @wraps(DoPr.__init__)
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, **options: Any) -> None:
         super().__init__(optimizer, model, **options)
+        self.damping = options["damping"]
         self.bands: dict[int, Bands] = {}
         self.band = torch.empty(0)
         model.register_forward_pre_hook(self._note_times)
@@ -251,11 +226,11 @@ VARIANTS = {
     "refresh every 64": Variant({"refresh_every": 64}),
     "all rows": Variant({"max_rows": "all"}),
     "bias": Variant({"bias": True}),
-    "fades out": Variant({}, FadesOut),
+    "fades out": Variant({"anneal": (0, 600)}),
     "power 1/2, without condition, embed, final": Variant(
         {"power": 0.5, **without(*CONDITION, r"embed", r"^final")}
     ),
-    "damping from 10 to 1": Variant({}, DampingFalls),
+    "damping from 10 to 1": Variant({"damping": (10.0, 1.0, 300)}),
     "without condition": Variant(without(*CONDITION)),
     "without condition, embed, final": Variant(without(*CONDITION, r"embed", r"^final")),
     "without attention": Variant(without("attention")),

@@ -45,38 +45,6 @@ def test_a_gradient_is_preconditioned_by_earlier_batches_alone() -> None:
         torch.testing.assert_close(model.weight.detach(), before - 0.1 * grad)
 
 
-def test_ap_fades_linearly_into_the_bare_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms.FadesOut, "STEPS", 4)
-    grads, products = {}, {}
-    for kind in (DoPr, forms.FadesOut):
-        model = nn.Linear(3, 2).double()
-        nn.init.ones_(model.weight)
-        gp = torch.optim.SGD(model.parameters(), lr=0.0)
-        optimizer = kind(gp, model, refresh_every=2, cov_decay=0.0, damping=0.5)
-        for step in range(5):
-            optimizer.zero_grad()
-            model(batch(step)).sum().backward()
-            grads[step] = model.weight.grad.clone()
-            optimizer.step()
-            products[kind, step] = model.weight.grad
-    for step, rest in enumerate((0, 0, 0.5, 0.5, 1)):
-        expected = (1 - rest) * products[DoPr, step] + rest * grads[step]
-        torch.testing.assert_close(products[forms.FadesOut, step], expected)
-
-
-def test_the_damping_falls_geometrically_to_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms.DampingFalls, "STEPS", 4)
-    model, seen = nn.Linear(3, 2).double(), []
-    gp = torch.optim.SGD(model.parameters(), lr=0.0)
-    optimizer = forms.DampingFalls(gp, model, refresh_every=2, damping=0.5)
-    for step in range(7):
-        optimizer.zero_grad()
-        model(batch(step)).sum().backward()
-        optimizer.step()
-        seen.append(optimizer.diagnostics()[""].damping)
-    assert seen == pytest.approx([5, 5, 0.5 * 10**0.5, 0.5 * 10**0.5, 0.5, 0.5, 0.5])
-
-
 def test_ap_after_momentum_is_ap_before_it_while_sigma_stays() -> None:
     ends = []
     for kind in (DoPr, forms.AfterMomentum):

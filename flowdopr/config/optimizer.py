@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from flowdopr.config.types import (
     NAMED,
     Count,
+    CountOrZero,
     Fraction,
     NotNegative,
     Pattern,
@@ -49,11 +50,12 @@ class RuleConfig(Section):
 
 
 class DoPrConfig(Section):
-    damping: NotNegative = 0.1
+    damping: NotNegative | tuple[Positive, Positive, Count] = 0.1
     cov_decay: Fraction = 0.95
     refresh_every: Count = 16
     form: Literal["inverse", "sandwich"] = "inverse"
     power: Positive = 1.0
+    anneal: tuple[CountOrZero, Count] | None = None
     max_rows: Count | ALL = 2048
     max_side: Count = 1280
     conv_mode: Literal["auto", "full", "sua", "sua-mean"] = "auto"

@@ -72,8 +72,8 @@ class KFAC(DoPr):
         adamw_lr: float | None = None,
         adamw_for: Sequence[str] = (),
     ) -> None:
-        if not damping > 0:
-            raise ValueError(f"KFAC: damping is {damping}, it must be above 0")
+        if isinstance(damping, Sequence) or not damping > 0:
+            raise ValueError(f"KFAC: damping is {damping}, it must be one number above 0")
         if any(is_sharded(p) for p in model.parameters()):
             raise ValueError("kfac: takes whole weights, not FSDP's shards: use DDP, or 'dopr-sgd'")
         bypassed = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}

@@ -60,11 +60,11 @@ def test_rules_may_be_dicts():
         ("adamw", {"momentum": 0.9}, "'adamw' does not use 'momentum'.*betas, eps, weight_decay"),
         ("adamw", {"damping": 0.1}, "'adamw' does not use 'damping'"),
         ("sgd", {"betas": (0.9, 0.99)}, "'sgd' does not use 'betas'"),
-        ("sgd", {"dopr": {"betas": (0.9, 0.99)}}, "DoPr does not use 'betas': it uses bias"),
+        ("sgd", {"dopr": {"betas": (0.9, 0.99)}}, "DoPr does not use 'betas': it uses anneal"),
         ("dopr-sgd", {}, "'dopr-sgd' is not known: one of sgd, adamw"),
         ("adamw", {"dopr": {"damping": -1.0}}, "damping"),
         ("kfac", {"dopr": {}}, "is a KFAC, which preconditions by layer inputs"),
-        ("kfac", {"damping": 0.0}, "above 0"),
+        ("kfac", {"damping": (1.0, 0.1, 100)}, "one number"),
     ],
 )
 def test_refuses_what_it_does_not_know(name, options, message):

@@ -44,15 +44,15 @@ def test_a_resume_is_bitwise_whatever_failed_before(saved_at: int, settings: dic
     assert torch.equal(second.weight, straight.weight)
 
 
-def test_damping_that_failed_stays_raised() -> None:
-    layer, optimizer = make(damping=1e-8)
+def test_damping_that_failed_stays_raised_and_a_higher_schedule_wins() -> None:
+    layer, optimizer = make(damping=(1e-8, 0.5, 8))
     seen = []
     for step in range(11):
         train(layer, optimizer, range(step, step + 1))
         seen.append(optimizer.diagnostics()[""].damping)
     assert seen[0] == seen[1] == pytest.approx(1e-8)
-    assert seen == sorted(seen)
     assert seen[2] == pytest.approx(10 * torch.finfo(torch.float32).eps)
+    assert seen[-1] == pytest.approx(0.5)
 
 
 def saved_every_step(train_to, steps: int) -> None:

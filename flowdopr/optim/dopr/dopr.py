@@ -72,7 +72,8 @@ class DoPr(SteadyOptimizer):
         model: its Linear, Conv, ConvTranspose and Embedding layers are preconditioned, all other
             parameters get the GP alone. Give the bare model, before torch.compile and DDP, and
             after FSDP2's fully_shard.
-        damping: gamma, relative to the mean eigenvalue of Sigma.
+        damping: gamma, relative to the mean eigenvalue of Sigma; or (first, last, steps), which
+            goes geometrically from first to last.
         cov_decay: decay of the average of Sigma per refresh; 0 keeps the newest refresh alone. At
             a layer's refresh k, from 0, it is at most (1 + k) / (10 + k), a warm-up.
         refresh_every: steps between refreshes of Sigma and its inverse. Statistics are gathered
@@ -82,6 +83,7 @@ class DoPr(SteadyOptimizer):
             direction of the sandwich's steps does not depend on the coordinates of z. Its weight
             decay is decoupled, whatever the GP's own.
         power: alpha of S^-alpha in the form "inverse"; 1 is the paper's.
+        anneal: (first, last) steps between which AP fades linearly into the bare GP; None: never.
         max_rows: rows of z that one forward contributes to a layer's Sigma, evenly spread; "all":
             every row.
         max_side: side of the widest Sigma. Wider layers fall into equal diagonal blocks, and so do
@@ -107,11 +109,12 @@ class DoPr(SteadyOptimizer):
         optimizer: torch.optim.Optimizer,
         model: nn.Module,
         *,
-        damping: float = 0.1,
+        damping: float | tuple[float, float, int] = 0.1,
         cov_decay: float = 0.95,
         refresh_every: int = 16,
         form: str = "inverse",
         power: float = 1.0,
+        anneal: tuple[int, int] | None = None,
         max_rows: int | str | None = 2048,
         max_side: int = 1280,
         conv_mode: str = "auto",
@@ -121,7 +124,6 @@ class DoPr(SteadyOptimizer):
     ) -> None:
         self._check_optimizer(optimizer, form)
         check = self._check
-        check("damping", damping, _is_number(damping) and damping >= 0, "0 or more and finite")
         check("cov_decay", cov_decay, _is_number(cov_decay) and 0 <= cov_decay < 1, "in [0, 1)")
         check("form", form, form in FORMS, f"one of {', '.join(FORMS)}")
         check("power", power, _is_number(power) and power > 0, "above 0 and finite")
@@ -133,11 +135,12 @@ class DoPr(SteadyOptimizer):
         check("rules", rules, isinstance(rules, list | tuple), "a list of layer rules")
         for name, value in (("refresh_every", refresh_every), ("max_side", max_side)):
             check(name, value, is_count(value), "a whole number of 1 or more")
+        self._damping, self._anneal = self._damping_schedule(damping), self._checked_anneal(anneal)
         super().__init__([dict(group) for group in optimizer.param_groups], {})
-        self.optimizer, self.refresh_every, self.damping = optimizer, refresh_every, damping
+        self.optimizer, self.refresh_every = optimizer, refresh_every
         self.form = Form(power, form == "sandwich")
         self._share_groups()
-        self.steps = 0
+        self.steps = self._refreshed_at = 0
         self._closed = False
         optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
         effective = pc_gradient == "effective"
@@ -167,10 +170,13 @@ class DoPr(SteadyOptimizer):
             raise ValueError(
                 "this DoPr was closed: step the optimizer inside it, or build a new one"
             )
+        strength = self._schedule(self.steps)[1]
         if self.statistics.gathering:
             self._refresh()
+        elif strength == 0:  # AP has faded, and no refresh will come to report the last one
+            self._reporter.log_sent()
         # T is applied in the program's own precision of matrix products, as G was made.
-        self._step_preconditioned(self._ready_layers())
+        self._step_preconditioned(self._ready_layers() if strength > 0 else [])
         self.steps += 1
         self._set_gathering()
 
@@ -244,19 +250,23 @@ class DoPr(SteadyOptimizer):
         step is not part of it: save between steps.
         """
         self._reporter.log_sent()
-        return {"steps": self.steps, **self.statistics.state_dict()}
+        counters = {"steps": self.steps, "refreshed_at": self._refreshed_at}
+        return {**counters, **self.statistics.state_dict()}
 
     def load_statistics_state_dict(self, own: dict[str, Any]) -> None:
         """Restore what `statistics_state_dict` gave, after the GP's own state."""
         self.statistics.load_state_dict(own)
         self._share_groups()
-        self.steps = own["steps"]
+        self.steps, self._refreshed_at = own["steps"], own["refreshed_at"]
         # accelerate loads the state of an optimizer that has not stepped, and so decided nothing.
         self.statistics.sharing_decided = own["steps"] > 0
         self._reporter.start_from(self.diagnostics())
         self._set_gathering()
         with full_float32(), torch.no_grad():
-            self.transforms = make_transforms(self.statistics, self.form, share_work=False)
+            strength = self._schedule(self._refreshed_at)[1]
+            self.transforms = make_transforms(
+                self.statistics, self.form, strength, share_work=False
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         name = type(self).__name__
@@ -296,12 +306,22 @@ class DoPr(SteadyOptimizer):
     def precondition(self, index: int, grad: Tensor) -> Tensor:
         """The gradient of the effective weight of layer number `index` times its T."""
         transform = self.transform_of(self._moments[index])
-        if transform is None:
+        if transform is None or self._schedule(self.steps)[1] == 0:
             return grad
         return self.found.layers[index].view.multiply([grad], transform)[0]
 
+    def _schedule(self, step: int) -> tuple[float, float]:
+        """(damping, strength of AP) at a step."""
+        first, last, steps = self._damping
+        damping = first * (last / first) ** min(1.0, step / steps) if first else first
+        if self._anneal is None:
+            return damping, 1.0
+        begin, end = self._anneal
+        return damping, min(1.0, max(0.0, (end - step) / (end - begin)))
+
     def _set_gathering(self) -> None:
-        self.statistics.gathering = self.steps % self.refresh_every == 0
+        _, strength = self._schedule(self.steps)
+        self.statistics.gathering = strength > 0 and self.steps % self.refresh_every == 0
         self.statistics.turn = self.steps // self.refresh_every
 
     def _refresh(self) -> None:
@@ -309,11 +329,13 @@ class DoPr(SteadyOptimizer):
 
         The host does not wait: what the last refresh had to report is logged now.
         """
+        self._refreshed_at = self.steps
+        damping, strength = self._schedule(self.steps)
         self._reporter.log_sent()
         with full_float32():
             self.statistics.refresh()
-            self.statistics.set_damping(self.damping)
-            self.transforms = make_transforms(self.statistics, self.form, share_work=True)
+            self.statistics.set_damping(damping)
+            self.transforms = make_transforms(self.statistics, self.form, strength, share_work=True)
         known = [self.statistics.moments[i].name for i in self.statistics.known()]
         if known:
             self._reporter.send(known, self.statistics.table())
@@ -355,6 +377,27 @@ class DoPr(SteadyOptimizer):
     def _check(cls, name: str, value: object, good: bool, allowed: str) -> None:
         if not good:
             raise ValueError(f"{cls.__name__}: {name} is {value}, it must be {allowed}")
+
+    @classmethod
+    def _checked_anneal(cls, anneal: tuple[int, int] | None) -> tuple[int, int] | None:
+        pair = anneal if isinstance(anneal, tuple | list) and len(anneal) == 2 else (0, 0)
+        good = all(_is_number(step) for step in pair) and 0 <= pair[0] < pair[1]
+        cls._check("anneal", anneal, anneal is None or good, "(first, last) steps, first < last")
+        return anneal
+
+    @classmethod
+    def _damping_schedule(
+        cls, damping: float | tuple[float, float, int]
+    ) -> tuple[float, float, int]:
+        """(first, last, steps) of a number or such a triple."""
+        triple = damping if isinstance(damping, tuple | list) else (damping, damping, 1)
+        known = len(triple) == 3 and all(_is_number(value) for value in triple)
+        cls._check("damping", damping, known, "a number or (first, last, steps)")
+        first, last, steps = triple
+        cls._check("damping", damping, min(first, last) >= 0 and steps >= 1, "0 or more")
+        scheduled = first == last or min(first, last) > 0
+        cls._check("damping", damping, scheduled, "above 0 to be scheduled")
+        return first, last, steps
 
     @classmethod
     def _check_optimizer(cls, optimizer: torch.optim.Optimizer, form: str) -> None:
