@@ -195,6 +195,8 @@ def without(*patterns: str) -> dict[str, Any]:
 
 
 CONDITION = ("condition", "modulation")
+FALLING = (10.0, 1.0, 300)
+"""A damping that falls over half of a run of 600 steps."""
 VARIANTS = {
     "no AP": Variant(None),
     "base": Variant(),
@@ -230,7 +232,14 @@ VARIANTS = {
     "power 1/2, without condition, embed, final": Variant(
         {"power": 0.5, **without(*CONDITION, r"embed", r"^final")}
     ),
-    "damping from 10 to 1": Variant({"damping": (10.0, 1.0, 300)}),
+    "damping from 10 to 1": Variant({"damping": FALLING}),
+    "damping from 10 to 1 in a tenth": Variant({"damping": (10.0, 1.0, 60)}),
+    "damping from 10 to 1 over the run": Variant({"damping": (10.0, 1.0, 600)}),
+    "damping from 100 to 1": Variant({"damping": (100.0, 1.0, 300)}),
+    "damping from 10 to 0.1": Variant({"damping": (10.0, 0.1, 300)}),
+    "damping from 10 to 1, power 1/2": Variant({"damping": FALLING, "power": 0.5}),
+    "damping from 10 to 1, without condition": Variant({"damping": FALLING, **without(*CONDITION)}),
+    "damping from 10 to 1, fades out": Variant({"damping": FALLING, "anneal": (300, 600)}),
     "without condition": Variant(without(*CONDITION)),
     "without condition, embed, final": Variant(without(*CONDITION, r"embed", r"^final")),
     "without attention": Variant(without("attention")),
