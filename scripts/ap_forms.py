@@ -236,6 +236,13 @@ VARIANTS = {
     "damping from 10 to 1 in a tenth": Variant({"damping": (10.0, 1.0, 60)}),
     "damping from 10 to 1 over the run": Variant({"damping": (10.0, 1.0, 600)}),
     "damping from 100 to 1": Variant({"damping": (100.0, 1.0, 300)}),
+    "damping from 100 to 1, without condition": Variant(
+        {"damping": (100.0, 1.0, 300), **without(*CONDITION)}
+    ),
+    "damping from 100 to 0.1": Variant({"damping": (100.0, 0.1, 300)}),
+    "damping from 100 to 0.1, without condition": Variant(
+        {"damping": (100.0, 0.1, 300), **without(*CONDITION)}
+    ),
     "damping from 10 to 0.1": Variant({"damping": (10.0, 0.1, 300)}),
     "damping from 10 to 1, power 1/2": Variant({"damping": FALLING, "power": 0.5}),
     "damping from 10 to 1, without condition": Variant({"damping": FALLING, **without(*CONDITION)}),
