@@ -10,7 +10,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from flowdopr.config import ArmConfig, CompareConfig, Config, ConfigError, apply_overrides
+from flowdopr.config import (
+    ArmConfig,
+    CompareConfig,
+    Config,
+    ConfigError,
+    apply_overrides,
+    with_damping_in_steps,
+)
 from flowdopr.runs import file_of
 
 SET_BY_STUDY = {
@@ -188,9 +195,12 @@ def variant(plan: RunPlan, *, study: str, steps: int | None = None, **changes: A
     plan = replace(plan, shorter=plan.shorter or steps is not None, **changes)
     overrides = [f"seed={plan.seed}", f"optimizer.lr={plan.lr!r}", "compare=null"]
     overrides += [f"{key}={json.dumps(value)}" for key, value in plan.searched.items()]
-    overrides += [] if steps is None else [f"train.steps={steps}"]
     name = f"{study}/{_run_name(plan)}" + ("" if steps is None else f"-steps{steps}")
     config = _apply(plan.config, plan.arm, [f"name={json.dumps(name)}", *overrides])
+    if plan.starts_from:  # it has the longer run's steps, and so its schedule of the damping
+        config = with_damping_in_steps(config)
+    if steps is not None:
+        config = _apply(config, plan.arm, [f"train.steps={steps}"])
     return replace(plan, config=config)
 
 

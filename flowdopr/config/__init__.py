@@ -10,6 +10,7 @@ from flowdopr.config.load import (
     read_config,
     to_dict,
     to_yaml,
+    with_damping_in_steps,
 )
 from flowdopr.config.model import DiTConfig
 from flowdopr.config.optimizer import DoPrConfig
@@ -46,4 +47,5 @@ __all__ = [
     "title",
     "to_dict",
     "to_yaml",
+    "with_damping_in_steps",
 ]

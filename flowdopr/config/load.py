@@ -114,13 +114,25 @@ def apply_overrides(config: Config, overrides: Iterable[str], place: str = "over
 
 
 def effective(config: Config) -> Config:
-    """`config` with the learning rate that `optimizer.adamw_lr: null` stands for, as the record of
-    a run: a later change of `optimizer.lr` does not change it any more."""
+    """`config` with the numbers that its relative settings stand for, as the record of a run: a
+    later change of `optimizer.lr` or `train.steps` does not change them any more."""
+    config = with_damping_in_steps(config)
     optimizer = config.optimizer
     if getattr(optimizer, "adamw_lr", 0) is not None:
         return config
     changed = optimizer.model_copy(update={"adamw_lr": optimizer.lr})
     return config.model_copy(update={"optimizer": changed})
+
+
+def with_damping_in_steps(config: Config) -> Config:
+    """`config` with the schedule of `optimizer.dopr.damping` in steps, not in a share of them."""
+    dopr = getattr(config.optimizer, "dopr", None)
+    if dopr is None or not isinstance(dopr.damping, tuple) or dopr.damping[2] >= 1:
+        return config
+    first, last, share = dopr.damping
+    damping = (first, last, max(1, round(share * config.train.steps)))
+    changed = {"dopr": dopr.model_copy(update={"damping": damping})}
+    return config.model_copy(update={"optimizer": config.optimizer.model_copy(update=changed)})
 
 
 def to_dict(config: Config) -> Values:

@@ -18,6 +18,7 @@ from flowdopr.config.types import (
     Pattern,
     Positive,
     Section,
+    Share,
     text,
 )
 
@@ -50,7 +51,9 @@ class RuleConfig(Section):
 
 
 class DoPrConfig(Section):
-    damping: NotNegative | tuple[Positive, Positive, Count] = 0.1
+    damping: NotNegative | tuple[Positive, Positive, Count | Share] = 0.1
+    """Gamma, relative to the mean eigenvalue of Sigma; or [first, last, steps], which goes
+    geometrically from first to last. Below 1, `steps` is a share of `train.steps`."""
     cov_decay: Fraction = 0.95
     refresh_every: Count = 16
     form: Literal["inverse", "sandwich"] = "inverse"

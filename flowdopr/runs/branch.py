@@ -26,6 +26,7 @@ def start_from(longer: RunFolder, config: Config) -> int:
     Raises:
         ConfigError: the runs differ in more than `train.steps`.
     """
+    config = effective(config)  # what follows from its own number of steps is compared, too
     as_long = apply_overrides(config, [f"train.steps={longer.config.train.steps}"])
     check_same_run(longer, as_long, longer.dataset)
     constant = config.train.steps - (config.train.cooldown_steps or config.train.steps)
@@ -34,7 +35,7 @@ def start_from(longer: RunFolder, config: Config) -> int:
         return 0
     *earlier, step = shared
     longer.check(step)
-    run = begin_run(effective(config), longer.dataset, longer.made_by(), resume=True)
+    run = begin_run(config, longer.dataset, longer.made_by(), resume=True)
     for line in longer.metrics():
         if line["step"] <= step:
             run.append_metrics(line)

@@ -44,24 +44,25 @@ def test_tuning_seeds_have_every_rate_and_reported_seeds_the_chosen_one(study):
 
 
 @pytest.mark.parametrize(
-    ("decay", "starts_from"),
+    ("decay", "starts_from", "damping"),
     [
-        (["train.lr_decay=linear"], None),
-        (["train.lr_decay=cooldown", "train.cooldown_steps=2"], "a-lr0.001-s0"),
+        (["train.lr_decay=linear"], None, (10, 1, 0.5)),
+        (["train.lr_decay=cooldown", "train.cooldown_steps=2"], "a-lr0.001-s0", (10, 1, 4)),
     ],
 )
-def test_reported_runs_are_repeated_with_fewer_steps(study, decay, starts_from):
+def test_reported_runs_are_repeated_with_fewer_steps(study, decay, starts_from, damping):
+    dopr = "{optimizer: {name: dopr-adamw, dopr: {damping: [10, 1, 0.5]}}}"
     config = apply_overrides(
-        arms(study, "[{name: a, lrs: [1e-3]}]"),
+        arms(study, f"[{{name: a, lrs: [1e-3], set: {dopr}}}]"),
         ["compare.seeds=[0]", "compare.train_steps=[6]", *decay],
     )
     long, short = reported(config, expand(config))
     assert [long.name, short.name] == ["a-lr0.001-s0", "a-lr0.001-s0-steps6"]
     assert (long.shorter, short.shorter) == (False, True)
     assert (long.starts_from, short.starts_from) == (None, starts_from)
-    assert short.config == apply_overrides(
-        long.config, [f"name={short.config.name}", "train.steps=6"]
-    )
+    assert long.config.optimizer.dopr.damping == (10, 1, 0.5)
+    changed = ["train.steps=6", f"optimizer.dopr.damping={list(damping)}"]
+    assert short.config == apply_overrides(long.config, [f"name={short.config.name}", *changed])
 
 
 @pytest.mark.parametrize(

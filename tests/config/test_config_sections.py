@@ -308,11 +308,15 @@ def test_every_optimizer_is_built_from_the_config(load, name):
         assert optimizer.param_groups[0]["ns_dtype"] is torch.bfloat16
 
 
-def test_the_config_of_a_run_says_which_learning_rate_a_null_stands_for(load, tmp_path, capsys):
+def test_the_config_of_a_run_says_what_relative_settings_stand_for(load, tmp_path, capsys):
     config = load("", "optimizer=dopr-muon", "optimizer.lr=2")
     assert effective(config).optimizer.adamw_lr == 2
     assert effective(load("", "optimizer=muon", "optimizer.adamw_lr=3")).optimizer.adamw_lr == 3
     assert effective(load()) == load()
+    falling = load("", "optimizer=dopr-muon", "optimizer.dopr.damping=[10, 1, 0.3]")
+    steps = effective(falling).optimizer.dopr.damping[2]
+    assert (steps, falling.train.steps) == (3, 10)
+    assert effective(effective(falling)) == effective(falling)
     assert apply_overrides(config, ["optimizer.lr=5"]).optimizer.adamw_lr is None
     for command, value in (
         ("train", "2.0"),

@@ -55,6 +55,9 @@ def test_a_shorter_run_takes_over_the_steps_before_its_cooldown(tmp_path):
     brief = again(config, "name=brief", "train.steps=6")
     with pytest.raises(ConfigError, match=r"train\.warmup_steps was 2, now 1"):
         start_from(longer, again(brief, "train.warmup_steps=1"))
+    for damping in ("[10, 1, 0.5]", "[10, 1, 3]"):
+        with pytest.raises(ConfigError, match=r"damping was 0\.1, now \[10\.0, 1\.0, 3\]"):
+            start_from(longer, again(brief, f"optimizer.dopr.damping={damping}"))
     shutil.rmtree(longer.checkpoint_path(2))
     assert start_from(longer, brief) == 0
 
