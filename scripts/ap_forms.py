@@ -38,8 +38,10 @@ from flowdopr.optim.dopr.layers import Layer
 from flowdopr.runs import RunFolder
 from flowdopr.train import TrainingFailed, train
 
-BASE = {"damping": 1.0}
-"""The reference: the form "inverse" with DoPr's defaults but for the damping."""
+CONDITION = ("condition", "modulation")
+WITH_CONDITION = {"pattern": "|".join(CONDITION)}  # DoPr's default leaves these layers to the GP
+BASE = {"damping": 1.0, "rules": [WITH_CONDITION]}
+"""The reference: the form "inverse" with a constant damping, for every layer."""
 
 
 class EarlierBatches(DoPr):
@@ -52,6 +54,28 @@ class EarlierBatches(DoPr):
             self._refresh()
         self.steps += 1
         self._set_gathering()
+
+
+class Growing(DoPr):
+    """A probe: T is (Sigma / s + gamma I)^-1, so that gradients grow while the damping falls. To
+    Adam, whose second moment is late, gradients that grow are a higher learning rate."""
+
+    def _refresh(self) -> None:
+        super()._refresh()
+        scale = (1 + self._schedule(self.steps)[0]) ** self.form.power
+        self.transforms = [None if t is None else t / scale for t in self.transforms]
+
+
+class GrowingAlone(DoPr):
+    """A control of `Growing`: T is the identity over 1 + gamma. There is no AP."""
+
+    def _refresh(self) -> None:
+        super()._refresh()
+        scale = 1 + self._schedule(self.steps)[0]
+        self.transforms = [
+            None if t is None else torch.eye(t.shape[-1]).expand_as(t) / scale
+            for t in self.transforms
+        ]
 
 
 class AfterMomentum(DoPr):
@@ -191,12 +215,16 @@ class Variant:
 
 def without(*patterns: str) -> dict[str, Any]:
     """AP for all layers but those whose names match a pattern."""
-    return {"rules": [{"pattern": "|".join(patterns), "mode": "none"}]}
+    left_out = {"pattern": "|".join(patterns), "mode": "none"}
+    others = [] if set(CONDITION) <= set(patterns) else [WITH_CONDITION]
+    return {"rules": [left_out, *others]}
 
 
-CONDITION = ("condition", "modulation")
-FALLING = (10.0, 1.0, 300)
-"""A damping that falls over half of a run of 600 steps."""
+def growing(first: float, last: float, steps: int = 300, **options: Any) -> Variant:
+    """A damping that falls, and gradients that grow with it; 300 steps are half of the run."""
+    return Variant({"damping": (first, last, steps), **options}, Growing)
+
+
 VARIANTS = {
     "no AP": Variant(None),
     "base": Variant(),
@@ -232,21 +260,23 @@ VARIANTS = {
     "power 1/2, without condition, embed, final": Variant(
         {"power": 0.5, **without(*CONDITION, r"embed", r"^final")}
     ),
-    "damping from 10 to 1": Variant({"damping": FALLING}),
-    "damping from 10 to 1 in a tenth": Variant({"damping": (10.0, 1.0, 60)}),
-    "damping from 10 to 1 over the run": Variant({"damping": (10.0, 1.0, 600)}),
-    "damping from 100 to 1": Variant({"damping": (100.0, 1.0, 300)}),
-    "damping from 100 to 1, without condition": Variant(
-        {"damping": (100.0, 1.0, 300), **without(*CONDITION)}
-    ),
-    "damping from 100 to 0.1": Variant({"damping": (100.0, 0.1, 300)}),
-    "damping from 100 to 0.1, without condition": Variant(
-        {"damping": (100.0, 0.1, 300), **without(*CONDITION)}
-    ),
-    "damping from 10 to 0.1": Variant({"damping": (10.0, 0.1, 300)}),
-    "damping from 10 to 1, power 1/2": Variant({"damping": FALLING, "power": 0.5}),
-    "damping from 10 to 1, without condition": Variant({"damping": FALLING, **without(*CONDITION)}),
-    "damping from 10 to 1, fades out": Variant({"damping": FALLING, "anneal": (300, 600)}),
+    "damping from 10 to 1": growing(10, 1),
+    "no AP, gradients that grow": Variant({"damping": (10.0, 1.0, 300)}, GrowingAlone),
+    "damping from 10 to 1 in a tenth": growing(10, 1, 60),
+    "damping from 10 to 1 over the run": growing(10, 1, 600),
+    "damping from 100 to 1": growing(100, 1),
+    "damping from 100 to 1, without condition": growing(100, 1, **without(*CONDITION)),
+    "damping from 10 to 0.1": growing(10, 0.1),
+    "damping from 10 to 1, power 1/2": growing(10, 1, power=0.5),
+    "damping from 10 to 1, without condition": growing(10, 1, **without(*CONDITION)),
+    "damping from 10 to 1, fades out": growing(10, 1, anneal=(300, 600)),
+    **{
+        f"damping from {first} to {last}, {which}steady scale": Variant(
+            {"damping": (first, last, 300), **(without(*CONDITION) if which else {})}
+        )
+        for first, last in ((10, 1), (100, 1), (100, 0.3), (100, 0.1))
+        for which in ("", "without condition, ")
+    },
     "without condition": Variant(without(*CONDITION)),
     "without condition, embed, final": Variant(without(*CONDITION, r"embed", r"^final")),
     "without attention": Variant(without("attention")),

@@ -14,7 +14,8 @@ W = 0, W stays of the form R diag(g) R^T, and each of these updates moves every 
 With the error e_k(n) = g_k(n) - w_k after n steps of the exact gradient,
 
     gradient descent      e_k(n) = (1 - lr s_k)^n e_k(0)                                        (2)
-    AP, damping gamma     e_k(n) = (1 - lr s_k / (s_k / m + gamma))^n e_k(0), m = mean of s      (3)
+    AP, damping gamma     e_k(n) = (1 - lr (1 + gamma) s_k / (s_k / m + gamma))^n e_k(0),
+                          m = mean of s                                                         (3)
     orthogonal (Muon)     g_k(n) = sign(w_k) min(n lr, |w_k|), to within lr                      (4)
     sign (Signum, Adam)   as (4), but only where R = 1                                          (5)
 
@@ -63,8 +64,8 @@ def preconditioned(
 
 
 def rates(s: np.ndarray, damping: float) -> np.ndarray:
-    """s_k / (s_k / m + gamma), by which AP contracts the errors for each unit of lr."""
-    return s / (s / s.mean() + damping)
+    """(1 + gamma) s_k / (s_k / m + gamma): by this AP contracts the errors per unit of lr."""
+    return (1 + damping) * s / (s / s.mean() + damping)
 
 
 def orthogonal(w: np.ndarray, lr: float, steps: int) -> np.ndarray:

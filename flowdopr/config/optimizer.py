@@ -51,7 +51,7 @@ class RuleConfig(Section):
 
 
 class DoPrConfig(Section):
-    damping: NotNegative | tuple[Positive, Positive, Count | Share] = 0.1
+    damping: NotNegative | tuple[Positive, Positive, Count | Share] = (100.0, 1.0, 0.5)
     """Gamma, relative to the mean eigenvalue of Sigma; or [first, last, steps], which goes
     geometrically from first to last. Below 1, `steps` is a share of `train.steps`."""
     cov_decay: Fraction = 0.95

@@ -20,6 +20,7 @@ from flowdopr.models.layers import (
     Mlp,
     SwiGLU,
     gated_sum,
+    leave_to_gp,
     modulate,
     rotary_angles,
     sincos_positions,
@@ -49,7 +50,7 @@ class DiTBlock(nn.Module):
         self.attention = Attention(dim, num_heads, qk_norm=qk_norm)
         self.norm_2 = make_norm(norm, dim)
         self.mlp = (SwiGLU if mlp == "swiglu" else Mlp)(dim, hidden)
-        self.modulation = FusedLinear(dim, dim, 6)
+        self.modulation = leave_to_gp(FusedLinear(dim, dim, 6))
 
     def forward(self, x: Tensor, c: Tensor, angles: Tensor | None) -> Tensor:
         """x (B, N, D), c (B, D) the activated condition, angles (N, E/2) or None -> (B, N, D)."""
@@ -124,7 +125,7 @@ class DiT(nn.Module):
             for _ in range(depth)
         )
         self.final_norm = make_norm(norm, dim)
-        self.final_modulation = FusedLinear(dim, dim, 2)
+        self.final_modulation = leave_to_gp(FusedLinear(dim, dim, 2))
         self.final = Linear(dim, channels * patch_size**2)
         # The tables follow from the sizes, so checkpoints need not store them.
         angles = rotary_angles(*grid, dim // heads) if rope else None

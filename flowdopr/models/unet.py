@@ -21,6 +21,7 @@ from flowdopr.models.layers import (
     Conv2d,
     Dropout,
     FusedLinear,
+    leave_to_gp,
     modulate,
     zero_,
 )
@@ -55,7 +56,7 @@ class ResBlock(nn.Module):
         self.scale_shift = scale_shift
         self.norm_1 = group_norm(c_in)
         self.conv_1 = Conv2d(c_in, c_out, 3, padding=1)
-        self.modulation = FusedLinear(cond_dim, c_out, 2 if scale_shift else 1)
+        self.modulation = leave_to_gp(FusedLinear(cond_dim, c_out, 2 if scale_shift else 1))
         self.norm_2 = group_norm(c_out)
         self.dropout = Dropout(dropout)
         self.conv_2 = Conv2d(c_out, c_out, 3, padding=1)

@@ -4,7 +4,7 @@ Martens and Grosse (arXiv 1503.05671), with convolutions after Grosse and Marten
 1602.01407). For a layer y = W z with d_out outputs, n rows and output gradients g:
 
     A = E[z z^T],  B = E[g g^T]        (of the training loss itself: the empirical Fisher)
-    M = (B / mean(B) + damping I)^-1 G (A / mean(A) + damping I)^-1
+    M = S(B)^-1 G S(A)^-1,  S(X) = (X / mean(X) + damping I) / (1 + damping)
     V <- m V + M
     W <- (1 - lr * wd) W - lr V
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from flowdopr.config import Config, ConfigError, effective, to_dict
@@ -35,9 +36,10 @@ def check_same_run(
         ConfigError: names the first setting that differs, and both values.
     """
     if other := other_setting(run.config, config):
+        keep = _keep_schedule(run.config, config)
         raise ConfigError(
             f"{run.path}: a run of another config is here: {other}; "
-            "choose another folder by name=NEW"
+            f"choose another folder by name=NEW{keep}"
         )
     if config.train.steps != run.config.train.steps and config.train.lr_decay != "constant":
         raise ConfigError(
@@ -57,6 +59,15 @@ def check_same_run(
                 f"{run.path}: the {key} of the data was {was}, now {now}; "
                 "choose another folder by name=NEW"
             )
+
+
+def _keep_schedule(before: Config, now: Config) -> str:
+    """The other remedy where the schedule of the damping is a share of a new `train.steps`."""
+    dopr, was = getattr(now.optimizer, "dopr", None), getattr(before.optimizer, "dopr", None)
+    if None in (dopr, was) or dopr == was or before.train.steps == now.train.steps:
+        return ""
+    kept = json.dumps(was.damping).replace(" ", "")
+    return f", or keep the run's schedule by optimizer.dopr.damping={kept}"
 
 
 def other_setting(before: Config, now: Config) -> str | None:

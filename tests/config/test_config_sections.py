@@ -281,7 +281,8 @@ def test_settings_of_an_optimizer_are_its_arguments_with_its_defaults(name):
 def test_settings_of_dopr_are_its_arguments_with_its_defaults():
     own = defaults_of(DoPr)
     for key, field in DoPrConfig.model_fields.items():
-        assert field.default == own[key], key
+        # That of a config depends on train.steps, which DoPr does not know.
+        assert field.default == own[key] or key == "damping", key
     assert own.keys() == DoPrConfig.model_fields.keys()
     rules = DoPrConfig(rules=({"pattern": "a"},)).rules
     assert LayerRule(**rules[0].model_dump()) == LayerRule("a")
@@ -329,7 +330,7 @@ def test_the_config_of_a_run_says_what_relative_settings_stand_for(load, tmp_pat
 
 def test_the_whole_config_is_plain_values(load):
     config = load("", "optimizer=dopr-muon", "sample.guidance={scale: 2}", "evaluate.bpd={}")
-    assert to_dict(config)["optimizer"]["dopr"]["damping"] == 0.1
+    assert to_dict(config)["optimizer"]["dopr"]["damping"] == [100, 1, 0.5]
     assert to_dict(config)["sample"]["solver"] == {
         "name": "midpoint",
         "steps": 50,

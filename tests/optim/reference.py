@@ -142,10 +142,12 @@ def power(matrix: Tensor, exponent: float) -> Tensor:
 def precondition(
     grad: Tensor, sigma: Tensor, damping: float, *, alpha: float = 1.0, unit_scale: bool = True
 ) -> Tensor:
-    """M = G (Sigma + gamma tr(Sigma)/d I)^-alpha; times (tr(Sigma)/d)^alpha for unit scale."""
+    """M = G (Sigma + gamma tr(Sigma)/d I)^-alpha; times ((1 + gamma) tr(Sigma)/d)^alpha for unit
+    scale."""
     matrix = damped(sigma.double(), damping)
     inverse = torch.linalg.inv(matrix) if alpha == 1 else power(matrix, -alpha)
-    scale = (sigma.trace() / sigma.shape[0]) ** alpha if unit_scale else 1.0
+    mean = (1 + damping) * sigma.trace() / sigma.shape[0]
+    scale = mean**alpha if unit_scale else 1.0
     return grad.double() @ inverse * scale
 
 

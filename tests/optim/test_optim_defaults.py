@@ -164,13 +164,13 @@ def test_layers_that_keep_different_rows_share_no_statistic() -> None:
 def test_an_embedding_has_the_frequencies_of_its_rows(
     padding_idx: int | None, power: float
 ) -> None:
-    """M_v = G_v / (V p_v + gamma); a padding index counts, and has no gradient."""
+    """M_v = (1 + gamma) G_v / (V p_v + gamma); a padding index counts, and has no gradient."""
     table = nn.Embedding(5, 3, padding_idx=padding_idx).double()
     index = torch.tensor([[0, 0, 0, 1], [2, 2, 4, 0]])
     settings = {"power": power, "damping": 0.2, "max_rows": 2}
     (update,) = one_step(table, index, **settings)
     frequencies = torch.tensor([4, 1, 2, 0, 1]).double() / 8
-    expected = table.weight.grad / (5 * frequencies + 0.2)[:, None] ** power
+    expected = table.weight.grad * (1.2 / (5 * frequencies + 0.2))[:, None] ** power
     torch.testing.assert_close(update, expected, **EXACT)
     assert not update[3].any()
     assert update[2].any() == (padding_idx is None)

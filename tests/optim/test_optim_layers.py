@@ -144,7 +144,9 @@ def test_cholesky_dual_form_and_dense_inverse_agree(
     grad = layer.weight.grad.clone()
     optimizer.step()
     dense = reference.precondition(grad, reference.second_moment(z), damping)
-    dual = reference.precondition_dual(y.grad, z, damping) * z.double().square().mean()
+    dual = reference.precondition_dual(y.grad, z, damping) * (
+        (1 + damping) * z.double().square().mean()
+    )
     update = (before - layer.weight.detach()).double()
     scale = dense.abs().max().item()
     torch.testing.assert_close(dual, dense, rtol=rtol, atol=rtol * scale)

@@ -148,7 +148,8 @@ def test_schedule_free_follows_the_papers_recurrence(damping):
             return g
         sigma = z.T @ z / 12
         identity = torch.eye(4, dtype=torch.float64)
-        return g @ torch.linalg.inv(sigma / (sigma.trace() / 4) + damping * identity)
+        s = sigma / (sigma.trace() / 4) + damping * identity
+        return (1 + damping) * g @ torch.linalg.inv(s)
 
     exact = {"damping": damping, "cov_decay": 0.0, "refresh_every": 1, "max_rows": "all"}
     optimizer = build(

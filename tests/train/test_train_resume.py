@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -38,8 +39,9 @@ def test_resumed_run_equals_the_straight_one(tmp_path, optimizer):
 
 def test_a_shorter_run_takes_over_the_steps_before_its_cooldown(tmp_path):
     cooling = ["train.lr_decay=cooldown", "train.cooldown_steps=4", "train.warmup_steps=2"]
-    powers = ["train.ema_lengths=[0.1]", "train.checkpoint_every=2", "optimizer.name=dopr-muon"]
-    config = tiny(tmp_path, *cooling, *powers, "train.steps=12", "name=long")
+    powers = ["train.ema_lengths=[0.1]", "train.checkpoint_every=2"]
+    dopr = ["optimizer.name=dopr-muon", "optimizer.dopr.damping=0.1"]
+    config = tiny(tmp_path, *cooling, *powers, *dopr, "train.steps=12", "name=long")
     longer = RunFolder.open(train(config))
     straight = train(again(config, "name=straight", "train.steps=9"))
     short = again(config, "name=short", "train.steps=9")
@@ -68,6 +70,16 @@ def test_steps_cannot_change_under_a_decaying_rate(tmp_path):
     remedy = rf"a run of its own by name=NEW train\.init_from={tmp_path}/runs/tiny$"
     with pytest.raises(ConfigError, match=rf"was 8, now 9: the cosine learning rate .*{remedy}"):
         train(again(config, "train.steps=9"), resume=True)
+
+
+def test_steps_may_change_under_a_constant_rate_if_the_damping_keeps_its_schedule(tmp_path):
+    config = tiny(tmp_path, "optimizer.name=dopr-adamw", "train.lr_decay=constant")
+    train(config)
+    longer = again(config, "train.steps=10")
+    kept = "optimizer.dopr.damping=[100.0,1.0,4]"
+    with pytest.raises(ConfigError, match=rf"schedule by {re.escape(kept)}$"):
+        train(longer, resume=True)
+    assert RunFolder.open(train(again(longer, kept), resume=True)).steps()[-1] == 10
 
 
 def test_resuming_where_nothing_is_starts_and_says_so(tmp_path, capfd):

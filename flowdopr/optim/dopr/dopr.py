@@ -2,7 +2,10 @@
 
     optimizer = DoPr(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
 
-For every layer y = W z the gradient G (d_out x d_in) is replaced by M = G (Sigma / s + gamma I)^-1,
+For every layer y = W z the gradient G (d_out x d_in) is replaced by M = G S^-1,
+
+    S = (Sigma / s + gamma I) / (1 + gamma),
+
 with Sigma the second moment of z and s = tr(Sigma) / d_in its mean eigenvalue, and the wrapped
 optimizer, the gradient preconditioner (GP), steps on M. In this room:
 
@@ -73,15 +76,15 @@ class DoPr(SteadyOptimizer):
             parameters get the GP alone. Give the bare model, before torch.compile and DDP, and
             after FSDP2's fully_shard.
         damping: gamma, relative to the mean eigenvalue of Sigma; or (first, last, steps), which
-            goes geometrically from first to last.
+            goes geometrically from first to last. The larger it is, the less AP there is.
         cov_decay: decay of the average of Sigma per refresh; 0 keeps the newest refresh alone. At
             a layer's refresh k, from 0, it is at most (1 + k) / (10 + k), a warm-up.
         refresh_every: steps between refreshes of Sigma and its inverse. Statistics are gathered
             on refresh steps only, the first step always.
-        form: "inverse", GP(G S^-power) with S = Sigma / s + gamma I, or "sandwich", GP(G L^-T) L^-1
-            with S = L L^T. Without damping, and with Muon or row normalisation as the GP, the
-            direction of the sandwich's steps does not depend on the coordinates of z. Its weight
-            decay is decoupled, whatever the GP's own.
+        form: "inverse", GP(G S^-power), or "sandwich", GP(G L^-T) L^-1 with S = L L^T. Without
+            damping, and with Muon or row normalisation as the GP, the direction of the sandwich's
+            steps does not depend on the coordinates of z. Its weight decay is decoupled, whatever
+            the GP's own.
         power: alpha of S^-alpha in the form "inverse"; 1 is the paper's.
         anneal: (first, last) steps between which AP fades linearly into the bare GP; None: never.
         max_rows: rows of z that one forward contributes to a layer's Sigma, evenly spread; "all":

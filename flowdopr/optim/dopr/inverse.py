@@ -3,12 +3,14 @@
 Every form of activation preconditioning multiplies by a matrix T from the right. With the mean
 eigenvalue m = tr(Sigma) / d,
 
-    inverse     M = GP(G T),      T = (Sigma / m + gamma I)^-power        power 1 is the paper's
-    sandwich    D = GP(G T) T^T,  T = L^-T,  L L^T = Sigma / m + gamma I  (L is Cholesky's factor)
+    S = (Sigma / m + gamma I) / (1 + gamma)
+    inverse     M = GP(G T),      T = S^-power                power 1 is the paper's
+    sandwich    D = GP(G T) T^T,  T = L^-T,  L L^T = S        (L is Cholesky's factor)
 
-(arXiv 2606.06418). Dividing by m changes M by a scalar alone: gamma and not the scale of the
-layer's inputs decides the size of M, and Adam's epsilon keeps its meaning. Matrices are factored in
-the precision of the statistics, without TF32.
+(arXiv 2606.06418). The mean eigenvalue of S is 1 whatever the scale of the layer's inputs and the
+damping, and a large damping makes T the identity. So Adam's epsilon keeps its meaning, and a
+damping that changes in training does not change the size of M, which Adam's second moment would
+follow late. Matrices are factored in the precision of the statistics, without TF32.
 """
 
 from collections import defaultdict
@@ -59,12 +61,14 @@ def invert(
         batches[stack.shape[-1], stack.dtype, stack.device].append(index)
     done: dict[int, tuple[Tensor, Tensor]] = {}
     for members in batches.values():
-        # A mean of 0 belongs to an input that is always zero.
-        means = [torch.where(scales[i] > 0, scales[i], 1.0) for i in members]
+        # A mean of 0 belongs to an input that is always zero, whose T is the identity.
+        zero = [(scales[i] <= 0).to(stacks[i].dtype) for i in members]
+        means = [scales[i] + none for i, none in zip(members, zero, strict=True)]
         sizes = [stacks[i].shape[0] * stacks[i].shape[1] for i in members]
         unit = torch.cat([stacks[i].flatten(0, 1) for i in members])
-        for piece, i, mean in zip(unit.split(sizes), members, means, strict=True):
-            piece.view_as(stacks[i]).div_(mean)
+        for piece, i, mean, none in zip(unit.split(sizes), members, means, zero, strict=True):
+            matrices = piece.view_as(stacks[i]).div_(mean)
+            matrices.diagonal(dim1=-2, dim2=-1).add_(none[..., 0])
         each = [gammas[i].to(unit).expand(size) for i, size in zip(members, sizes, strict=True)]
         transforms, failed = _transform(unit, torch.cat(each), form)
         for i, piece, bad in zip(
@@ -81,14 +85,15 @@ def invert(
 
 
 def _transform(unit: Tensor, gammas: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-    """T of (N, s, s) matrices of unit mean eigenvalue, to which it adds the gammas (N,) in place,
-    and whether these were too small, (N,)."""
+    """T of (N, s, s) matrices of unit mean eigenvalue, of which it makes S with the gammas (N,) in
+    place, and whether these were too small, (N,)."""
     floor = smallest_pivot(unit.dtype)
     power = 0.5 if form.sandwich else form.power
+    unit.diagonal(dim1=-2, dim2=-1).add_(gammas[:, None])
+    unit.div_(1 + gammas[:, None, None])
     if unit.shape[-1] == 1:
         none = torch.zeros_like(gammas, dtype=torch.bool)
-        return (unit + gammas[:, None, None]).clamp_min(floor) ** -power, none
-    unit.diagonal(dim1=-2, dim2=-1).add_(gammas[:, None])
+        return unit.clamp_min_(floor) ** -power, none
     if not form.sandwich and power != 1:
         values, vectors = torch.linalg.eigh(unit.nan_to_num_(0, 0, 0))
         powers = values.clamp_min(floor) ** -power

@@ -42,6 +42,7 @@ MODES = {
 # Reasons that a user of DoPr may not expect.
 UNCALLED = "nn.MultiheadAttention applies it without calling its layer; use nn.Linear layers"
 PARAMETRIZED = "parametrized, so that its gradient is not that of the weight in use"
+LEFT_BY_MODEL = "its module has left_to_gp = True"
 WIDEST_PATCH = 128  # a convolution with a wider patch takes "sua-mean" under "auto"
 NARROWEST_BLOCK = 64  # "auto" cuts no layer into narrower blocks
 logger = logging.getLogger("flowdopr.optim")
@@ -234,6 +235,9 @@ def _walk(
             rule = known.rule
         else:
             number = _first_match(rules, name)
+            if number is None and getattr(module, "left_to_gp", False):
+                reasons[id(weight)] = LEFT_BY_MODEL
+                continue
             rule = defaults.rule(module) if number is None else rules[number]
             used.add(number)
         effective = defaults.effective and "weight_map" in module._modules

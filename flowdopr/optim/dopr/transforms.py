@@ -34,7 +34,7 @@ def make_transforms(
         return [None] * len(statistics.moments)
     some = numbers.ema_weight > 0
     weights = torch.where(some, numbers.ema_weight, 1.0).unbind()
-    gammas = torch.where(some, numbers.damping, 1.0).unbind()
+    gammas = numbers.damping.unbind()
     moments = [statistics.moments[i] for i in known]
     shares_work = share_work and world_size() > 1
     sides = [moment.view.shape[-1] for moment in moments]

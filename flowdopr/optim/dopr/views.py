@@ -265,7 +265,8 @@ class _PartView(LinearView):
 
 
 class EmbeddingView(LayerView):
-    """`nn.Embedding`: z is one-hot and Sigma = diag(p), so that M_v = G_v / (V p_v + gamma).
+    """`nn.Embedding`: z is one-hot and Sigma = diag(p), so that M_v = (1 + gamma) G_v /
+    (V p_v + gamma).
 
     A row of the table that was never looked up has no gradient and does not move. Every index
     counts, whatever the sample; so does `padding_idx`, whose gradient is zero.
