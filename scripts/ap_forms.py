@@ -82,7 +82,7 @@ class AfterMomentum(DoPr):
     """A probe for Muon: momentum accumulates G, and T is applied to the momentum."""
 
     def _step_preconditioned(self, ready: list[tuple[Layer, Tensor]]) -> None:
-        transforms = {id(layer.parameters[0]): (layer, t) for layer, t in ready}
+        transforms = {id(layer.weight): (layer, t) for layer, t in ready}
         momentum = self.optimizer.momentum
 
         def preconditioned(params: list[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
@@ -90,7 +90,7 @@ class AfterMomentum(DoPr):
             for number, parameter in enumerate(params):
                 if id(parameter) in transforms:
                     layer, transform = transforms[id(parameter)]
-                    updates[number] = layer.view.multiply([updates[number]], transform)[0]
+                    updates[number] = layer.view.multiply(updates[number], transform)
             return updates
 
         with patch.object(self.optimizer, "momentum", preconditioned):
@@ -153,7 +153,7 @@ class TimeBands(DoPr):
     def _step_preconditioned(self, ready: list[tuple[Layer, Tensor]]) -> None:
         others = []
         for layer, transform in ready:
-            weight = layer.parameters[0]
+            weight = layer.weight
             bands = self.bands.get(id(weight))
             if bands is None:
                 others.append((layer, transform))
@@ -255,7 +255,6 @@ VARIANTS = {
     ),
     "refresh every 64": Variant({"refresh_every": 64}),
     "all rows": Variant({"max_rows": "all"}),
-    "bias": Variant({"bias": True}),
     "fades out": Variant({"anneal": (0, 600)}),
     "power 1/2, without condition, embed, final": Variant(
         {"power": 0.5, **without(*CONDITION, r"embed", r"^final")}

@@ -61,7 +61,8 @@ def table(runs: list[Run]) -> str:
         "| variant | seeds | FD | FD / alone | loss / alone | FD / alone at equal loss |",
         "|---|---|---|---|---|---|",
     ]
-    for name in (name for name in VARIANTS if name in by_variant):
+    in_order = dict.fromkeys([*VARIANTS, *by_variant])  # a record may have variants of the past
+    for name in (name for name in in_order if name in by_variant):
         of_seed = by_variant[name]
         seeds = sorted(of_seed.keys() & alone.keys())
         loss = {seed: logs(of_seed[seed])[0] - logs(alone[seed])[0] for seed in seeds}

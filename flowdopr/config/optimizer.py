@@ -42,8 +42,6 @@ class RuleConfig(Section):
     matches wins."""
     mode: Literal["auto", "none", "full", "blocks", "diagonal", "sua", "sua-mean"] = "auto"
     """Form of the layer's second moment; docs/layers.md says when to use which."""
-    bias: bool | None = None
-    """Take a Linear's bias as one more input coordinate. null: as `optimizer.dopr.bias`."""
     max_side: Count | None = None
     """Widest full matrix of `auto` and `blocks`. null: as `optimizer.dopr.max_side`."""
     max_rows: Count | ALL | None = None
@@ -62,7 +60,6 @@ class DoPrConfig(Section):
     max_rows: Count | ALL = 2048
     max_side: Count = 1280
     conv_mode: Literal["auto", "full", "sua", "sua-mean"] = "auto"
-    bias: bool = False
     pc_gradient: Literal["raw", "effective"] = "raw"
     rules: tuple[RuleConfig, ...] = ()
 

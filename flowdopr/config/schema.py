@@ -445,6 +445,6 @@ class Config(Section):
         if dopr is not None and self.model.pc is None:
             dopr.unused("optimizer.dopr.pc_gradient", "without model.pc")
         for rule in dopr.rules if dopr is not None else ():
-            for key in ("bias", "max_side", "max_rows") if rule.mode == "none" else ():
+            for key in ("max_side", "max_rows") if rule.mode == "none" else ():
                 rule.unused(f"optimizer.dopr.rules[].{key}", "with mode=none")
         return self

@@ -118,7 +118,7 @@ class KFAC(DoPr):
 
     def _watch_outputs(self, layer: Layer) -> SecondMoment:
         """The second moment of a layer's output gradients."""
-        weight, (module, _) = layer.parameters[0], layer.modules[0]
+        weight, (module, _) = layer.weight, layer.modules[0]
         view = OutputGradientView(weight.shape[0], _axes(module))
         name = f"{layer.name} (output gradients)"
         moment = SecondMoment(name, view, weight, free_of_scale=True)
@@ -129,7 +129,7 @@ class KFAC(DoPr):
         """Put M in place of G, from both sides, and let the GP step."""
         both = []
         for layer, right in ready:
-            left, weight = self.transform_of(self._outputs[layer.name]), layer.parameters[0]
+            left, weight = self.transform_of(self._outputs[layer.name]), layer.weight
             if left is not None and weight.grad is not None:
                 product = left[0, 0] @ weight.grad.flatten(1).to(left.dtype)
                 weight.grad = product.reshape(weight.shape).to(weight.dtype)

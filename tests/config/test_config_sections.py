@@ -164,7 +164,7 @@ NOTHING = {
     "evaluate.extractor.weights=w.pth": "classifier has no such setting; it belongs to inception",
     "optimizer.momentum=0.5": "adamw has no such setting",
     "optimizer.damping=1": "adamw has no such setting; did you mean 'dopr.damping'?",
-    'optimizer.dopr.rules=[{"pattern":"x","mode":"none","bias":true}]': "bias=true is not used",
+    'optimizer.dopr.rules=[{"pattern":"x","mode":"none","max_rows":9}]': "max_rows=9 is not used",
     "optimizer.name=kfac optimizer.dopr.damping=1": "kfac has no such setting",
     "optimizer.dopr.unit_scale=true": "optimizer.dopr.unit_scale: unknown key",
     "data.resize=adm data.name=folder": "data.resize=adm needs data.image_size",

@@ -56,7 +56,6 @@ OPTIMIZERS = {
     "sandwich": "{name: dopr-muon, lr: 0.02, "
     "dopr: {form: sandwich, damping: 1.0, refresh_every: 4}}",
     "power": "{name: dopr-adamw, lr: 0.01, dopr: {power: 0.5, damping: 0.1, refresh_every: 4}}",
-    "bias": "{name: dopr-adamw, lr: 0.01, dopr: {bias: true, anneal: [4, 16], refresh_every: 4}}",
     "rules": "{name: dopr-muon, lr: 0.02, dopr: {damping: [1.0, 0.1, 10], max_rows: 64, "
     "max_side: 16, refresh_every: 4, conv_mode: full, "
     "rules: [{pattern: time, mode: none}, {pattern: qkv, mode: diagonal}]}}",

@@ -111,24 +111,6 @@ def test_a_wide_patch_is_taken_for_shared_offsets_with_the_mean(sides: dict[str,
     torch.testing.assert_close(update.flatten(1), expected, **EXACT)
 
 
-@pytest.mark.parametrize("given", ["argument", "rule"])
-def test_a_layer_in_blocks_leaves_its_bias_to_the_gp(given: str) -> None:
-    """A column of ones would belong to no block; the weight gets what it gets without a bias."""
-    layer = nn.Linear(6, 4).double()
-    whole = {"weight": "full+bias", "bias": "full+bias"}
-    assert modes(layer, bias=True) == whole
-    rule = LayerRule("", "blocks", bias=True, max_side=3) if given == "rule" else None
-    settings = {} if rule else {"bias": True, "max_side": 3}
-    in_blocks = {"rules": [rule]} if rule else settings
-    assert modes(layer, **in_blocks) == {"weight": "blocks 2x3", "bias": "none"}
-    z = tokens(6)
-    m_w, m_b = one_step(layer, z, rule=rule, **settings)
-    sigma = reference.second_moment(z) * mask(6, 3)
-    expected = reference.precondition(layer.weight.grad, sigma, 0.1)
-    torch.testing.assert_close(m_w, expected, **EXACT)
-    torch.testing.assert_close(m_b, layer.bias.grad, rtol=1e-12, atol=1e-14)
-
-
 class Fork(nn.Module):
     """Three layers fed one tensor."""
 

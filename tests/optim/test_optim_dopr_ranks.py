@@ -17,7 +17,7 @@ SETTINGS = {
     "ddp": {},
     "ddp-routed": {"rules": [LayerRule("spare", "diagonal"), LayerRule("")]},
     "ddp-bypassed": {"form": "sandwich"},
-    "ddp-sua": {"conv_mode": "sua-mean", "bias": True},
+    "ddp-sua": {"conv_mode": "sua-mean"},
     "fsdp": {},
     "fsdp-sandwich": {"form": "sandwich"},
 }

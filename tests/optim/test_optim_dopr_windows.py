@@ -1,4 +1,4 @@
-"""What a window counts when forwards are not plain: empty batches, checkpointing, odd biases."""
+"""What a window counts when forwards are not plain: empty batches, checkpointing, frozen layers."""
 
 import pytest
 import torch
@@ -52,33 +52,6 @@ def test_checkpointed_and_plain_calls_of_one_layer_all_count(reentrant: bool) ->
     assert rows_counted(again) == 4
     assert rows_counted(lambda layer, x: again(layer, again(layer, layer(x)))) == 12
     assert rows_counted(lambda layer, x: layer(again(layer, x)) + layer(x)) == 12
-
-
-@pytest.mark.parametrize("frozen", [True, False])
-def test_the_bias_coordinate_is_left_out_where_the_bias_does_not_train(frozen: bool) -> None:
-    layer = nn.Linear(3, 2, bias=frozen)
-    if frozen:
-        layer.bias.requires_grad_(False)
-    weight = [p for p in layer.parameters() if p.requires_grad]
-    optimizer = DoPr(torch.optim.SGD(weight, lr=0.1), layer, bias=True)
-    assert optimizer.roles()[0][2] == "full"
-
-
-def test_tied_weights_with_biases_of_their_own_leave_these_to_the_gp() -> None:
-    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
-    second.weight = first.weight
-    model = nn.Sequential(first, nn.Tanh(), second)
-    optimizer = DoPr(torch.optim.SGD(model.parameters(), lr=1.0), model, bias=True)
-    x = torch.randn(8, 3)
-    (0 * first(x).sum() + second(x).square().mean()).backward()
-    optimizer.step()
-    assert {name: mode for name, _, mode, _ in optimizer.roles()} == {
-        "0.weight": "full",
-        "0.bias": "none",
-        "2.bias": "none",
-    }
-    assert torch.equal(first.bias.grad, torch.zeros(3))
-    assert second.bias.grad.abs().min() > 0
 
 
 def test_a_rule_for_the_second_of_two_tied_layers_decides_nothing() -> None:

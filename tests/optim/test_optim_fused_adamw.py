@@ -45,7 +45,7 @@ def test_state_may_come_from_another_memory_format(
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-@pytest.mark.parametrize("settings", [{}, {"bias": True, "conv_mode": "sua"}, {"form": "sandwich"}])
+@pytest.mark.parametrize("settings", [{}, {"conv_mode": "sua"}, {"form": "sandwich"}])
 def test_dopr_steps_fused_as_it_does_unfused(case: LayerCase, settings: dict) -> None:
     """On the CPU the fused kernel reads gradients in memory order: M must be laid out as W is."""
     weights = []

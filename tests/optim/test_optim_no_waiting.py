@@ -150,7 +150,7 @@ SETTINGS = {
     "defaults": {},
     "sandwich": {"form": "sandwich"},
     "schedules": {"damping": (1.0, 0.1, 3), "anneal": (1, 4)},
-    "bias": {"bias": True, "conv_mode": "sua-mean"},
+    "sua-mean": {"conv_mode": "sua-mean"},
 }
 
 

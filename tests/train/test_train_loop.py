@@ -223,7 +223,6 @@ def test_every_form_of_dopr_is_reached_from_the_config(tmp_path):
     settings = [
         "optimizer.name=dopr-muon",
         "optimizer.dopr.form=sandwich",
-        "optimizer.dopr.bias=true",
         "optimizer.ns_dtype=bfloat16",
         "optimizer.ns_steps=4",
         "optimizer.dopr.damping=[1.0, 0.1, 100]",

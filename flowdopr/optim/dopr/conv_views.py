@@ -107,14 +107,12 @@ class ChannelView(LayerView):
         flat, total = channel_rows(x, self.axes, sample)
         return flat.reshape(-1, self.groups, self.blocks, self.side), total
 
-    def matrix(self, grads: Sequence[Tensor]) -> Tensor:
-        weight = grads[0].flatten(2).transpose(1, 2)  # (C_out, k * k, C / g)
-        return weight.reshape(self.groups, -1, self.blocks, self.side).transpose(1, 2)
+    def matrix(self, grad: Tensor) -> Tensor:
+        return super().matrix(grad.flatten(2).transpose(1, 2))  # (C_out, k * k, C / g)
 
-    def gradients(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-        weight = like[0]
-        offsets_first = matrix.transpose(1, 2).reshape(weight.shape[0], self.offsets, -1)
-        return [offsets_first.transpose(1, 2).reshape(weight.shape).to(weight.dtype)]
+    def gradient(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
+        offsets_first = super().gradient(matrix, (shape[0], self.offsets, -1))
+        return offsets_first.transpose(1, 2).reshape(shape)
 
 
 class MeanChannelView(ChannelView):
@@ -157,27 +155,24 @@ class MeanChannelView(ChannelView):
         mean = (means[:, 0] + (self.offsets - 1) * means[:, 1]) / self.offsets
         return mean[:, None, None, None]
 
-    def multiply(self, grads: Sequence[Tensor], transform: Tensor) -> list[Tensor]:
-        return self.multiply_many([grads], [transform])[0]
+    def multiply(self, grad: Tensor, transform: Tensor) -> Tensor:
+        return self.multiply_many([grad], [transform])[0]
 
-    def batch_key(self, grads: Sequence[Tensor]) -> tuple[object, ...]:
-        like = grads[0]
-        return (*self.key, like.shape, like.dtype, like.device)
+    def batch_key(self, grad: Tensor) -> tuple[object, ...]:
+        return (*self.key, grad.shape, grad.dtype, grad.device)
 
-    def multiply_many(
-        self, many: Sequence[Sequence[Tensor]], transforms: Sequence[Tensor]
-    ) -> list[list[Tensor]]:
+    def multiply_many(self, grads: Sequence[Tensor], transforms: Sequence[Tensor]) -> list[Tensor]:
         sides = (self.groups, -1, self.blocks, self.side, self.offsets)  # (g, r, b, s, k * k)
         # The offsets stand before the coordinates, which channels-last weights have already:
         # stacking the K layers is their only copy.
-        matrices = [grads[0].reshape(sides).permute(0, 2, 1, 4, 3) for grads in many]
+        matrices = [grad.reshape(sides).permute(0, 2, 1, 4, 3) for grad in grads]
         matrix = torch.stack(matrices).to(transforms[0].dtype)  # (K, g, b, r, k * k, s)
         for_mean, for_rest = torch.stack(list(transforms)).chunk(2, dim=2)
         correction = matrix.mean(4) @ (for_mean - for_rest)
         found = product(matrix.flatten(3, 4), for_rest).view(matrix.shape)
         found = found.add_(correction[:, :, :, :, None]).permute(0, 1, 3, 2, 5, 4)
-        like = many[0][0]
-        return [[weight.reshape(like.shape).to(like.dtype)] for weight in found.unbind(0)]
+        like = grads[0]
+        return [weight.reshape(like.shape).to(like.dtype) for weight in found.unbind(0)]
 
 
 class TransposedView(ChannelView):
@@ -185,9 +180,8 @@ class TransposedView(ChannelView):
 
     free_axis = None
 
-    def matrix(self, grads: Sequence[Tensor]) -> Tensor:
-        weight = grads[0].reshape(self.groups, self.blocks, self.side, -1)
-        return weight.transpose(2, 3)
+    def matrix(self, grad: Tensor) -> Tensor:
+        return grad.reshape(self.groups, self.blocks, self.side, -1).transpose(2, 3)
 
-    def gradients(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-        return [matrix.transpose(2, 3).reshape(like[0].shape).to(like[0].dtype)]
+    def gradient(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
+        return matrix.transpose(2, 3).reshape(shape)

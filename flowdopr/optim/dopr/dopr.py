@@ -93,12 +93,11 @@ class DoPr(SteadyOptimizer):
             layers that narrow to half or less (an MLP's second), as wide as their output.
         conv_mode: mode of convolutions that no rule decides, see `LayerRule`; "auto" takes "full"
             for patches of up to 128 coordinates and "sua-mean" for wider ones.
-        bias: give Linear layers their bias as one more coordinate of z, which centres Sigma.
         pc_gradient: which gradient AP multiplies in a layer that computes with f(W), such as a PC
             layer: that of the "raw" W, or that of the "effective" weight f(W). The latter is
             multiplied within the backward pass, by the inverse of the last refresh (there is none
             in the first step), and the product then goes through f to W. So clipping acts on the
-            product, and a bias cannot be a coordinate of z.
+            product.
         rules: `LayerRule`s, or mappings of their fields. The first one whose pattern is found in
             the name of a layer decides how that layer is preconditioned.
 
@@ -121,7 +120,6 @@ class DoPr(SteadyOptimizer):
         max_rows: int | str | None = 2048,
         max_side: int = 1280,
         conv_mode: str = "auto",
-        bias: bool = False,
         pc_gradient: str = "raw",
         rules: Sequence[LayerRule | Mapping[str, Any]] = (),
     ) -> None:
@@ -147,7 +145,7 @@ class DoPr(SteadyOptimizer):
         self._closed = False
         optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
         effective = pc_gradient == "effective"
-        defaults = Defaults(conv_mode, bias, max_side, row_limit(max_rows), effective)
+        defaults = Defaults(conv_mode, max_side, row_limit(max_rows), effective)
         self.found = find_layers(model, optimized, [LayerRule.of(rule) for rule in rules], defaults)
         self.statistics = Statistics(cov_decay)
         self._moments = [self._watch(layer, defaults) for layer in self.found.layers]
@@ -156,7 +154,7 @@ class DoPr(SteadyOptimizer):
         hooks = self._precondition_effective()
         self.statistics.removable += hooks
         check("pc_gradient", pc_gradient, bool(hooks) == effective, "raw without PC layers")
-        self._reporter = Reporter({layer.name: layer.parameters[0] for layer in self.found.layers})
+        self._reporter = Reporter({layer.name: layer.weight for layer in self.found.layers})
 
     def roles(self) -> list[tuple[str, tuple[int, ...], str, str]]:
         """(name, shape, AP mode or "none", reason) of every parameter of the model."""
@@ -288,8 +286,7 @@ class DoPr(SteadyOptimizer):
         """The second moment of a layer's inputs, fed by every module that uses its weight."""
         given = layer.rule.max_rows
         rows = defaults.max_rows if given is None else row_limit(given)
-        weight = layer.parameters[0]
-        moment = SecondMoment(layer.name, layer.view, weight, rows, layer.rule.pattern)
+        moment = SecondMoment(layer.name, layer.view, layer.weight, rows, layer.rule.pattern)
         for module, view in layer.modules:
             for part in view.parts():
                 self.statistics.watch_inputs(moment, module, part)
@@ -311,7 +308,7 @@ class DoPr(SteadyOptimizer):
         transform = self.transform_of(self._moments[index])
         if transform is None or self._schedule(self.steps)[1] == 0:
             return grad
-        return self.found.layers[index].view.multiply([grad], transform)[0]
+        return self.found.layers[index].view.multiply(grad, transform)
 
     def _schedule(self, step: int) -> tuple[float, float]:
         """(damping, strength of AP) at a step."""
@@ -343,14 +340,14 @@ class DoPr(SteadyOptimizer):
         if known:
             self._reporter.send(known, self.statistics.table())
         for layer in self.found.frozen:
-            if layer.parameters[0].grad is not None:
+            if layer.weight.grad is not None:
                 self._reporter.log_thawed(layer.name)
 
     def _ready_layers(self) -> list[tuple[Layer, Tensor]]:
         """The layers that have gradients, and their T."""
         ready = []
         for layer, moment in zip(self.found.layers, self._moments, strict=True):
-            if layer.effective or any(p.grad is None for p in layer.parameters):
+            if layer.effective or layer.weight.grad is None:
                 continue
             transform = self.transform_of(moment)
             if transform is None:

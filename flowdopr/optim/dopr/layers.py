@@ -3,9 +3,8 @@ parameter that is left to the gradient preconditioner (GP) alone."""
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -15,13 +14,7 @@ from torch.nn.utils import parametrize
 from flowdopr.linalg import is_sharded
 from flowdopr.optim.dopr.conv_views import ChannelView, MeanChannelView, PatchView, TransposedView
 from flowdopr.optim.dopr.processes import is_split_along
-from flowdopr.optim.dopr.views import (
-    AttentionView,
-    BiasedLinearView,
-    EmbeddingView,
-    LayerView,
-    LinearView,
-)
+from flowdopr.optim.dopr.views import AttentionView, EmbeddingView, LayerView, LinearView
 from flowdopr.patterns import finder
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -58,7 +51,6 @@ class LayerRule:
         mode: "auto" (by the layer's kind and size), "none" (GP alone), "full", "blocks" (equal, at
             most `max_side` wide), "diagonal"; for convolutions also "sua" (one channel Sigma for
             all offsets of the kernel) and "sua-mean" (the same with the mean's cross terms).
-        bias: give a Linear its bias as one more coordinate of z. None: as DoPr's `bias`.
         max_side: side of the widest Sigma that "auto" and "blocks" may use. None: as DoPr's.
         max_rows: rows of z that a forward contributes, or "all". None: as DoPr's.
 
@@ -68,7 +60,6 @@ class LayerRule:
 
     pattern: str
     mode: str = "auto"
-    bias: bool | None = None
     max_side: int | None = None
     max_rows: int | str | None = None
 
@@ -123,10 +114,9 @@ class Defaults:
     """DoPr's settings for layers, and for fields of rules, that no rule sets."""
 
     conv_mode: str
-    bias: bool
     max_side: int
     max_rows: int | None
-    effective: bool = False
+    effective: bool
 
     def rule(self, module: nn.Module) -> LayerRule:
         """The rule of a layer that no rule matches."""
@@ -135,20 +125,20 @@ class Defaults:
 
 @dataclass
 class Layer:
-    """One preconditioned weight, with its bias where that is a coordinate of z.
+    """One preconditioned weight.
 
     modules: the modules that use the weight, each with its view: several where it is tied.
-    reads: whose inputs count, for the table of roles.
     effective: whether AP multiplies the gradient of the layer's effective weight.
+    reads: whose inputs count, for the table of roles.
     """
 
     name: str
-    parameters: list[nn.Parameter]
+    weight: nn.Parameter
     rule: LayerRule
     view: LayerView
-    modules: list[tuple[nn.Module, LayerView]] = field(default_factory=list)
+    modules: list[tuple[nn.Module, LayerView]]
+    effective: bool
     reads: str = "layer input"
-    effective: bool = False
 
 
 @dataclass
@@ -172,37 +162,27 @@ def find_layers(
             parameters that the optimizer lacks, which another optimizer may have, are logged.
     """
     found, reasons = _walk(model, rules, defaults)
-    modes: dict[int, tuple[str, str]] = {}
-    layers, frozen = [], []
-    for layer in found.values():
-        if not layer.parameters[0].requires_grad:
-            reasons[id(layer.parameters[0])] = "frozen"
-            frozen.append(layer)
-            continue
-        for parameter in layer.parameters:
-            if id(parameter) not in optimized:
-                raise ValueError(
-                    f"the {'weight' if parameter is layer.parameters[0] else 'bias'} of layer "
-                    f"{layer.name!r} is trainable but not in the optimizer: add it to a parameter "
-                    "group or set requires_grad_(False)"
-                )
-            modes[id(parameter)] = layer.view.describe(), layer.reads
-        layers.append(layer)
+    layers = [layer for layer in found if layer.weight.requires_grad]
+    for layer in layers:
+        if id(layer.weight) not in optimized:
+            raise ValueError(
+                f"the weight of layer {layer.name!r} is trainable but not in the optimizer: add it "
+                "to a parameter group or set requires_grad_(False)"
+            )
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no trainable layer to precondition (Linear, Conv, "
             "ConvTranspose, Embedding, MultiheadAttention, not ruled out): use the optimizer "
             "without DoPr"
         )
-    return FoundLayers(layers, _roles(model, modes, reasons, optimized), frozen)
+    frozen = [layer for layer in found if not layer.weight.requires_grad]
+    return FoundLayers(layers, _roles(model, layers, reasons, optimized), frozen)
 
 
 def _roles(
-    model: nn.Module,
-    modes: dict[int, tuple[str, str]],
-    reasons: dict[int, str],
-    optimized: set[int],
+    model: nn.Module, layers: Sequence[Layer], reasons: dict[int, str], optimized: set[int]
 ) -> list[tuple[str, tuple[int, ...], str, str]]:
+    modes = {id(layer.weight): (layer.view.describe(), layer.reads) for layer in layers}
     roles, missing = [], []
     for name, parameter in model.named_parameters():
         other = "not the weight of a layer" if parameter.requires_grad else "frozen"
@@ -222,11 +202,10 @@ def _roles(
 
 def _walk(
     model: nn.Module, rules: Sequence[LayerRule], defaults: Defaults
-) -> tuple[dict[int, Layer], dict[int, str]]:
+) -> tuple[list[Layer], dict[int, str]]:
     """All layers with a view, and the reasons why other weights have none, by the weight's id."""
     layers: dict[int, Layer] = {}
     reasons, used = _unusual(model, rules)
-    owners = Counter(id(module._parameters.get("weight")) for module in model.modules())
     for name, module, leaf, weight in _weights(model):
         if id(weight) in reasons:
             continue
@@ -240,9 +219,6 @@ def _walk(
                 continue
             rule = defaults.rule(module) if number is None else rules[number]
             used.add(number)
-        effective = defaults.effective and "weight_map" in module._modules
-        if effective or owners[id(weight)] > 1 or not _trains_bias(module):
-            rule = replace(rule, bias=False)  # a bias is a coordinate of one layer only
         view = _why_not(name, weight) or make_view(module, rule, defaults, leaf)
         if isinstance(view, LayerView) and not _can_be_sharded_as_it_is(view, weight):
             view = "sharded along the coordinates of z, where AP would need a gather"
@@ -250,8 +226,8 @@ def _walk(
             reasons[id(weight)] = view
             layers.pop(id(weight), None)
             continue
-        biases = [module.bias] if view.takes_bias and isinstance(module, nn.Linear) else []
-        layer = Layer(name, [weight, *biases], rule, view, [(module, view)], effective=effective)
+        effective = defaults.effective and "weight_map" in module._modules
+        layer = Layer(name, weight, rule, view, [(module, view)], effective)
         layer.reads += ", for the gradient of the effective weight" if effective else ""
         if known is None:
             layers[id(weight)] = layer
@@ -265,7 +241,7 @@ def _walk(
                 f"layer rule {rule.pattern!r} decides no layer: it matches no name of a layer with "
                 "a weight, or an earlier rule takes them all; correct or remove it"
             )
-    return layers, reasons
+    return list(layers.values()), reasons
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -314,7 +290,7 @@ def _unusual(
 def _tie(layers: dict[int, Layer], reasons: dict[int, str], one: Layer, other: Layer) -> None:
     """Decide on a weight that two layers read in different orientations. Of an embedding and a
     linear head, the head's input counts: the axis that both share are its coordinates."""
-    key, both = id(one.parameters[0]), (one, other)
+    key, both = id(one.weight), (one, other)
     heads = [layer for layer in both if isinstance(layer.view, LinearView)]
     if len(heads) == 1 and any(isinstance(layer.view, EmbeddingView) for layer in both):
         layers[key] = heads[0]
@@ -341,14 +317,7 @@ def _can_be_sharded_as_it_is(view: LayerView, weight: nn.Parameter) -> bool:
     return not is_sharded(weight) or (alone and is_split_along(weight, view.free_axis))
 
 
-def _trains_bias(module: nn.Module) -> bool:
-    bias = module._parameters.get("bias")
-    return bias is not None and bias.requires_grad
-
-
-def make_view(
-    module: nn.Module, rule: LayerRule, defaults: Defaults, leaf: str = "weight"
-) -> LayerView | str:
+def make_view(module: nn.Module, rule: LayerRule, defaults: Defaults, leaf: str) -> LayerView | str:
     """The view of a layer under a rule, or the reason why it is left to the GP alone. `leaf` is the
     name of the weight in the module.
 
@@ -361,9 +330,6 @@ def make_view(
         _check_mode(rule, "a Linear")
         side = _widest_side(rule, defaults, module.in_features, module.out_features)
         blocks = _number_of_blocks(rule, module.in_features, side)
-        bias = defaults.bias if rule.bias is None else rule.bias
-        if bias and blocks == 1:
-            return BiasedLinearView("full", 1, module.in_features + 1)
         return LinearView(_cut_mode(rule, blocks), 1, module.in_features, blocks)
     if isinstance(module, nn.MultiheadAttention):
         _check_mode(rule, "an attention")

@@ -85,30 +85,30 @@ def identity_transform(moment: SecondMoment) -> Tensor:
 
 
 def apply(ready: Sequence[tuple[Layer, Tensor]]) -> None:
-    """Replace the gradients of each layer by their product with its T."""
-    for chunk in _batches([layer for layer, _ in ready]):
-        layers = [ready[i][0] for i in chunk]
-        grads = [_gradients(layer) for layer in layers]
-        products = layers[0].view.multiply_many(grads, [ready[i][1] for i in chunk])
-        for layer, of_layer in zip(layers, products, strict=True):
-            for parameter, product in zip(layer.parameters, of_layer, strict=True):
-                assert parameter.grad is not None
-                product = laid_out_like(product, local(parameter))
-                parameter.grad = like_shard(product, parameter.grad)  # frees G
+    """Replace the gradient of each layer by its product with its T."""
+    for batch in _batches(ready):
+        view, transforms = batch[0][0].view, [transform for _, transform in batch]
+        products = view.multiply_many([_gradient(layer) for layer, _ in batch], transforms)
+        for (layer, _), product in zip(batch, products, strict=True):
+            weight = layer.weight
+            assert weight.grad is not None
+            weight.grad = like_shard(laid_out_like(product, local(weight)), weight.grad)  # frees G
 
 
-def _gradients(layer: Layer) -> list[Tensor]:
-    return [local(p.grad) for p in layer.parameters if p.grad is not None]
+def _gradient(layer: Layer) -> Tensor:
+    assert layer.weight.grad is not None
+    return local(layer.weight.grad)
 
 
-def _batches(layers: Sequence[Layer]) -> Iterator[list[int]]:
-    """Numbers of the layers to multiply together, with few weights in each batch."""
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for number, layer in enumerate(layers):
-        alike.setdefault(layer.view.batch_key(_gradients(layer)) or (number,), []).append(number)
-    for numbers in alike.values():
-        size = max(1, MAX_MULTIPLIED // layers[numbers[0]].parameters[0].numel())
-        yield from (numbers[i : i + size] for i in range(0, len(numbers), size))
+def _batches(ready: Sequence[tuple[Layer, Tensor]]) -> Iterator[Sequence[tuple[Layer, Tensor]]]:
+    """What to multiply together, with few weights in each batch."""
+    alike: dict[tuple[object, ...], list[tuple[Layer, Tensor]]] = {}
+    for number, (layer, transform) in enumerate(ready):
+        key = layer.view.batch_key(_gradient(layer)) or (number,)
+        alike.setdefault(key, []).append((layer, transform))
+    for pairs in alike.values():
+        size = max(1, MAX_MULTIPLIED // pairs[0][0].weight.numel())
+        yield from (pairs[i : i + size] for i in range(0, len(pairs), size))
 
 
 def step_sandwich(optimizer: torch.optim.Optimizer, ready: Sequence[tuple[Layer, Tensor]]) -> None:
@@ -117,16 +117,14 @@ def step_sandwich(optimizer: torch.optim.Optimizer, ready: Sequence[tuple[Layer,
     The GP steps from W = 0, where its weight decay does nothing. W then holds the GP's direction
     times -lr, exactly.
     """
-    held = [[p.clone() for p in layer.parameters] for layer, _ in ready]
+    held = [layer.weight.clone() for layer, _ in ready]
     for layer, _ in ready:
-        for parameter in layer.parameters:
-            parameter.zero_()
+        layer.weight.zero_()
     try:
         optimizer.step()
     except BaseException:
         for (layer, _), before in zip(ready, held, strict=True):
-            for parameter, old in zip(layer.parameters, before, strict=True):
-                parameter.copy_(old)
+            layer.weight.copy_(before)
         raise
     kept = {
         id(p): 1 - group["lr"] * group.get("weight_decay", 0.0)
@@ -134,7 +132,6 @@ def step_sandwich(optimizer: torch.optim.Optimizer, ready: Sequence[tuple[Layer,
         for p in group["params"]
     }
     for (layer, transform), before in zip(ready, held, strict=True):
-        moved = layer.view.multiply([local(p) for p in layer.parameters], transform.mT)
-        for parameter, old, move in zip(layer.parameters, before, moved, strict=True):
-            parameter.copy_(old.mul_(kept[id(parameter)]))
-            local(parameter).add_(move)
+        move = layer.view.multiply(local(layer.weight), transform.mT)
+        layer.weight.copy_(before.mul_(kept[id(layer.weight)]))
+        local(layer.weight).add_(move)

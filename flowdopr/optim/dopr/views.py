@@ -6,7 +6,7 @@ DoPr (arXiv 2606.06418) multiplies G from the right by a function of Sigma = (1/
 A view gives both in one layout:
 
     rows(x)        the input of a forward       -> z, (n, g, b, s)
-    matrix(grads)  the layer's gradients        -> G, (g, b, r, s)
+    matrix(grad)   the gradient of the weight   -> G, (g, b, r, s)
 
     >>> linear, x = nn.Linear(6, 2), torch.randn(4, 5, 6)     # a batch of 4 with 5 tokens each
     >>> view = LinearView("blocks", 1, dim=6, blocks=3)       # Sigma in 3 blocks of 2 coordinates
@@ -16,7 +16,7 @@ A view gives both in one layout:
     >>> view.shape                                            # of Sigma
     (1, 3, 2, 2)
     >>> linear(x).sum().backward()
-    >>> tuple(view.matrix([linear.weight.grad]).shape)
+    >>> tuple(view.matrix(linear.weight.grad).shape)
     (1, 3, 2, 2)
 
 Letters: n rows of z; g independent groups, each with a Sigma of its own (a convolution's); b
@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowdopr.cpu import add_product, product
 
@@ -104,7 +104,6 @@ class LayerView:
         that part alone, as no coordinates of z lie there; None without one.
     """
 
-    takes_bias = False
     free_axis: int | None = 0
     argument: tuple[int, str] = (0, "input")
     """Place and name of the argument of the module's forward that has z."""
@@ -163,71 +162,37 @@ class LayerView:
         """tr(Sigma) / d of each group, (g, 1, 1, 1)."""
         return stack.diagonal(dim1=-2, dim2=-1).mean((-2, -1))[:, None, None, None]
 
-    def matrix(self, grads: Sequence[Tensor]) -> Tensor:
-        """The gradients of the layer's parameters as one matrix for each block, (g, b, r, s)."""
-        return grads[0].reshape(self.groups, -1, self.blocks, self.side).transpose(1, 2)
+    def matrix(self, grad: Tensor) -> Tensor:
+        """The gradient of the weight as one matrix for each block, (g, b, r, s)."""
+        return grad.reshape(self.groups, -1, self.blocks, self.side).transpose(1, 2)
 
-    def gradients(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-        """The inverse of `matrix`: (g, b, r, s) as tensors of the shapes and dtypes of `like`."""
-        return [matrix.transpose(1, 2).reshape(like[0].shape).to(like[0].dtype)]
+    def gradient(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse of `matrix`: (g, b, r, s) as a tensor of the shape of the weight."""
+        return matrix.transpose(1, 2).reshape(shape)
 
-    def multiply(self, grads: Sequence[Tensor], transform: Tensor) -> list[Tensor]:
-        """The gradient matrix times T from the right, as gradients again."""
-        matrix = self.matrix(grads).to(transform.dtype)
+    def multiply(self, grad: Tensor, transform: Tensor) -> Tensor:
+        """The gradient matrix times T from the right, as a gradient again."""
+        matrix = self.matrix(grad).to(transform.dtype)
         found = matrix * transform if self.side == 1 else product(matrix, transform)
-        return self.gradients(found, grads)
+        return self.gradient(found, grad.shape).to(grad.dtype)
 
-    def batch_key(self, grads: Sequence[Tensor]) -> tuple[object, ...] | None:
+    def batch_key(self, grad: Tensor) -> tuple[object, ...] | None:
         """Layers with equal keys may share one `multiply_many`; None where that gains nothing."""
         return None
 
-    def multiply_many(
-        self, many: Sequence[Sequence[Tensor]], transforms: Sequence[Tensor]
-    ) -> list[list[Tensor]]:
+    def multiply_many(self, grads: Sequence[Tensor], transforms: Sequence[Tensor]) -> list[Tensor]:
         """`multiply` for the gradients of several layers with equal `batch_key`s."""
-        pairs = zip(many, transforms, strict=True)
-        return [self.multiply(grads, transform) for grads, transform in pairs]
-
-
-def vector_rows(x: Tensor, sample: Sample) -> tuple[Tensor, int]:
-    """The kept vectors of (..., d), (n, d), and how many there are in all."""
-    flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
-    kept = sample.rows(flat.shape[0], x.device)
-    return flat if kept is None else flat.index_select(0, kept), flat.shape[0]
+        return [self.multiply(grad, t) for grad, t in zip(grads, transforms, strict=True)]
 
 
 class LinearView(LayerView):
     """`nn.Linear`: z is the input vector, all leading axes pooled."""
 
     def rows(self, x: Tensor, sample: Sample) -> tuple[Tensor, int]:
-        flat, total = vector_rows(x, sample)
-        return flat.reshape(-1, self.groups, self.blocks, self.side), total
-
-
-class BiasedLinearView(LinearView):
-    """`nn.Linear` with its bias as one more coordinate: z is (z, 1), and G is (G_W, g_b).
-
-    Without damping this is the same as centring: M_W = (G_W - g_b mu^T) C^-1 and M_b = g_b -
-    M_W mu, with mu the mean of z and C its covariance.
-    """
-
-    takes_bias = True
-
-    def describe(self) -> str:
-        return f"{super().describe()}+bias"
-
-    def rows(self, x: Tensor, sample: Sample) -> tuple[Tensor, int]:
-        flat, total = vector_rows(x, sample)
-        return nn.functional.pad(flat, (0, 1), value=1.0).reshape(-1, 1, 1, self.side), total
-
-    def matrix(self, grads: Sequence[Tensor]) -> Tensor:
-        weight, bias = grads
-        return torch.cat([weight, bias[:, None]], 1)[None, None]
-
-    def gradients(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-        weight, bias = like
-        flat = matrix[0, 0]
-        return [flat[:, :-1].to(weight.dtype).contiguous(), flat[:, -1].to(bias.dtype)]
+        flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
+        kept = sample.rows(flat.shape[0], x.device)
+        rows = flat if kept is None else flat.index_select(0, kept)
+        return rows.reshape(-1, self.groups, self.blocks, self.side), flat.shape[0]
 
 
 class AttentionView(LinearView):
@@ -283,8 +248,8 @@ class EmbeddingView(LayerView):
         sums.view(-1).index_add_(0, index, ones)
         return index.numel()
 
-    def matrix(self, grads: Sequence[Tensor]) -> Tensor:
-        return grads[0][None, :, :, None]
+    def matrix(self, grad: Tensor) -> Tensor:
+        return grad[None, :, :, None]
 
-    def gradients(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-        return [matrix[0, :, :, 0].to(like[0].dtype)]
+    def gradient(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
+        return matrix[0, :, :, 0]
