@@ -62,8 +62,30 @@ class Growing(DoPr):
 
     def _refresh(self) -> None:
         super()._refresh()
-        scale = (1 + self._schedule(self.steps)[0]) ** self.form.power
+        scale = (1 + self._damping_at(self.steps)) ** self.form.power
         self.transforms = [None if t is None else t / scale for t in self.transforms]
+
+
+class FadesOut(DoPr):
+    """A probe: (Sigma / s + gamma I)^-1 gives way to the identity, linearly from a step on."""
+
+    BEGIN, END = 0, 600
+
+    def _refresh(self) -> None:
+        super()._refresh()
+        strength = (self.END - self.steps) / (self.END - self.BEGIN)
+        strength = min(1.0, max(0.0, strength))
+        scale = 1 + self._damping_at(self.steps)
+        self.transforms = [
+            None
+            if t is None
+            else strength / scale * t + (1 - strength) * torch.eye(t.shape[-1]).expand_as(t)
+            for t in self.transforms
+        ]
+
+
+class FadesOutLate(FadesOut):
+    BEGIN = 300
 
 
 class GrowingAlone(DoPr):
@@ -71,7 +93,7 @@ class GrowingAlone(DoPr):
 
     def _refresh(self) -> None:
         super()._refresh()
-        scale = 1 + self._schedule(self.steps)[0]
+        scale = 1 + self._damping_at(self.steps)
         self.transforms = [
             None if t is None else torch.eye(t.shape[-1]).expand_as(t) / scale
             for t in self.transforms
@@ -255,7 +277,7 @@ VARIANTS = {
     ),
     "refresh every 64": Variant({"refresh_every": 64}),
     "all rows": Variant({"max_rows": "all"}),
-    "fades out": Variant({"anneal": (0, 600)}),
+    "fades out": Variant({}, FadesOut),
     "power 1/2, without condition, embed, final": Variant(
         {"power": 0.5, **without(*CONDITION, r"embed", r"^final")}
     ),
@@ -268,7 +290,7 @@ VARIANTS = {
     "damping from 10 to 0.1": growing(10, 0.1),
     "damping from 10 to 1, power 1/2": growing(10, 1, power=0.5),
     "damping from 10 to 1, without condition": growing(10, 1, **without(*CONDITION)),
-    "damping from 10 to 1, fades out": growing(10, 1, anneal=(300, 600)),
+    "damping from 10 to 1, fades out": Variant({"damping": (10.0, 1.0, 300)}, FadesOutLate),
     **{
         f"damping from {first} to {last}, {which}steady scale": Variant(
             {"damping": (first, last, 300), **(without(*CONDITION) if which else {})}

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 from flowdopr.config.types import (
     NAMED,
     Count,
-    CountOrZero,
     Fraction,
     NotNegative,
     Pattern,
@@ -56,7 +55,6 @@ class DoPrConfig(Section):
     refresh_every: Count = 16
     form: Literal["inverse", "sandwich"] = "inverse"
     power: Positive = 1.0
-    anneal: tuple[CountOrZero, Count] | None = None
     max_rows: Count | ALL = 2048
     max_side: Count = 1280
     conv_mode: Literal["auto", "full", "sua", "sua-mean"] = "auto"

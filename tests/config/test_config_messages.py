@@ -153,7 +153,7 @@ OVERRIDES = [
      "sample.solver.grid.name: unknown name 'fast'; choose one of uniform, edm, shifted, list"),
     ("optimizer.dopr.gamma=3",
      "optimizer.dopr.gamma: unknown key; known here: damping, cov_decay, refresh_every, form, "
-     "power, anneal, max_rows, max_side, conv_mode, pc_gradient, rules"),
+     "power, max_rows, max_side, conv_mode, pc_gradient, rules"),
     ("optimizer.dopr=true",
      "optimizer.dopr: must be a mapping such as {damping: ...}, got true"),
     ("sample.guidance=2",

@@ -60,7 +60,7 @@ def test_rules_may_be_dicts():
         ("adamw", {"momentum": 0.9}, "'adamw' does not use 'momentum'.*betas, eps, weight_decay"),
         ("adamw", {"damping": 0.1}, "'adamw' does not use 'damping'"),
         ("sgd", {"betas": (0.9, 0.99)}, "'sgd' does not use 'betas'"),
-        ("sgd", {"dopr": {"betas": (0.9, 0.99)}}, "DoPr does not use 'betas': it uses anneal"),
+        ("sgd", {"dopr": {"betas": (0.9, 0.99)}}, "DoPr does not use 'betas': it uses conv_mode"),
         ("dopr-sgd", {}, "'dopr-sgd' is not known: one of sgd, adamw"),
         ("adamw", {"dopr": {"damping": -1.0}}, "damping"),
         ("kfac", {"dopr": {}}, "is a KFAC, which preconditions by layer inputs"),

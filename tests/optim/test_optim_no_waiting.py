@@ -149,7 +149,7 @@ def test_no_layer_makes_the_host_wait(case: LayerCase, rows: int | str) -> None:
 SETTINGS = {
     "defaults": {},
     "sandwich": {"form": "sandwich"},
-    "schedules": {"damping": (1.0, 0.1, 3), "anneal": (1, 4)},
+    "schedule": {"damping": (1.0, 0.1, 3)},
     "sua-mean": {"conv_mode": "sua-mean"},
 }
 

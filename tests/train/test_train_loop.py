@@ -226,7 +226,6 @@ def test_every_form_of_dopr_is_reached_from_the_config(tmp_path):
         "optimizer.ns_dtype=bfloat16",
         "optimizer.ns_steps=4",
         "optimizer.dopr.damping=[1.0, 0.1, 100]",
-        "optimizer.dopr.anneal=[10, 20]",
         "optimizer.dopr.rules=[{pattern: mlp, mode: blocks, max_side: 8}, "
         "{pattern: l$, mode: none}]",
     ]

@@ -86,7 +86,6 @@ class DoPr(SteadyOptimizer):
             steps does not depend on the coordinates of z. Its weight decay is decoupled, whatever
             the GP's own.
         power: alpha of S^-alpha in the form "inverse"; 1 is the paper's.
-        anneal: (first, last) steps between which AP fades linearly into the bare GP; None: never.
         max_rows: rows of z that one forward contributes to a layer's Sigma, evenly spread; "all":
             every row.
         max_side: side of the widest Sigma. Wider layers fall into equal diagonal blocks, and so do
@@ -116,7 +115,6 @@ class DoPr(SteadyOptimizer):
         refresh_every: int = 16,
         form: str = "inverse",
         power: float = 1.0,
-        anneal: tuple[int, int] | None = None,
         max_rows: int | str | None = 2048,
         max_side: int = 1280,
         conv_mode: str = "auto",
@@ -136,7 +134,7 @@ class DoPr(SteadyOptimizer):
         check("rules", rules, isinstance(rules, list | tuple), "a list of layer rules")
         for name, value in (("refresh_every", refresh_every), ("max_side", max_side)):
             check(name, value, is_count(value), "a whole number of 1 or more")
-        self._damping, self._anneal = self._damping_schedule(damping), self._checked_anneal(anneal)
+        self._damping = self._damping_schedule(damping)
         super().__init__([dict(group) for group in optimizer.param_groups], {})
         self.optimizer, self.refresh_every = optimizer, refresh_every
         self.form = Form(power, form == "sandwich")
@@ -171,13 +169,10 @@ class DoPr(SteadyOptimizer):
             raise ValueError(
                 "this DoPr was closed: step the optimizer inside it, or build a new one"
             )
-        strength = self._schedule(self.steps)[1]
         if self.statistics.gathering:
             self._refresh()
-        elif strength == 0:  # AP has faded, and no refresh will come to report the last one
-            self._reporter.log_sent()
         # T is applied in the program's own precision of matrix products, as G was made.
-        self._step_preconditioned(self._ready_layers() if strength > 0 else [])
+        self._step_preconditioned(self._ready_layers())
         self.steps += 1
         self._set_gathering()
 
@@ -264,10 +259,7 @@ class DoPr(SteadyOptimizer):
         self._reporter.start_from(self.diagnostics())
         self._set_gathering()
         with full_float32(), torch.no_grad():
-            strength = self._schedule(self._refreshed_at)[1]
-            self.transforms = make_transforms(
-                self.statistics, self.form, strength, share_work=False
-            )
+            self.transforms = make_transforms(self.statistics, self.form, share_work=False)
 
     def __getstate__(self) -> dict[str, Any]:
         name = type(self).__name__
@@ -306,22 +298,16 @@ class DoPr(SteadyOptimizer):
     def precondition(self, index: int, grad: Tensor) -> Tensor:
         """The gradient of the effective weight of layer number `index` times its T."""
         transform = self.transform_of(self._moments[index])
-        if transform is None or self._schedule(self.steps)[1] == 0:
+        if transform is None:
             return grad
         return self.found.layers[index].view.multiply(grad, transform)
 
-    def _schedule(self, step: int) -> tuple[float, float]:
-        """(damping, strength of AP) at a step."""
+    def _damping_at(self, step: int) -> float:
         first, last, steps = self._damping
-        damping = first * (last / first) ** min(1.0, step / steps) if first else first
-        if self._anneal is None:
-            return damping, 1.0
-        begin, end = self._anneal
-        return damping, min(1.0, max(0.0, (end - step) / (end - begin)))
+        return first * (last / first) ** min(1.0, step / steps) if first else first
 
     def _set_gathering(self) -> None:
-        _, strength = self._schedule(self.steps)
-        self.statistics.gathering = strength > 0 and self.steps % self.refresh_every == 0
+        self.statistics.gathering = self.steps % self.refresh_every == 0
         self.statistics.turn = self.steps // self.refresh_every
 
     def _refresh(self) -> None:
@@ -330,12 +316,11 @@ class DoPr(SteadyOptimizer):
         The host does not wait: what the last refresh had to report is logged now.
         """
         self._refreshed_at = self.steps
-        damping, strength = self._schedule(self.steps)
         self._reporter.log_sent()
         with full_float32():
             self.statistics.refresh()
-            self.statistics.set_damping(damping)
-            self.transforms = make_transforms(self.statistics, self.form, strength, share_work=True)
+            self.statistics.set_damping(self._damping_at(self.steps))
+            self.transforms = make_transforms(self.statistics, self.form, share_work=True)
         known = [self.statistics.moments[i].name for i in self.statistics.known()]
         if known:
             self._reporter.send(known, self.statistics.table())
@@ -377,13 +362,6 @@ class DoPr(SteadyOptimizer):
     def _check(cls, name: str, value: object, good: bool, allowed: str) -> None:
         if not good:
             raise ValueError(f"{cls.__name__}: {name} is {value}, it must be {allowed}")
-
-    @classmethod
-    def _checked_anneal(cls, anneal: tuple[int, int] | None) -> tuple[int, int] | None:
-        pair = anneal if isinstance(anneal, tuple | list) and len(anneal) == 2 else (0, 0)
-        good = all(_is_number(step) for step in pair) and 0 <= pair[0] < pair[1]
-        cls._check("anneal", anneal, anneal is None or good, "(first, last) steps, first < last")
-        return anneal
 
     @classmethod
     def _damping_schedule(

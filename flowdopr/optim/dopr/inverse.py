@@ -39,7 +39,6 @@ def invert(
     scales: Sequence[Tensor],
     gammas: Sequence[Tensor],
     form: Form,
-    strength: float = 1.0,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """T for each stack of symmetric matrices, and whether its damping was too small for one.
 
@@ -49,7 +48,6 @@ def invert(
         stacks: (g, b, s, s) each, of which only the lower triangles are read.
         scales: their mean eigenvalues m, (g, 1, 1, 1) each.
         gammas: their dampings, of shape ().
-        strength: blends T with the identity: 1 is the whole T, 0 leaves the gradient as it is.
 
     Returns:
         T (g, b, s, s) for each stack, and a truth value of shape () for each. A matrix that has no
@@ -74,12 +72,8 @@ def invert(
         for i, piece, bad in zip(
             members, transforms.split(sizes), failed.split(sizes), strict=True
         ):
-            transform = piece.view_as(stacks[i])
-            if strength != 1.0:
-                transform = transform * strength
-                transform.diagonal(dim1=-2, dim2=-1).add_(1 - strength)
             # One layout however T was made, so that products round alike after a resume.
-            done[i] = transform.contiguous(), bad.any()
+            done[i] = piece.view_as(stacks[i]).contiguous(), bad.any()
     in_order = [done[i] for i in range(len(stacks))]
     return [transform for transform, _ in in_order], [bad for _, bad in in_order]
 

@@ -16,16 +16,13 @@ MAX_INVERTED = 2**22  # elements inverted in one call, which takes some four tim
 MAX_MULTIPLIED = 2**18  # weights in one product: as many as a core's cache may hold
 
 
-def make_transforms(
-    statistics: Statistics, form: Form, strength: float, *, share_work: bool
-) -> list[Tensor | None]:
+def make_transforms(statistics: Statistics, form: Form, *, share_work: bool) -> list[Tensor | None]:
     """T of every layer of `statistics`, in its order; None where there is no average yet.
 
     T of a layer whose refreshes were all skipped is the identity. Layers whose factorisation fails
     get a higher damping from the next refresh on.
 
     Args:
-        strength: blends T with the identity, see `invert`.
         share_work: whether each rank makes its share and gets the others' from them; else each
             makes all.
     """
@@ -45,7 +42,7 @@ def make_transforms(
         averages = [_average(moments[i], weights[known[i]]) for i in chunk]
         stacks = [moments[i].view.stack(a) for i, a in zip(chunk, averages, strict=True)]
         scales = [moments[i].view.mean_eigenvalue(s) for i, s in zip(chunk, stacks, strict=True)]
-        found = invert(stacks, scales, [gammas[known[i]] for i in chunk], form, strength)
+        found = invert(stacks, scales, [gammas[known[i]] for i in chunk], form)
         for i, transform, bad in zip(chunk, *found, strict=True):
             made[i], failed[i] = transform, bad
     if shares_work:
