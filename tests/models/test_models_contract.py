@@ -8,7 +8,7 @@ from torch import nn
 from variants import SHAPE, VARIANTS, make
 
 from flowdopr.models.layers import EffectiveWeight, FusedLinear
-from flowdopr.optim import parameter_roles
+from flowdopr.optim import DoPr, parameter_roles
 
 ALL = pytest.mark.parametrize("name", VARIANTS)
 
@@ -186,3 +186,23 @@ def test_cuda_agrees_with_cpu(name):
     expected = model(x.double(), t.double(), y)
     out = model.cuda()(x.double().cuda(), t.double().cuda(), y.cuda())
     torch.testing.assert_close(out.cpu(), expected)
+
+
+@ALL
+def test_dopr_leaves_what_reads_one_row_per_image_to_the_gp_unless_a_rule_says_otherwise(name):
+    model, rows = make(name), {}
+    for key, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+            module.register_forward_pre_hook(
+                lambda module, args, key=key: rows.update({key: args[0].ndim < 3})
+            )
+    model(*inputs())
+    for rules in ([], [{"pattern": "condition|modulation"}]):
+        optimizer = DoPr(torch.optim.SGD(model.parameters(), lr=0.1), model, rules=rules)
+        left = {
+            key.removesuffix(".weight")
+            for key, _, _, reason in optimizer.roles()
+            if "left_to_gp" in reason
+        }
+        assert left == (set() if rules else {key for key, one in rows.items() if one})
+        optimizer.close()
