@@ -281,22 +281,24 @@ VARIANTS = {
     "power 1/2, without condition, embed, final": Variant(
         {"power": 0.5, **without(*CONDITION, r"embed", r"^final")}
     ),
-    "damping from 10 to 1": growing(10, 1),
-    "no AP, gradients that grow": Variant({"damping": (10.0, 1.0, 300)}, GrowingAlone),
-    "damping from 10 to 1 in a tenth": growing(10, 1, 60),
-    "damping from 10 to 1 over the run": growing(10, 1, 600),
-    "damping from 100 to 1": growing(100, 1),
-    "damping from 100 to 1, without condition": growing(100, 1, **without(*CONDITION)),
-    "damping from 10 to 0.1": growing(10, 0.1),
-    "damping from 10 to 1, power 1/2": growing(10, 1, power=0.5),
-    "damping from 10 to 1, without condition": growing(10, 1, **without(*CONDITION)),
-    "damping from 10 to 1, fades out": Variant({"damping": (10.0, 1.0, 300)}, FadesOutLate),
+    "damping from 10 to 1, growing": growing(10, 1),
+    "no AP, growing": Variant({"damping": (10.0, 1.0, 300)}, GrowingAlone),
+    "damping from 10 to 1 in a tenth, growing": growing(10, 1, 60),
+    "damping from 10 to 1 over the run, growing": growing(10, 1, 600),
+    "damping from 100 to 1, growing": growing(100, 1),
+    "damping from 100 to 1, without condition, growing": growing(100, 1, **without(*CONDITION)),
+    "damping from 10 to 0.1, growing": growing(10, 0.1),
+    "damping from 10 to 1, power 1/2, growing": growing(10, 1, power=0.5),
+    "damping from 10 to 1, without condition, growing": growing(10, 1, **without(*CONDITION)),
+    "damping from 10 to 1, fades out, growing": Variant(
+        {"damping": (10.0, 1.0, 300)}, FadesOutLate
+    ),
     **{
-        f"damping from {first} to {last}, {which}steady scale": Variant(
+        f"damping from {first} to {last}{which}": Variant(
             {"damping": (first, last, 300), **(without(*CONDITION) if which else {})}
         )
         for first, last in ((10, 1), (100, 1), (100, 0.3), (100, 0.1))
-        for which in ("", "without condition, ")
+        for which in ("", ", without condition")
     },
     "without condition": Variant(without(*CONDITION)),
     "without condition, embed, final": Variant(without(*CONDITION, r"embed", r"^final")),
