@@ -177,6 +177,20 @@ def test_an_infinite_damping_is_the_bare_optimizer(
     torch.testing.assert_close(module.weight.grad, grad, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("settings", [{}, {"power": 0.5}, {"form": "sandwich"}])
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_inputs_that_are_always_zero_leave_the_gradient_as_it_is(damping, settings) -> None:
+    layer = nn.Linear(4, 3, bias=False).double()
+    optimizer = DoPr(
+        torch.optim.SGD(layer.parameters(), lr=1.0), layer, damping=damping, **settings
+    )
+    layer(torch.zeros(5, 4).double()).sum().backward()
+    before, grad = layer.weight.detach().clone(), torch.randn(3, 4, dtype=torch.float64)
+    layer.weight.grad = grad.clone()  # another loss may reach the weight by another way
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), before - grad)
+
+
 WHITE = {
     "linear": (lambda: nn.Linear(4, 3), 2 * torch.eye(4)),
     "patch": (lambda: nn.Conv2d(2, 3, 2), torch.eye(8).view(8, 2, 2, 2)),

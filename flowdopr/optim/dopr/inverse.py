@@ -60,13 +60,13 @@ def invert(
     done: dict[int, tuple[Tensor, Tensor]] = {}
     for members in batches.values():
         # A mean of 0 belongs to an input that is always zero, whose T is the identity.
-        zero = [(scales[i] <= 0).to(stacks[i].dtype) for i in members]
-        means = [scales[i] + none for i, none in zip(members, zero, strict=True)]
+        zeros = [~(scales[i] > 0) for i in members]
+        means = [scales[i].masked_fill(zero, 1) for i, zero in zip(members, zeros, strict=True)]
         sizes = [stacks[i].shape[0] * stacks[i].shape[1] for i in members]
         unit = torch.cat([stacks[i].flatten(0, 1) for i in members])
-        for piece, i, mean, none in zip(unit.split(sizes), members, means, zero, strict=True):
+        for piece, i, mean, zero in zip(unit.split(sizes), members, means, zeros, strict=True):
             matrices = piece.view_as(stacks[i]).div_(mean)
-            matrices.diagonal(dim1=-2, dim2=-1).add_(none[..., 0])
+            matrices.diagonal(dim1=-2, dim2=-1).add_(zero[..., 0])
         each = [gammas[i].to(unit).expand(size) for i, size in zip(members, sizes, strict=True)]
         transforms, failed = _transform(unit, torch.cat(each), form)
         for i, piece, bad in zip(
