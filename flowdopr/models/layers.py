@@ -106,7 +106,7 @@ LayerT = TypeVar("LayerT", bound=nn.Module)
 def leave_to_gp(layer: LayerT) -> LayerT:
     """`layer`, which then gets no AP unless a rule of DoPr decides about it. For layers that read
     one row per image: AP of these made Muon's images worse (docs/results/cifar16.md)."""
-    layer.left_to_gp = True  # pyright: ignore[reportAttributeAccessIssue]
+    layer.left_to_gp = True  # pyright: ignore[reportArgumentType]
     return layer
 
 

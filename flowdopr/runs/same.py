@@ -64,7 +64,7 @@ def check_same_run(
 def _keep_schedule(before: Config, now: Config) -> str:
     """The other remedy where the schedule of the damping is a share of a new `train.steps`."""
     dopr, was = getattr(now.optimizer, "dopr", None), getattr(before.optimizer, "dopr", None)
-    if None in (dopr, was) or dopr == was or before.train.steps == now.train.steps:
+    if dopr is None or was is None or dopr == was or before.train.steps == now.train.steps:
         return ""
     kept = json.dumps(was.damping).replace(" ", "")
     return f", or keep the run's schedule by optimizer.dopr.damping={kept}"

@@ -21,7 +21,7 @@ from accelerate.utils import (
     patch_environment,
 )
 
-from flowdopr.config import Config, ConfigError, effective
+from flowdopr.config import Config, ConfigError, effective, with_damping_in_steps
 from flowdopr.data import DatasetInfo, check_start
 from flowdopr.disk import locked
 from flowdopr.exits import one_line
@@ -194,7 +194,7 @@ def _check_averages(config: Config, by_optimizer: bool) -> None:
 
 def optimizer_arguments(config: Config) -> dict[str, Any]:
     """Section `optimizer` as keyword arguments of `build_optimizer`."""
-    settings = config.optimizer.model_dump()
+    settings = with_damping_in_steps(config).optimizer.model_dump()
     if settings.get("ns_dtype") is not None:
         settings["ns_dtype"] = getattr(torch, settings["ns_dtype"])
     return settings
