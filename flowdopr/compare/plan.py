@@ -56,8 +56,7 @@ class RunPlan:
     def trial(self) -> str:
         """What was tried, short enough for a folder: `lr0.001`, `lr0.001-damping0.1`."""
         values = {"lr": f"{self.lr:g}"} | {
-            key.rpartition(".")[2]: value if isinstance(value, str) else json.dumps(value)
-            for key, value in self.searched.items()
+            key.rpartition(".")[2]: _in_a_name(value) for key, value in self.searched.items()
         }
         text = "-".join(f"{key}{value}" for key, value in values.items())
         return re.sub(r"[^A-Za-z0-9._-]+", "", text)
@@ -101,6 +100,13 @@ class RunPlan:
     def other_settings(self) -> str:
         """All settings outside `optimizer` and the seed, as JSON."""
         return self.config.model_dump_json(exclude={"name", "output", "seed", "optimizer"})
+
+
+def _in_a_name(value: Any) -> str:
+    """For example `0.1`, or `100-1-0.5` for a list."""
+    if isinstance(value, list | tuple):
+        return "-".join(map(_in_a_name, value))
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def study_settings(config: Config) -> CompareConfig:

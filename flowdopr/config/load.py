@@ -127,10 +127,10 @@ def effective(config: Config) -> Config:
 def with_damping_in_steps(config: Config) -> Config:
     """`config` with the schedule of `optimizer.dopr.damping` in steps, not in a share of them."""
     dopr = getattr(config.optimizer, "dopr", None)
-    if dopr is None or not isinstance(dopr.damping, tuple) or dopr.damping[2] >= 1:
+    if dopr is None or not isinstance(dopr.damping, tuple) or dopr.damping[2] > 1:
         return config
     first, last, share = dopr.damping
-    damping = (first, last, max(1, round(share * config.train.steps)))
+    damping = (first, last, max(2, round(share * config.train.steps)))
     changed = {"dopr": dopr.model_copy(update={"damping": damping})}
     return config.model_copy(update={"optimizer": config.optimizer.model_copy(update=changed)})
 

@@ -1,13 +1,15 @@
 """Settings of the optimizers: each section's fields are the optimizer's keyword arguments.
 
 The docstring of the optimizer's class explains its settings, and docs/settings.md quotes it.
-Defaults are those of the classes.
+Defaults are those of the classes, but for DoPr's damping, which depends on `train.steps`.
 """
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator
 
 from flowdopr.config.types import (
     NAMED,
@@ -17,10 +19,21 @@ from flowdopr.config.types import (
     Pattern,
     Positive,
     Section,
-    Share,
     text,
 )
 
+
+def _steps_or_share(value: int | float) -> int | float:
+    if 0 < value <= 1:
+        return float(value)
+    if value < 2 or value != int(value):
+        raise ValueError(
+            "must be a share of train.steps, above 0 and at most 1, or a number of steps, 2 or more"
+        )
+    return int(value)
+
+
+StepsOrShare = Annotated[int | float, AfterValidator(_steps_or_share)]
 Betas = tuple[Fraction, Fraction]
 ALL = Literal["all"]
 PACKAGES = ("torch.optim", "schedulefree", "prodigyopt", "pytorch_optimizer", "heavyball")
@@ -48,9 +61,10 @@ class RuleConfig(Section):
 
 
 class DoPrConfig(Section):
-    damping: NotNegative | tuple[Positive, Positive, Count | Share] = (100.0, 1.0, 0.5)
+    damping: NotNegative | tuple[Positive, Positive, StepsOrShare] = (100.0, 1.0, 0.5)
     """Gamma, relative to the mean eigenvalue of Sigma; or [first, last, steps], which goes
-    geometrically from first to last. Below 1, `steps` is a share of `train.steps`."""
+    geometrically from first to last. Up to 1, `steps` is a share of `train.steps`. The larger the
+    damping is, the less AP there is."""
     cov_decay: Fraction = 0.95
     refresh_every: Count = 16
     form: Literal["inverse", "sandwich"] = "inverse"

@@ -19,7 +19,6 @@ CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Share = Annotated[float, Field(gt=0, lt=1)]  # of a whole that another setting names
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # of a file or folder; may start by ~
 NAMED = Field(discriminator="name")  # a union of sections, one chosen by its `name`
 

@@ -5,7 +5,7 @@ Shapes: B batch, N tokens, D width, H heads, E = D / H head width, h x w token g
 Every weight matrix belongs to a `Linear`, `Conv2d` or `nn.Embedding`, so that DoPr can read each
 layer's input through forward hooks. A Linear with an attribute `fused_blocks` holds that many
 matrices of equal size, stacked along the rows; optimizers treat them as separate matrices. A layer
-with `left_to_gp` has no AP.
+with `left_to_gp` has no AP unless a rule of DoPr matches it.
 """
 
 from __future__ import annotations

@@ -35,18 +35,18 @@ def check_same_run(
     Raises:
         ConfigError: names the first setting that differs, and both values.
     """
-    if other := other_setting(run.config, config):
-        keep = _keep_schedule(run.config, config)
-        raise ConfigError(
-            f"{run.path}: a run of another config is here: {other}; "
-            f"choose another folder by name=NEW{keep}"
-        )
     if config.train.steps != run.config.train.steps and config.train.lr_decay != "constant":
         raise ConfigError(
             f"{run.path}: train.steps was {run.config.train.steps}, now {config.train.steps}: the "
             f"{config.train.lr_decay} learning rate depends on it, so the run cannot be resumed; "
             f"train on from its weights in a run of its own by name=NEW train.init_from={run.path}"
         )
+    if other := other_setting(run.config, config):
+        remedy = "choose another folder by name=NEW"
+        if other.startswith("optimizer.dopr.damping was ["):  # perhaps a share of other train.steps
+            kept = json.dumps(run.config.model_dump()["optimizer"]["dopr"]["damping"])
+            remedy += f', or keep it by "optimizer.dopr.damping={kept}"'
+        raise ConfigError(f"{run.path}: a run of another config is here: {other}; {remedy}")
     if dataset.fingerprint != run.dataset.fingerprint and not changed_data:
         raise ConfigError(
             f"{run.path}: the images in {config.data.place} are not those this run was trained on; "
@@ -59,15 +59,6 @@ def check_same_run(
                 f"{run.path}: the {key} of the data was {was}, now {now}; "
                 "choose another folder by name=NEW"
             )
-
-
-def _keep_schedule(before: Config, now: Config) -> str:
-    """The other remedy where the schedule of the damping is a share of a new `train.steps`."""
-    dopr, was = getattr(now.optimizer, "dopr", None), getattr(before.optimizer, "dopr", None)
-    if dopr is None or was is None or dopr == was or before.train.steps == now.train.steps:
-        return ""
-    kept = json.dumps(was.damping).replace(" ", "")
-    return f", or keep the run's schedule by optimizer.dopr.damping={kept}"
 
 
 def other_setting(before: Config, now: Config) -> str | None:

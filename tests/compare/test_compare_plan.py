@@ -122,6 +122,14 @@ def test_tuning_seeds_are_others_than_those_reported(study, lrs, tuning, words):
         )
 
 
+def test_the_folder_of_a_run_names_each_number_of_a_list(study):
+    grid = "{optimizer.dopr.damping: [[100, 1, 0.5], [10, 1, 0.5]]}"
+    arm = f"{{name: a, lrs: [1e-3], grid: {grid}, set: {{optimizer.name: dopr-adamw}}}}"
+    config = apply_overrides(study, [f"compare.arms=[{arm}]", "compare.tuning_seeds=[5]"])
+    names = [plan.name for plan in expand(config)]
+    assert names == ["a-lr0.001-damping100-1-0.5-s5", "a-lr0.001-damping10-1-0.5-s5"]
+
+
 def test_a_run_is_a_config_of_its_own(study):
     plan = next(plan for plan in expand(study) if plan.name == "DoPr-AdamW-lr0.001-s1")
     assert plan.config.optimizer.name == "adamw"

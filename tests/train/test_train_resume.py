@@ -76,8 +76,8 @@ def test_steps_may_change_under_a_constant_rate_if_the_damping_keeps_its_schedul
     config = tiny(tmp_path, "optimizer.name=dopr-adamw", "train.lr_decay=constant")
     train(config)
     longer = again(config, "train.steps=10")
-    kept = "optimizer.dopr.damping=[100.0,1.0,4]"
-    with pytest.raises(ConfigError, match=rf"schedule by {re.escape(kept)}$"):
+    kept = "optimizer.dopr.damping=[100.0, 1.0, 4]"
+    with pytest.raises(ConfigError, match=rf'keep it by "{re.escape(kept)}"$'):
         train(longer, resume=True)
     assert RunFolder.open(train(again(longer, kept), resume=True)).steps()[-1] == 10
 

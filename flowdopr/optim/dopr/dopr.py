@@ -81,10 +81,10 @@ class DoPr(SteadyOptimizer):
             a layer's refresh k, from 0, it is at most (1 + k) / (10 + k), a warm-up.
         refresh_every: steps between refreshes of Sigma and its inverse. Statistics are gathered
             on refresh steps only, the first step always.
-        form: "inverse", GP(G S^-power), or "sandwich", GP(G L^-T) L^-1 with S = L L^T. Without
-            damping, and with Muon or row normalisation as the GP, the direction of the sandwich's
-            steps does not depend on the coordinates of z. Its weight decay is decoupled, whatever
-            the GP's own.
+        form: with S = (Sigma / s + gamma I) / (1 + gamma), "inverse", GP(G S^-power), or
+            "sandwich", GP(G L^-T) L^-1 with S = L L^T. Without damping, and with Muon or row
+            normalisation as the GP, the direction of the sandwich's steps does not depend on the
+            coordinates of z. Its weight decay is decoupled, whatever the GP's own.
         power: alpha of S^-alpha in the form "inverse"; 1 is the paper's.
         max_rows: rows of z that one forward contributes to a layer's Sigma, evenly spread; "all":
             every row.
@@ -372,7 +372,9 @@ class DoPr(SteadyOptimizer):
         known = len(triple) == 3 and all(_is_number(value) for value in triple)
         cls._check("damping", damping, known, "a number or (first, last, steps)")
         first, last, steps = triple
-        cls._check("damping", damping, min(first, last) >= 0 and steps >= 1, "0 or more")
+        cls._check("damping", damping, min(first, last) >= 0, "0 or more")
+        whole = is_count(steps)
+        cls._check("damping", damping, whole, "(first, last, steps) with 1 or more whole steps")
         scheduled = first == last or min(first, last) > 0
         cls._check("damping", damping, scheduled, "above 0 to be scheduled")
         return first, last, steps

@@ -8,9 +8,9 @@ eigenvalue m = tr(Sigma) / d,
     sandwich    D = GP(G T) T^T,  T = L^-T,  L L^T = S        (L is Cholesky's factor)
 
 (arXiv 2606.06418). The mean eigenvalue of S is 1 whatever the scale of the layer's inputs and the
-damping, and a large damping makes T the identity. So Adam's epsilon keeps its meaning, and a
-damping that changes in training does not change the size of M, which Adam's second moment would
-follow late. Matrices are factored in the precision of the statistics, without TF32.
+damping, and T tends to the identity as the damping grows. So Adam's epsilon keeps its meaning, and
+a damping that falls does not make M grow by 1 + gamma, which Adam's second moment would follow
+late. Matrices are factored in the precision of the statistics, without TF32.
 """
 
 from collections import defaultdict
