@@ -184,7 +184,7 @@ def test_the_terminal_gets_counts_and_the_log_every_parameter(tmp_path, capfd):
     found = re.findall(r"(\d+) (?:matrix|bias|embedding)", summary)
     assert sum(map(int, found)) == kept.count(".weight ") + kept.count(".bias ")
     assert summary.startswith("tiny: ")
-    assert "1 embedding (AP: 1 diagonal)" in summary
+    assert "1 embedding (AP: 1 none)" in summary
     assert summary.endswith(f"; each is listed in {path / 'log.txt'}")
     assert step.startswith("step 2/2 images 32 loss ")
     assert held_out.startswith("step 2/2 held_out_loss ")

@@ -58,7 +58,8 @@ def test_two_processes_equal_one(tmp_path, optimizer):
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_run_moves_from_one_process_to_two_and_back(tmp_path, sharded):
     """The same images, noise and losses as on one; averages of weights and of Sigma go along."""
-    settings = ["optimizer.name=dopr-adamw", "optimizer.eps=1e-4", "optimizer.dopr.refresh_every=3"]
+    settings = ["optimizer.name=dopr-adamw", "optimizer.eps=1e-4"]
+    settings += ["optimizer.dopr={refresh_every: 3, damping: 0.1}"]
     settings += ["train.log_every=1", "train.checkpoint_every=4", "train.validate_every=4"]
     straight = train(tiny(tmp_path, *settings, "name=straight", "train.steps=12"))
     moved = train(tiny(tmp_path, *settings, "name=moved", "train.steps=4"))

@@ -25,7 +25,7 @@ from flowdopr.train import train
 def test_resumed_run_equals_the_straight_one(tmp_path, optimizer):
     config = tiny(tmp_path, f"optimizer.name={optimizer}", "train.steps=20", "train.warmup_steps=3")
     if optimizer.startswith("dopr"):
-        config = again(config, "optimizer.dopr.refresh_every=4")
+        config = again(config, "optimizer.dopr={refresh_every: 4, damping: 0.1}")
     straight = train(again(config, "name=straight"))
     train(again(config, "name=cut", "train.steps=7"))
     resumed = train(again(config, "name=cut"), resume=True)
@@ -134,7 +134,7 @@ def test_a_loss_over_a_cut_is_the_loss_of_all_its_steps(tmp_path):
 def test_stopped_at_any_moment(tmp_path, signum, code):
     settings = [
         "optimizer.name=dopr-adamw",
-        "optimizer.dopr.refresh_every=4",
+        "optimizer.dopr={refresh_every: 4, damping: 0.1}",
         "train.checkpoint_every=5",
     ]
     config = tiny(tmp_path, *settings, "train.steps=40")
