@@ -35,6 +35,7 @@ from flowdopr.flow import Draw, FlowMatching, TimeSampler, build_objective
 from flowdopr.latents import build_datasets
 from flowdopr.optim import DoPr
 from flowdopr.optim.dopr.layers import Layer
+from flowdopr.optim.dopr.transforms import apply
 from flowdopr.runs import RunFolder
 from flowdopr.train import TrainingFailed, train
 
@@ -86,6 +87,18 @@ class FadesOut(DoPr):
 
 class FadesOutLate(FadesOut):
     BEGIN = 300
+
+
+class SameLength(DoPr):
+    """A probe: each layer's M has the length of its G, so that AP changes directions alone."""
+
+    def _step_preconditioned(self, ready: list[tuple[Layer, Tensor]]) -> None:
+        lengths = [layer.weight.grad.norm() for layer, _ in ready]  # pyright: ignore
+        apply(ready)
+        for (layer, _), length in zip(ready, lengths, strict=True):
+            gradient = layer.weight.grad
+            gradient *= length / gradient.norm().clamp_min(1e-30)  # pyright: ignore
+        self.optimizer.step()
 
 
 class GrowingAlone(DoPr):
@@ -281,6 +294,10 @@ VARIANTS = {
     "power 1/2, without condition, embed, final": Variant(
         {"power": 0.5, **without(*CONDITION, r"embed", r"^final")}
     ),
+    "damping from 100 to 1, without condition, same length": Variant(
+        {"damping": (100.0, 1.0, 300), **without(*CONDITION)}, SameLength
+    ),
+    "damping from 10 to 1, same length": Variant({"damping": (10.0, 1.0, 300)}, SameLength),
     "damping from 10 to 1, growing": growing(10, 1),
     "no AP, growing": Variant({"damping": (10.0, 1.0, 300)}, GrowingAlone),
     "damping from 10 to 1 in a tenth, growing": growing(10, 1, 60),
