@@ -27,7 +27,7 @@ UNET = (
 def outside(class_path, lr=3e-3, dopr=False, **options):
     chosen = f"name: outside, class_path: {class_path}, lr: {lr}, options: {json.dumps(options)}"
     if dopr:
-        chosen += ", dopr: {damping: 0.1}"  # constant, whatever the number of steps
+        chosen += ", dopr: {damping: 1}"  # constant, whatever the number of steps
     averages = ["train.ema_decays=[]"] if "ScheduleFree" in class_path else []
     return [f"optimizer={{{chosen}}}", *averages]
 
