@@ -114,7 +114,7 @@ DATA = "data={name: own, factory: 'mine:data'}"
 MODEL = "model={name: own, factory: 'mine:Net', options: {width: 4}}"
 PLAIN = "data={name: own, factory: 'mine:plain'}"
 MEASURED = ["evaluate.metrics=[spectrum]", "evaluate.fid_num_images=20"]
-BOTH = [DATA, MODEL, "optimizer={name: dopr-muon, lr: 3e-3}"]
+BOTH = [DATA, MODEL, "optimizer={name: muon, lr: 3e-3, dopr: {damping: 0.1}}"]
 
 
 @pytest.fixture(autouse=True)

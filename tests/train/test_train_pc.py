@@ -15,7 +15,10 @@ from flowdopr.train import train
 
 PC = ["model.pc={}", "optimizer.eps=1e-4"]
 FEW = '{"level": 2, "layers": ["mlp.up"]}'
-EFFECTIVE = ["optimizer.name=dopr-muon", "optimizer.dopr.pc_gradient=effective"]
+EFFECTIVE = [
+    "optimizer.name=muon",
+    "optimizer.dopr={pc_gradient: effective, damping: 0.1}",
+]
 UNET = [
     "model={name: unet, channels: 8, channel_multipliers: [1, 2], attention_resolutions: [4], "
     "num_res_blocks: 1, num_heads: 2, pc: {layers: ['conv_[12]$', attention]}}"
