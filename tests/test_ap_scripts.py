@@ -45,6 +45,31 @@ def test_a_gradient_is_preconditioned_by_earlier_batches_alone() -> None:
         torch.testing.assert_close(model.weight.detach(), before - 0.1 * grad)
 
 
+@pytest.mark.parametrize("kind", ["Growing", "GrowingAlone", "FadesOut", "SameLength"])
+def test_probes_of_the_length_of_a_preconditioned_gradient(kind: str) -> None:
+    """By a damping that falls from 4 to 1 in two steps, with Sigma of each batch alone."""
+    model = nn.Linear(3, 2, bias=False).double()
+    gp = torch.optim.SGD(model.parameters(), lr=1.0)
+    options = {"refresh_every": 1, "cov_decay": 0.0, "damping": (4.0, 1.0, 2)}
+    optimizer = getattr(forms, kind)(gp, model, **options)
+    for step, damping in enumerate((4.0, 2.0, 1.0)):
+        before, x = model.weight.detach().clone(), batch(step)
+        optimizer.zero_grad()
+        model(x).sin().sum().backward()
+        grad = model.weight.grad.clone()
+        optimizer.step()
+        sigma, eye = x.T @ x / len(x), torch.eye(3, dtype=torch.float64)
+        inverse = torch.linalg.inv(sigma / sigma.diagonal().mean() + damping * eye)
+        share, m = 1 - step / forms.FadesOut.END, grad @ inverse
+        expected = {
+            "Growing": m,
+            "GrowingAlone": grad / (1 + damping),
+            "FadesOut": share * m + (1 - share) * grad,
+            "SameLength": m * grad.norm() / m.norm(),
+        }
+        torch.testing.assert_close(before - model.weight.detach(), expected[kind])
+
+
 def test_ap_after_momentum_is_ap_before_it_while_sigma_stays() -> None:
     ends = []
     for kind in (DoPr, forms.AfterMomentum):
