@@ -23,7 +23,8 @@ from flowdopr.config.types import (
 )
 
 
-def _steps_or_share(value: int | float) -> int | float:
+def _steps_or_share(value: float) -> int | float:
+    """A share as a float and a number of steps as an int, whichever way YAML wrote them."""
     if 0 < value <= 1:
         return float(value)
     if value < 2 or value != int(value):
@@ -33,7 +34,7 @@ def _steps_or_share(value: int | float) -> int | float:
     return int(value)
 
 
-StepsOrShare = Annotated[int | float, AfterValidator(_steps_or_share)]
+StepsOrShare = Annotated[int | Positive, AfterValidator(_steps_or_share)]
 Betas = tuple[Fraction, Fraction]
 ALL = Literal["all"]
 PACKAGES = ("torch.optim", "schedulefree", "prodigyopt", "pytorch_optimizer", "heavyball")

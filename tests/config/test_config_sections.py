@@ -328,6 +328,12 @@ def test_the_config_of_a_run_says_what_relative_settings_stand_for(load, tmp_pat
         assert f"adamw_lr: {value}\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("steps", ["0", "-0.5", "1.5", "2.5", ".inf", ".nan"])
+def test_the_steps_of_a_damping_are_whole_or_a_share(load, steps):
+    with pytest.raises(ConfigError, match=r"optimizer\.dopr\.damping\.2: must be a"):
+        load("", "optimizer=dopr-muon", f"optimizer.dopr.damping=[10, 1, {steps}]")
+
+
 def test_the_whole_config_is_plain_values(load):
     config = load("", "optimizer=dopr-muon", "sample.guidance={scale: 2}", "evaluate.bpd={}")
     assert to_dict(config)["optimizer"]["dopr"]["damping"] == [100, 1, 0.5]

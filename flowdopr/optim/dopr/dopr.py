@@ -139,7 +139,7 @@ class DoPr(SteadyOptimizer):
         self.optimizer, self.refresh_every = optimizer, refresh_every
         self.form = Form(power, form == "sandwich")
         self._share_groups()
-        self.steps = self._refreshed_at = 0
+        self.steps = 0
         self._closed = False
         optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
         effective = pc_gradient == "effective"
@@ -246,14 +246,13 @@ class DoPr(SteadyOptimizer):
         step is not part of it: save between steps.
         """
         self._reporter.log_sent()
-        counters = {"steps": self.steps, "refreshed_at": self._refreshed_at}
-        return {**counters, **self.statistics.state_dict()}
+        return {"steps": self.steps, **self.statistics.state_dict()}
 
     def load_statistics_state_dict(self, own: dict[str, Any]) -> None:
         """Restore what `statistics_state_dict` gave, after the GP's own state."""
         self.statistics.load_state_dict(own)
         self._share_groups()
-        self.steps, self._refreshed_at = own["steps"], own["refreshed_at"]
+        self.steps = own["steps"]
         # accelerate loads the state of an optimizer that has not stepped, and so decided nothing.
         self.statistics.sharing_decided = own["steps"] > 0
         self._reporter.start_from(self.diagnostics())
@@ -315,7 +314,6 @@ class DoPr(SteadyOptimizer):
 
         The host does not wait: what the last refresh had to report is logged now.
         """
-        self._refreshed_at = self.steps
         self._reporter.log_sent()
         with full_float32():
             self.statistics.refresh()
