@@ -436,7 +436,7 @@ def main() -> None:
     add("--variants", nargs="+", default=[*VARIANTS], choices=VARIANTS, metavar="VARIANT")
     add("--seeds", type=int, nargs="+", default=[0, 1], help="of the runs")
     add("--out", type=Path, default=Path("ap-forms"), help="folder of the runs and runs.jsonl")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     options.out.mkdir(parents=True, exist_ok=True)
     results = options.out / "runs.jsonl"
     lines = results.read_text().splitlines() if results.exists() else []
