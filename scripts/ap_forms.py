@@ -255,9 +255,14 @@ def without(*patterns: str) -> dict[str, Any]:
     return {"rules": [left_out, *others]}
 
 
-def growing(first: float, last: float, steps: int = 300, **options: Any) -> Variant:
-    """A damping that falls, and gradients that grow with it; 300 steps are half of the run."""
-    return Variant({"damping": (first, last, steps), **options}, Growing)
+def growing(first: float, last: float, share: float = 0.5, **options: Any) -> Variant:
+    """A damping that falls in a share of the run, and gradients that grow with it."""
+    return Variant({"damping": (first, last, share), **options}, Growing)
+
+
+def same_length(first: float, last: float, share: float = 0.5, **options: Any) -> Variant:
+    """A damping that falls, and gradients that keep their length."""
+    return Variant({"damping": (first, last, share), **options}, SameLength)
 
 
 VARIANTS = {
@@ -294,25 +299,34 @@ VARIANTS = {
     "power 1/2, without condition, embed, final": Variant(
         {"power": 0.5, **without(*CONDITION, r"embed", r"^final")}
     ),
-    "damping from 100 to 1, without condition, same length": Variant(
-        {"damping": (100.0, 1.0, 300), **without(*CONDITION)}, SameLength
+    "same length": Variant({}, SameLength),
+    "without condition, same length": Variant(without(*CONDITION), SameLength),
+    "damping from 100 to 1, without condition, same length": same_length(
+        100, 1, **without(*CONDITION)
     ),
-    "damping from 10 to 1, same length": Variant({"damping": (10.0, 1.0, 300)}, SameLength),
+    "damping from 10 to 1, same length": same_length(10, 1),
+    "damping from 10 to 1, without condition, same length": same_length(
+        10, 1, **without(*CONDITION)
+    ),
+    "damping from 10 to 1 in a tenth, same length": same_length(10, 1, 0.1),
+    "damping from 10 to 1, power 1/2, same length": same_length(10, 1, power=0.5),
+    "damping from 10 to 0.1, same length": same_length(10, 0.1),
+    "damping from 10 to 0.1, power 1/2, same length": same_length(10, 0.1, power=0.5),
     "damping from 10 to 1, growing": growing(10, 1),
-    "no AP, growing": Variant({"damping": (10.0, 1.0, 300)}, GrowingAlone),
-    "damping from 10 to 1 in a tenth, growing": growing(10, 1, 60),
-    "damping from 10 to 1 over the run, growing": growing(10, 1, 600),
+    "no AP, growing": Variant({"damping": (10.0, 1.0, 0.5)}, GrowingAlone),
+    "damping from 10 to 1 in a tenth, growing": growing(10, 1, 0.1),
+    "damping from 10 to 1 over the run, growing": growing(10, 1, 1.0),
     "damping from 100 to 1, growing": growing(100, 1),
     "damping from 100 to 1, without condition, growing": growing(100, 1, **without(*CONDITION)),
     "damping from 10 to 0.1, growing": growing(10, 0.1),
     "damping from 10 to 1, power 1/2, growing": growing(10, 1, power=0.5),
     "damping from 10 to 1, without condition, growing": growing(10, 1, **without(*CONDITION)),
     "damping from 10 to 1, fades out, growing": Variant(
-        {"damping": (10.0, 1.0, 300)}, FadesOutLate
+        {"damping": (10.0, 1.0, 0.5)}, FadesOutLate
     ),
     **{
         f"damping from {first} to {last}{which}": Variant(
-            {"damping": (first, last, 300), **(without(*CONDITION) if which else {})}
+            {"damping": (first, last, 0.5), **(without(*CONDITION) if which else {})}
         )
         for first, last in ((10, 1), (100, 1), (100, 0.3), (100, 0.1))
         for which in ("", ", without condition")
@@ -328,6 +342,12 @@ VARIANTS = {
     "convolutions alone": Variant(without(*CONDITION, "attention")),
     "without convolutions": Variant(without(r"conv", r"\.op$", "^stem", "^head", "skip")),
     "full convolutions": Variant({"conv_mode": "full"}),
+    "damping from 100 to 1, without condition, full convolutions": Variant(
+        {"damping": (100.0, 1.0, 0.5), **without(*CONDITION), "conv_mode": "full"}
+    ),
+    "damping from 10 to 1, without condition, full convolutions, same length": same_length(
+        10, 1, **without(*CONDITION), conv_mode="full"
+    ),
     "sua convolutions": Variant({"conv_mode": "sua"}),
     "after momentum": Variant({}, AfterMomentum),
     "moments by band of time": Variant({}, TimeBands),
