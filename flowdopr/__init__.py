@@ -4,7 +4,7 @@
     flowdopr.load(run)                      a model that samples
     flowdopr.optim, flowdopr.flow           for modules and loops of your own
 
-`flowdopr.api` has the functions, docs/python.md examples. The rooms, in the order the data walks
+`flowdopr.api` has the functions, docs/python.md examples. The packages, in the order the data walks
 through them: `config`, `data`, `flow`, `models`, `optim`, `train`, `evaluate`, `compare`.
 `docs/architecture.md` draws the way.
 """
@@ -23,7 +23,11 @@ def __getattr__(name: str) -> Any:
     ready at once."""
     from importlib import import_module
 
-    if name in ("train", "evaluate", "compare"):  # packages that are called, see room.py
+    if name in (
+        "train",
+        "evaluate",
+        "compare",
+    ):  # packages that are called, see callable_package.py
         return import_module(f"flowdopr.{name}")
     if name in __all__:
         return getattr(import_module("flowdopr.api"), name)

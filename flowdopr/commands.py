@@ -359,9 +359,10 @@ def encode(
     out: LatentsPath,
     overrides: Overrides = None,
     kept: Annotated[
-        str, Option(help="posterior: each epoch draws its latents anew; or its mean alone.")
+        Literal["posterior", "mean"],
+        Option(help="posterior: each epoch draws its latents anew; mean: always the mean of it."),
     ] = "posterior",
-    dtype: Annotated[str, Option(help="float16 or float32.")] = "float16",
+    dtype: Annotated[Literal["float16", "float32"], Option(help="Of the latents.")] = "float16",
     shard_size: Annotated[int, Option(min=1, help="Images in a file.")] = 8192,
     batch_size: Annotated[int, Option(min=1, help="Images at a time.")] = 32,
 ) -> None:

@@ -1,4 +1,4 @@
-"""The plan of docs/architecture.md, kept true: which room may import which."""
+"""The plan of docs/architecture.md, kept true: which part may import which."""
 
 import ast
 from pathlib import Path
@@ -11,8 +11,18 @@ from flowdopr.config import yaml12
 PACKAGE = Path(__file__).parent.parent / "flowdopr"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A room may import these rooms of ours, and itself.
-TOOLS = {"cpu", "disk", "exits", "linalg", "patterns", "pictures", "processes", "room", "terminal"}
+# A part, which is a folder or a file of the package, may import these parts and itself.
+TOOLS = {
+    "cpu",
+    "disk",
+    "exits",
+    "linalg",
+    "patterns",
+    "pictures",
+    "processes",
+    "terminal",
+    "callable_package",
+}
 MAY_IMPORT = {
     "config": {"patterns"},
     **{tool: set() for tool in TOOLS},
@@ -42,7 +52,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "__init__": {"api"},
 }
-# In rooms that promise plain arguments, only these files see the Config.
+# In parts that promise plain arguments, only these files see the Config.
 SEES_CONFIG = {"flow": {"build.py"}, "models": {"__init__.py"}}
 
 
@@ -59,13 +69,13 @@ def imports(path: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] == "flowdopr" and "." in name}
 
 
-def room(path: Path) -> str:
+def part(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_go_one_way(path):
-    here = room(path)
+    here = part(path)
     for name in imports(path):
         other = name.split(".")[1]
         assert other == here or other in MAY_IMPORT[here], f"{here} imports {name}"
@@ -99,7 +109,7 @@ def test_optim_stands_alone():
 
 
 def test_dopr_knows_no_other_optimizer():
-    """The optimizers of the room above are built on it, or wrapped by it; they have one base."""
+    """The optimizers of the package above are built on it, or wrapped by it; they have one base."""
     for path in (PACKAGE / "optim" / "dopr").glob("*.py"):
         ours = {name for name in imports(path) if not name.startswith("flowdopr.optim.dopr")}
         known = {f"flowdopr.{name}" for name in ("cpu", "linalg", "patterns", "optim.base")}

@@ -13,17 +13,17 @@ ROOT = PACKAGE.parent
 DOCS = ROOT / "docs"
 
 
-def test_the_table_of_rooms_is_the_one_that_the_import_test_checks():
+def test_the_table_of_parts_is_the_one_that_the_import_test_checks():
     rows = re.findall(
         r"^\| `([a-z_]+)(?:\.py|/)` \|[^|]*\| ([^|]*) \|$",
         (DOCS / "architecture.md").read_text(encoding="utf-8"),
         re.M,
     )
     table = {}
-    for room, cell in rows:
+    for part, cell in rows:
         words = set(re.sub(r"\([^)]*\)", "", cell).replace(" ", "").split(",")) - {"nothing"}
-        table[room] = words - {"tools"} | (TOOLS if "tools" in words else set())
-    assert table == {room: MAY_IMPORT[room] for room in MAY_IMPORT if not room.startswith("__")}
+        table[part] = words - {"tools"} | (TOOLS if "tools" in words else set())
+    assert table == {part: MAY_IMPORT[part] for part in MAY_IMPORT if not part.startswith("__")}
 
 
 def test_where_ten_things_are():

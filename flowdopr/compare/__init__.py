@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from flowdopr.callable_package import make_callable
 from flowdopr.compare.cards import read_run
 from flowdopr.compare.cluster import Cluster, ClusterExecutor
 from flowdopr.compare.execute import Executor
@@ -29,7 +30,6 @@ from flowdopr.disk import locked, write_text
 from flowdopr.evaluate import RealImages
 from flowdopr.latents import build_datasets, build_pixel_datasets
 from flowdopr.processes import device_of, this_process
-from flowdopr.room import make_callable
 from flowdopr.runs import RunFolder
 from flowdopr.terminal import print_line, telling
 from flowdopr.train import Interrupted

@@ -18,15 +18,12 @@ from flowdopr.config import (
     apply_overrides,
     with_damping_in_steps,
 )
+from flowdopr.config.yaml12 import parse_yaml
 from flowdopr.runs import file_of
+from flowdopr.runs.same import flat
 
-SET_BY_STUDY = {
-    "name": "name",
-    "output": "output",
-    "seed": "compare.seeds",
-    "optimizer.lr": "the lrs of compare.arms",
-}
-"""Settings that an arm must not set, and where the study takes them from."""
+SET_BY_STUDY = {"seed": "compare.seeds", "optimizer.lr": "the lrs of compare.arms"}
+"""Settings of each run that nothing else may set, and where the study takes them from."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +52,13 @@ class RunPlan:
     @property
     def trial(self) -> str:
         """What was tried, short enough for a folder: `lr0.001`, `lr0.001-damping0.1`."""
-        values = {"lr": f"{self.lr:g}"} | {
-            key.rpartition(".")[2]: _in_a_name(value) for key, value in self.searched.items()
-        }
-        text = "-".join(f"{key}{value}" for key, value in values.items())
+        words = {key: key.rpartition(".")[2] for key in self.searched}
+        alike = [word for word in words.values() if [*words.values()].count(word) > 1]
+        values = [
+            f"{key if words[key] in alike else words[key]}{_in_a_name(value)}"
+            for key, value in self.searched.items()
+        ]
+        text = "-".join([f"lr{self.lr:g}", *values])
         return re.sub(r"[^A-Za-z0-9._-]+", "", text)
 
     @property
@@ -273,19 +273,23 @@ def check_overrides(overrides: Iterable[str]) -> None:
         ConfigError: one would do nothing.
     """
     for override in overrides:
-        key = override.partition("=")[0]
-        source = SET_BY_STUDY.get(key, key)
-        if source != key:
-            raise ConfigError(f"override '{override}': in a study it comes from {source}; set that")
+        key, _, text = override.partition("=")
+        for setting in flat({key: parse_yaml(text)}).keys() & SET_BY_STUDY.keys():
+            raise ConfigError(
+                f"override '{override}': in a study {setting} comes from {SET_BY_STUDY[setting]}; "
+                "set that"
+            )
 
 
 def _arm_config(config: Config, arm: ArmConfig) -> Config:
     """The study's config with the arm's overrides, its section `compare` included."""
-    for name, keys in (("set", arm.set), ("grid", arm.grid)):
-        for key in keys:
+    for name, settings in (("set", arm.set), ("grid", arm.grid)):
+        for key in flat(settings):
             where = f"compare.arms '{arm.name}': {name} {key}"
             if key in SET_BY_STUDY:
                 raise ConfigError(f"{where}: comes from {SET_BY_STUDY[key]}; remove it")
+            if key in ("name", "output"):
+                raise ConfigError(f"{where}: the study names its runs and their folder; remove it")
             if key.split(".")[0] in ("compare", "data", "evaluate"):
                 raise ConfigError(
                     f"{where}: an arm must keep the study's compare, data and evaluate sections, "

@@ -101,4 +101,4 @@ class Display:
         self.done += not stopped
         self._bar.remove_task(self._tasks.pop(name))
         minutes, seconds = divmod(round(time.monotonic() - self._began), 60)
-        print_line(f"[{self.done}/{self.total}] {name} ({minutes}:{seconds:02d}): {how}")
+        print_line(f"[{self.done}/{self.total}, {minutes}:{seconds:02d}] {name}: {how}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -81,8 +81,8 @@ class ArmSummary:
     chosen: TrialSummary | None
     """The one of the lowest mean FD among those with the most finished seeds; None if no run is
     finished."""
-    tuned: TrialSummary | None
-    """The reported runs of the chosen trial; None if none is finished."""
+    reported: TrialSummary
+    """The runs to report, those of the chosen trial; of the first one if none is chosen."""
     tuned_by_loss: TrialSummary | None
     """The trial that the mean one-step loss would have chosen instead."""
 
@@ -91,9 +91,9 @@ class ArmSummary:
         return self.plan.arm
 
     @property
-    def reported(self) -> TrialSummary:
-        """`tuned`; the first trial if no run is finished, where all trials are empty."""
-        return self.tuned or self.trials[0]
+    def tuned(self) -> TrialSummary | None:
+        """`reported`; None if none of its runs is finished."""
+        return self.reported if self.reported.runs else None
 
     def regret(self, noise: float) -> float:
         """How much lower log FD might be with another trial, as far as the tuning seeds can tell;
@@ -155,12 +155,14 @@ def _summarise_arm(runs: list[RunResult]) -> ArmSummary:
     most = max(len(trial.runs) for trial in trials)
     eligible = [trial for trial in trials if trial.runs and len(trial.runs) == most]
     best = _lowest(eligible, "fd")
+    of_best = best or trials[0]
     own = _by_trial([run for run in runs if not run.plan.tuning])
+    none = replace(of_best, runs=(), failed=0)
     return ArmSummary(
         plan=runs[0].plan,
         trials=trials,
         chosen=best,
-        tuned=next((one for one in own if best and one.trial == best.trial and one.runs), None),
+        reported=next((one for one in own if one.trial == of_best.trial), none),
         tuned_by_loss=_lowest(eligible, "one_step_loss"),
     )
 

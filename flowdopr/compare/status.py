@@ -45,6 +45,8 @@ def status(path: str | Path) -> str:
 def _study(path: Path) -> str:
     """The plan and what is left of it, and a line for each run that is on its way."""
     config = load_config(path / "study.yaml", follow_base=False)
+    place = path.resolve()  # the study may have been moved, or begun from another folder
+    config = config.model_copy(update={"output": str(place.parent), "name": place.name})
     folders = sorted(file.parent for file in path.glob("*/config.yaml"))
     runs = [RunFolder.open(folder) for folder in folders]
     going = [run for run in runs if run.config.train.steps not in run.steps()]
@@ -150,15 +152,17 @@ def _warnings(run: RunFolder) -> list[str]:
 
 
 def _health(runs: list[RunFolder]) -> list[str]:
-    """How many steps and layers the warnings are about, and how often each occurred, the newest
-    last."""
-    warnings = [line for run in runs for line in _warnings(run)]
+    """How many steps and layers of all runs the warnings are about, and how often each occurred,
+    the newest last."""
+    by_run = [_warnings(run) for run in runs]
+    warnings = [line for lines in by_run for line in lines]
     if not warnings:
         return ["health: no warnings"]
     found = [count(len(warnings), "warning")]
     for kind, pattern in KINDS.items():
-        if named := {match[1] for match in map(pattern.match, warnings) if match}:
-            found.append(f"{kind}: {len(named)}")
+        named = [{match[1] for match in map(pattern.match, lines) if match} for lines in by_run]
+        if number_named := sum(map(len, named)):
+            found.append(f"{kind}: {number_named}")
     counts = Counter(warnings)
     shown = list(dict.fromkeys(reversed(warnings)))[:MOST_SHOWN][::-1]
     return [f"health: {'; '.join(found)}", *(f"  {counts[line]} x {line}" for line in shown)]

@@ -298,7 +298,9 @@ def _at_the_edge(trials: Sequence[TrialSummary], chosen: TrialSummary) -> list[t
     grids |= {key: [one.plan.searched[key] for one in trials] for key in chosen.plan.searched}
     values = {"learning rate": chosen.lr, **chosen.plan.searched}
     ordered = {
-        key: grid for key, grid in grids.items() if all(isinstance(v, int | float) for v in grid)
+        key: grid
+        for key, grid in grids.items()
+        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in grid)
     }
     return [
         (key, values[key])

@@ -1,5 +1,6 @@
 """Measuring a trained run: one-step loss, distances to the real images, label accuracy, samples."""
 
+from flowdopr.callable_package import make_callable
 from flowdopr.evaluate.classifier import trained_classifier
 from flowdopr.evaluate.draw import sample, sample_overrides
 from flowdopr.evaluate.extractors import (
@@ -13,7 +14,6 @@ from flowdopr.evaluate.gallery import Gallery
 from flowdopr.evaluate.generate import RolloutsFailed
 from flowdopr.evaluate.measure import Evaluator, evaluate
 from flowdopr.evaluate.real import RealImages
-from flowdopr.room import make_callable
 
 __all__ = [
     "Evaluator",

@@ -75,13 +75,16 @@ def repeated_labels(num: int, labels: Sequence[int], num_classes: int) -> Tensor
 
 
 def numbers_in(text: str) -> list[int] | None:
-    """The numbers of a list such as "3,7,10-19"; None if it has anything else."""
+    """The numbers of a list such as "3,7,10-19"; None if it has anything else, or a range that goes
+    down."""
     found = []
     for word in text.split(","):
         match = re.fullmatch(r"(\d{1,7})(?:-(\d{1,7}))?", word.strip())
         if match is None:
             return None
         first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            return None
         found += range(first, last + 1)
     return found
 

@@ -1,4 +1,4 @@
-"""What a step has around it in every optimizer here: the closure, and the precision of arithmetic.
+"""The base class of every optimizer here: it calls the closure and steps in float32.
 
 Weights of bfloat16 or float16 take their steps in float32 with state in float32, and are rounded
 once at the end: in their own precision the squares of small gradients, and an epsilon of 1e-8,
@@ -15,7 +15,7 @@ from torch import Tensor
 from flowdopr.linalg import in_float32
 
 
-class SteadyOptimizer(torch.optim.Optimizer):
+class Float32Optimizer(torch.optim.Optimizer):
     """Base of all optimizers here, which do their work in `_update_all`."""
 
     @torch.no_grad()
@@ -46,12 +46,12 @@ class SteadyOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
 
-class SteadyStep(SteadyOptimizer):
-    """Gives the step of another package's optimizer these surroundings, as its first base."""
+class Float32Step(Float32Optimizer):
+    """Lets the optimizer of another package, its next base, step in float32, too."""
 
     def _update_all(self) -> None:
         # The plain function, since torch's wrapper around it would run all hooks a second time.
-        inspect.unwrap(super(SteadyOptimizer, self).step.__func__)(self)  # pyright: ignore
+        inspect.unwrap(super(Float32Optimizer, self).step.__func__)(self)  # pyright: ignore
 
 
 def with_gradients(params: list[Tensor]) -> list[Tensor]:

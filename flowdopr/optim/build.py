@@ -15,7 +15,7 @@ from torch import nn
 
 from flowdopr.linalg import laid_out_like
 from flowdopr.optim.adamuon import AdaMuon
-from flowdopr.optim.base import SteadyStep
+from flowdopr.optim.base import Float32Step
 from flowdopr.optim.dopr import DoPr
 from flowdopr.optim.kfac import KFAC
 from flowdopr.optim.muon import Muon
@@ -25,11 +25,11 @@ from flowdopr.optim.rownorm import RowNorm
 from flowdopr.optim.signum import Signum
 
 
-class SGD(SteadyStep, torch.optim.SGD):
+class SGD(Float32Step, torch.optim.SGD):
     """torch's, with the precision of steps that all optimizers here have."""
 
 
-class AdamW(SteadyStep, torch.optim.AdamW):
+class AdamW(Float32Step, torch.optim.AdamW):
     """torch's, with the precision of steps that all optimizers here have."""
 
 

@@ -27,11 +27,12 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from flowdopr.linalg import is_sharded
 from flowdopr.optim.base import decay_weights
 from flowdopr.optim.dopr.dopr import DoPr
-from flowdopr.optim.dopr.layers import Layer, LayerRule
+from flowdopr.optim.dopr.layers import Layer, LayerRule, is_number
 from flowdopr.optim.dopr.statistics import SecondMoment
 from flowdopr.optim.dopr.views import LinearView, Sample
 from flowdopr.optim.matrix import MatrixOptimizer
 from flowdopr.optim.roles import DECAYED, parameter_roles
+from flowdopr.patterns import patterns_in
 
 
 class KFAC(DoPr):
@@ -72,18 +73,21 @@ class KFAC(DoPr):
         adamw_lr: float | None = None,
         adamw_for: Sequence[str] = (),
     ) -> None:
-        if isinstance(damping, Sequence) or not damping > 0:
+        if not is_number(damping) or damping <= 0:
             raise ValueError(f"KFAC: damping is {damping}, it must be one number above 0")
         if any(is_sharded(p) for p in model.parameters()):
-            raise ValueError("kfac: takes whole weights, not FSDP's shards: use DDP, or 'dopr-sgd'")
+            raise ValueError(
+                "kfac: takes whole weights, not FSDP's shards: use DDP, or SGD in DoPr"
+            )
         bypassed = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
         supported = _supported_weights(model, bypassed)
         left_out = [
             role.name
             for role in parameter_roles(model)
-            if role.kind in DECAYED and role.parameter not in supported
+            if role.kind in DECAYED and role.parameter.requires_grad
+            if role.parameter not in supported
         ]
-        patterns = [*adamw_for, *(f"^{re.escape(name)}$" for name in left_out)]
+        patterns = [*patterns_in(adamw_for), *(f"^{re.escape(name)}$" for name in left_out)]
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -97,14 +101,6 @@ class KFAC(DoPr):
         }
         if not taken:
             raise ValueError("kfac: the model has no Linear or convolution for it: use adamw")
-        rules = []
-        for name, weight in _layer_weights(model, bypassed).items():
-            mode = "full" if weight in taken else "none"
-            rules.append(LayerRule(f"^{re.escape(name)}$", mode))
-        for name, module in model.named_modules():
-            if isinstance(module, nn.MultiheadAttention):
-                inside = re.escape(f"{name}." if name else "")
-                rules.append(LayerRule(f"^{inside}[a-z]+_proj$", "none"))
         super().__init__(
             optimizer,
             model,
@@ -112,7 +108,7 @@ class KFAC(DoPr):
             cov_decay=cov_decay,
             refresh_every=refresh_every,
             max_rows="all",
-            rules=rules,
+            rules=_rules(model, bypassed, taken),
         )
         self._outputs = {layer.name: self._watch_outputs(layer) for layer in self.found.layers}
 
@@ -175,6 +171,21 @@ def _layer_weights(model: nn.Module, bypassed: Container[nn.Module]) -> dict[str
         if is_layer and weight is not None and module not in bypassed:
             found.setdefault(weight, name)
     return {name: weight for weight, name in found.items()}
+
+
+def _rules(
+    model: nn.Module, bypassed: Container[nn.Module], taken: Container[Tensor]
+) -> list[LayerRule]:
+    """One for each layer: the whole input factor for weights in `taken`, none for all others."""
+    rules = []
+    for name, weight in _layer_weights(model, bypassed).items():
+        mode = "full" if weight in taken else "none"
+        rules.append(LayerRule(f"^{re.escape(name)}$", mode))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            inside = re.escape(f"{name}." if name else "")
+            rules.append(LayerRule(f"^{inside}[a-z]+_proj$", "none"))
+    return rules
 
 
 def _supported_weights(model: nn.Module, bypassed: Container[nn.Module]) -> set[Tensor]:

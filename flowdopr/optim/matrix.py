@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from flowdopr.optim.base import SteadyOptimizer, with_gradients
+from flowdopr.optim.base import Float32Optimizer, with_gradients
 from flowdopr.optim.roles import parameter_groups, split_by_dimension
 
 logger = logging.getLogger("flowdopr.optim")
 
 
-class MatrixOptimizer(SteadyOptimizer, ABC):
+class MatrixOptimizer(Float32Optimizer, ABC):
     """Base of optimizers that treat matrices by `_matrix_step` and everything else by AdamW.
 
     Every group carries "gp": the method's own name or "adamw". Given a model, the groups come from

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flowdopr.linalg import is_sharded
-from flowdopr.optim.base import SteadyStep
+from flowdopr.optim.base import Float32Step
 from flowdopr.optim.roles import parameter_groups
 
 # torch.load reads these with weights_only=True, and tensors, in dicts, lists, tuples and sets.
@@ -19,7 +19,11 @@ PLAIN = (torch.dtype, bool, int, float, str, bytes, type(None))
 INCOMPLETE = re.compile(r"heavyball\.(LATHER|PSGD\w*|QSGD)")  # whose state is, in version 3.2.1
 
 
-class OutsideStep(SteadyStep):
+# What torch says when the device or the machine has too little memory.
+NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|ALLOC_FAILED")
+
+
+class OutsideStep(Float32Step):
     """Holds another package's optimizer to what a training run relies on."""
 
     class_path: str
@@ -35,7 +39,8 @@ class OutsideStep(SteadyStep):
         try:
             super()._update_all()
         except Exception as error:
-            if "memory" in str(error):  # which the options do not decide
+            if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+                # Which the options do not decide.
                 raise
             raise _refusal(self.class_path, "a step of it fails", error) from error
         for p, data in before:

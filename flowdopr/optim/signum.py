@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from flowdopr.linalg import signs
-from flowdopr.optim.base import SteadyOptimizer, decay_weights, with_gradients
+from flowdopr.optim.base import Float32Optimizer, decay_weights, with_gradients
 
 
-class Signum(SteadyOptimizer):
+class Signum(Float32Optimizer):
     """Signum with decoupled weight decay.
 
     Args:

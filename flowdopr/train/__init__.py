@@ -1,6 +1,6 @@
 """Training: from a config to a finished run, the loop, weight averages and the log."""
 
-from flowdopr.room import make_callable
+from flowdopr.callable_package import make_callable
 from flowdopr.train.ema import EMA
 from flowdopr.train.loop import Trainer
 from flowdopr.train.signals import Interrupted, StopSignal, TrainingFailed

@@ -99,7 +99,7 @@ def test_a_failing_run_does_not_stop_the_others(run, study):
     executor, printed = run(fail_once)
     assert (executor.failed, executor.signum) == ([BAD], 0)
     assert "the last words" in printed
-    assert "[4/4]" in printed
+    assert "[4/4," in printed
     done = {plan.name for plan in expand(study) if marked(plan) is not None}
     assert done == {plan.name for plan in expand(study)} - {BAD}
     assert expand(study)[0].failure.read_text() == "first words\nthe last words\n"
@@ -225,7 +225,7 @@ def test_a_signal_reaches_the_runs_and_starts_no_more(run, study):
     assert marked(first) == marked(second) == "saved"
     assert not any(map(marked, others))
     assert printed.count("stopped") == 2
-    assert "[0/4]" in printed
+    assert "[0/4," in printed
 
 
 def test_a_shorter_run_waits_for_the_longer_one(study, capsys):

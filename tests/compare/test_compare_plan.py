@@ -30,6 +30,25 @@ def test_a_grid_is_crossed_with_the_rates(study):
     assert plans[-1].config.optimizer.dopr == DoPrConfig(damping=10, form="sandwich")
 
 
+def test_settings_of_a_grid_with_one_last_word_are_named_in_full(study):
+    grid = "{flow.time.shift: [1, 2], sample.solver.grid.shift: [1, 2]}"
+    solver = "sample.solver={name: euler, steps: 2, grid: {name: shifted}}"
+    arms = f"[{{name: a, lrs: [1e-3], grid: {grid}}}]"
+    tuned = [f"compare.arms={arms}", "compare.tuning_seeds=[9]", solver]
+    names = [plan.name for plan in expand(apply_overrides(study, tuned))]
+    assert names[1] == "a-lr0.001-flow.time.shift1-sample.solver.grid.shift2-s9"
+    assert len(set(names)) == 4
+
+
+@pytest.mark.parametrize(
+    "where", ["set: {optimizer.lr: 1}", "set: {optimizer: {name: muon, lr: 1}}"]
+)
+def test_an_arm_cannot_set_its_learning_rate(study, where):
+    config = arms(study, f"[{{name: a, lrs: [1e-3], {where}}}]")
+    with pytest.raises(ConfigError, match=r"set optimizer.lr: comes from the lrs of compare.arms"):
+        expand(config)
+
+
 def test_tuning_seeds_have_every_rate_and_reported_seeds_the_chosen_one(study):
     both = "[{name: a, lrs: [1e-3, 0.1]}, {name: b, lrs: [1e-5, 1e7]}]"
     config = apply_overrides(study, [f"compare.arms={both}", "compare.tuning_seeds=[5]"])

@@ -278,6 +278,7 @@ def test_tuning_seeds_choose_the_rate_and_other_seeds_report_it():
     tuning = [of_rate(lr, seed, fd, True) for lr, fd in ((0.1, 2.0), (0.2, 1.0)) for seed in (8, 9)]
     (arm,) = summarise(tuning)
     assert (arm.chosen.lr, arm.tuned) == (0.2, None)
+    assert (arm.reported.lr, arm.reported.runs) == (0.2, ())  # a tuning run is not a result
     reports = [of_rate(0.2, seed, 5.0 + seed, False) for seed in (0, 1)]
     (arm,) = summarise([*tuning, *reports])
     assert [run.plan.seed for run in arm.reported.runs] == [0, 1]
@@ -329,6 +330,16 @@ def test_another_number_of_model_calls_that_draws_better_is_named():
     raw = {"raw": (Evaluation(5, fd=1.0), Evaluation(10, fd=3.0))}
     other = [replace(run, by_weights=raw) for run in level]
     assert "a: FD is lower with the weights raw, 3.00, than in the table." in verdict(other).notes
+
+
+def test_a_switch_has_no_edge():
+    def of_trial(nesterov, fd):
+        run = result("a", 0.1, 0, fd)
+        searched = {"optimizer.nesterov": nesterov}
+        return replace(run, plan=replace(run.plan, searched=searched, tuning=True))
+
+    notes = " ".join(verdict([of_trial(True, 1.0), of_trial(False, 2.0)]).notes)
+    assert "edge of its grid" not in notes
 
 
 def test_unequal_budgets_and_grid_edges_are_said():

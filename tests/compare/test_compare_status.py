@@ -91,6 +91,20 @@ def test_a_study_says_what_is_left_and_how_far_its_runs_are(study):
     assert any(line.startswith(f"{second.path.name}: step 4 of 8 (50 %)") for line in lines)
     assert not any(line.startswith(f"{first.path.name}:") for line in lines)
     assert lines[-1] == "health: no warnings"
+    moved = folder.rename(folder.parent / "moved")
+    assert status(moved).splitlines()[1:] == lines[1:]
+
+
+def test_the_health_of_a_study_counts_the_layers_of_every_run(study):
+    runs = [RunFolder.open(train(plan.config)) for plan in expand(study)[:2]]
+    for run in runs:
+        with run_log(run.path / "log.txt"):
+            warn_of_three_layers()
+    folder = runs[0].path.parent
+    (folder / "study.yaml").write_text(to_yaml(study))
+    alone, both = status(runs[0].path), status(folder)
+    assert "layers with damping raised: 2;" in alone
+    assert "layers with damping raised: 4;" in both
 
 
 def test_other_folders_are_refused_in_one_line(tmp_path, capsys):

@@ -235,11 +235,15 @@ def test_a_file_takes_back_what_its_base_sets_and_it_leaves_idle(load):
     assert not load(text, base=base).model.class_conditional
 
 
+RATES = "optimizer.lr comes from the lrs of compare.arms"
+
+
 @pytest.mark.parametrize(
     ("command", "override", "words"),
     [
-        ("compare", "seed=3", "in a study it comes from compare.seeds; set that"),
-        ("compare", "optimizer.lr=1", "in a study it comes from the lrs of compare.arms; set that"),
+        ("compare", "seed=3", "in a study seed comes from compare.seeds; set that"),
+        ("compare", "optimizer.lr=1", f"in a study {RATES}; set that"),
+        ("compare", "optimizer={name: adamw, lr: 1}", f"in a study {RATES}; set that"),
         ("encode --autoencoder x --out y", "train.steps=3", "only data.* is used here; remove it"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowdopr.data import Datasets, ImageTensor
-from flowdopr.evaluate import classifier as room
+from flowdopr.evaluate import classifier as module
 from flowdopr.evaluate.classifier import Classifier, accuracy, load_classifier, trained_classifier
 
 
@@ -19,15 +19,15 @@ def test_it_reads_digits_and_says_how_well(digits):
 
 def test_it_is_trained_once(digits, monkeypatch):
     first = trained_classifier(digits)
-    monkeypatch.setattr(room, "train_classifier", None)
+    monkeypatch.setattr(module, "train_classifier", None)
     assert trained_classifier(digits) == first
 
 
 def test_training_is_the_same_on_any_thread_count_and_leaves_the_random_state(
     digits, monkeypatch, tmp_path
 ):
-    train = room.train_classifier
-    monkeypatch.setattr(room, "train_classifier", lambda model, data: train(model, data, steps=6))
+    train = module.train_classifier
+    monkeypatch.setattr(module, "train_classifier", lambda model, data: train(model, data, steps=6))
     before, hashes = torch.get_rng_state(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -40,8 +40,8 @@ def test_training_is_the_same_on_any_thread_count_and_leaves_the_random_state(
 
 
 def test_other_images_get_a_classifier_of_their_own(digits, monkeypatch):
-    train = room.train_classifier
-    monkeypatch.setattr(room, "train_classifier", lambda model, data: train(model, data, steps=1))
+    train = module.train_classifier
+    monkeypatch.setattr(module, "train_classifier", lambda model, data: train(model, data, steps=1))
     images = ImageTensor(255 - digits.train.images, digits.train.labels)
     other = Datasets(images, digits.held_out, replace(digits.info, fingerprint="f" * 64))
     assert trained_classifier(other).path != trained_classifier(digits).path
@@ -61,3 +61,13 @@ def test_a_data_set_without_classes_is_refused_with_the_remedy(digits):
         ValueError, match=r"no classes .*; use evaluate.extractor=imagenet or .*=inception$"
     ):
         trained_classifier(flat)
+
+
+@pytest.mark.parametrize(("total", "at_most"), [(1999, 1000), (19_999, 10_000), (10, 10), (3, 8)])
+def test_images_to_look_at_are_spread_over_all(total, at_most):
+    """Images of a folder are sorted by class."""
+    found = module._evenly_spaced(total, at_most)
+    assert len(found) == min(total, at_most)
+    gaps = torch.cat([found, torch.tensor([total])]).diff()
+    assert found[0] == 0
+    assert gaps.max() - gaps.min() <= 1

@@ -83,6 +83,12 @@ def test_labels_are_numbers_ranges_and_names(labels, found):
     assert label_numbers(labels, ["dog", "cat", "owl, grey"]) == found
 
 
+@pytest.mark.parametrize("labels", ["2-0", "1,2-0"])
+def test_a_range_of_labels_that_goes_down_is_refused(labels):
+    with pytest.raises(ValueError, match=r"no class is called '2-0'; give class numbers, 0-9"):
+        label_numbers(labels, ["dog", "cat", "owl"])
+
+
 def test_classes_named_by_a_stranger_cannot_leave_the_folder(tmp_path, digits, make_run):
     run = make_run()
     names = ("../../up", "a/b", ".", "x" * 300, *map(str, range(6)))

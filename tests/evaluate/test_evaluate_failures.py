@@ -16,7 +16,7 @@ from flowdopr.compare.progress import last_step
 from flowdopr.compare.results import read_result
 from flowdopr.config import apply_overrides
 from flowdopr.data import Datasets, ImageTensor
-from flowdopr.evaluate import classifier as room
+from flowdopr.evaluate import classifier as module
 from flowdopr.evaluate import evaluate
 from flowdopr.evaluate.card import read_card
 from flowdopr.evaluate.classifier import trained_classifier
@@ -75,13 +75,13 @@ def test_a_damaged_checkpoint_is_refused_and_another_one_is_offered(make_run, tm
 @pytest.fixture
 def few_steps(monkeypatch, tmp_path):
     """Classifiers of the test's own, trained for 5 steps; the list of them."""
-    full, trained = room.train_classifier, []
+    full, trained = module.train_classifier, []
 
     def train(model, data):
         trained.append(full(model, data, steps=5))
         return trained[-1]
 
-    monkeypatch.setattr(room, "train_classifier", train)
+    monkeypatch.setattr(module, "train_classifier", train)
     monkeypatch.setenv("FLOWDOPR_CACHE", str(tmp_path / "cache"))
     return trained
 

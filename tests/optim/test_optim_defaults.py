@@ -126,7 +126,7 @@ def test_layers_that_keep_different_rows_share_no_statistic() -> None:
     model, z = Fork().double(), tokens(4) * torch.linspace(0.2, 3, 50).double()[:, None]
     gp = torch.optim.SGD(model.parameters(), lr=1.0)
     rules = [LayerRule("b", max_rows=9)]
-    optimizer = DoPr(gp, model, max_rows=None, cov_decay=0.0, rules=rules)
+    optimizer = DoPr(gp, model, max_rows="all", cov_decay=0.0, rules=rules)
     before = [p.detach().clone() for p in model.parameters()]
     model(z).sin().sum().backward()
     grads = [p.grad for p in model.parameters()]

@@ -18,7 +18,11 @@ BAD: list[tuple[str, Callable[[nn.Module], DoPr]]] = [
     ("refresh_every is 0", lambda m: adamw(m, refresh_every=0)),
     ("max_rows is 0", lambda m: adamw(m, max_rows=0)),
     ("max_rows is many, it must be 1 or more, or 'all'", lambda m: adamw(m, max_rows="many")),
-    ("max_rows is -1", lambda m: adamw(m, rules=[LayerRule("3", max_rows=-1)])),
+    (
+        "layer rule '3': max_rows has no effect with mode 'none'; leave it out",
+        lambda m: adamw(m, rules=[LayerRule("3", "none", max_rows=5)]),
+    ),
+    ("layer rule '3': max_rows is -1", lambda m: adamw(m, rules=[LayerRule("3", max_rows=-1)])),
     ("decides no layer", lambda m: adamw(m, rules=[LayerRule("attention")])),
     ("not in the optimizer", lambda m: DoPr(torch.optim.SGD(m[0].parameters()), m)),
     ("refresh_every is 1.5, it must be a whole number", lambda m: adamw(m, refresh_every=1.5)),

@@ -105,7 +105,7 @@ def test_the_sandwich_around_sgd_is_the_inverse(case: LayerCase, conv_mode: str)
     for form in ("inverse", "sandwich"):
         module, x = case.make()
         gp = torch.optim.SGD(module.parameters(), lr=0.1)
-        optimizer = DoPr(gp, module, form=form, max_rows=None, conv_mode=conv_mode)
+        optimizer = DoPr(gp, module, form=form, max_rows="all", conv_mode=conv_mode)
         module(x).sin().sum().backward()
         optimizer.step()
         weights.append(module.weight.detach())

@@ -238,7 +238,7 @@ def test_tied_weights_pool_or_are_left_to_the_gp() -> None:
     torch.manual_seed(0)
     model = Tied().double()
     gp = torch.optim.SGD(model.parameters(), lr=1.0)
-    optimizer = DoPr(gp, model, max_rows=None, cov_decay=0.0)
+    optimizer = DoPr(gp, model, max_rows="all", cov_decay=0.0)
     roles = {name: (mode, reason) for name, _, mode, reason in optimizer.roles()}
     assert roles["table.weight"] == ("full", "input of head, with which an embedding is tied")
     index, before = torch.arange(9), model.first.weight.detach().clone()
@@ -277,7 +277,7 @@ def test_attention_is_preconditioned_by_query_key_and_value(same: bool, sizes: d
     torch.manual_seed(0)
     model = Attention(same, **sizes).double()
     optimizer = DoPr(
-        torch.optim.SGD(model.parameters(), lr=1.0), model, max_rows=None, cov_decay=0.0
+        torch.optim.SGD(model.parameters(), lr=1.0), model, max_rows="all", cov_decay=0.0
     )
     x = torch.randn(6, 5, 5, dtype=torch.float64)
     weights = [p for name, p in model.named_parameters() if "proj_weight" in name]
@@ -316,7 +316,7 @@ def test_an_embedding_and_its_head_have_the_ap_of_the_heads_input(head_first: bo
     head.weight = table.weight
     model = nn.ModuleDict({"a": head, "b": table} if head_first else {"a": table, "b": head})
     optimizer = DoPr(
-        torch.optim.SGD(model.parameters(), lr=1.0), model, max_rows=None, cov_decay=0.0
+        torch.optim.SGD(model.parameters(), lr=1.0), model, max_rows="all", cov_decay=0.0
     )
     name = "a" if head_first else "b"
     assert optimizer.roles() == [

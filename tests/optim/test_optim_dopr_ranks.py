@@ -91,7 +91,7 @@ def train(name: str, rank: int, world: int) -> tuple[list[Tensor], dict]:
     parallel = prepare(name, model, world)
     decay = 0.1 if name == "ddp-bypassed" else 0.0
     gp = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=decay, foreach=False)
-    optimizer = DoPr(gp, model, refresh_every=2, max_rows=None, **SETTINGS[name])
+    optimizer = DoPr(gp, model, refresh_every=2, max_rows="all", **SETTINGS[name])
     for step in range(5):
         optimizer.zero_grad()
         parallel(samples(step).chunk(world)[rank]).square().mean().backward()

@@ -89,7 +89,7 @@ def trajectory(
     gp = Direction(module, function, 0.05, 0.5)
     if module.bias is not None:
         module.bias.requires_grad_(False)
-    optimizer = DoPr(gp, module, max_rows=None, refresh_every=2, **settings)
+    optimizer = DoPr(gp, module, max_rows="all", refresh_every=2, **settings)
     gp.scale, gp.sandwich = lambda: mean_eigenvalues(optimizer), optimizer.form.sandwich
     for step in range(4):
         optimizer.zero_grad()
@@ -141,7 +141,7 @@ def test_a_step_of_regression_leaves_the_damped_share_of_the_error(
     gp = torch.optim.SGD([module.weight], lr=1.0)
     if bias is not None:
         bias.requires_grad_(False)
-    optimizer = DoPr(gp, module, damping=damping, max_rows=None)
+    optimizer = DoPr(gp, module, damping=damping, max_rows="all")
     axis = 1 if isinstance(module, nn.Conv2d) else -1
     wanted = target.movedim(axis, -1) - (0 if bias is None else bias.detach())
     (0.5 * (module(x) - target).square().sum() / wanted[..., 0].numel()).backward()

@@ -247,3 +247,16 @@ def test_the_optimizer_is_freed_while_the_model_lives():
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
     loss.backward()  # begun while it lived
+
+
+def test_one_pattern_is_not_taken_for_its_letters_and_frozen_layers_are_left_out():
+    model = nn.ModuleDict({"head": nn.Linear(4, 4), "body": nn.Linear(4, 4)})
+    model["frozen"] = nn.Conv2d(4, 4, 1, groups=2).requires_grad_(False)
+    optimizer = KFAC(model, 0.1, adamw_for="head")
+    taken = [g["params"] for g in optimizer.param_groups if g["gp"] == "kfac"]
+    assert [p is model["body"].weight for params in taken for p in params] == [True]
+
+
+def test_a_damping_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="damping is None, it must be one number above 0"):
+        KFAC(nn.Linear(4, 4), 0.1, damping=None)  # pyright: ignore

@@ -117,6 +117,25 @@ def test_weights_keep_their_memory_and_checkpoints_hold_no_pickle(monkeypatch):
     optimizer.load_state_dict({**saved, "more": {"schedule": pickle.dumps(1)}})
 
 
+class Failing(torch.optim.SGD):
+    message = ""
+
+    def step(self, closure=None):  # pyright: ignore
+        raise RuntimeError(self.message)
+
+
+def test_too_little_memory_is_not_blamed_on_the_class(monkeypatch):
+    monkeypatch.setattr(torch.optim, "Failing", Failing, raising=False)
+    model = network()
+    optimizer = build("torch.optim.Failing", model)
+    monkeypatch.setattr(Failing, "message", "CUDA out of memory. Tried to allocate")
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        step(model, optimizer)
+    monkeypatch.setattr(Failing, "message", "unsupported memory format option Preserve")
+    with pytest.raises(ValueError, match="a step of it fails: RuntimeError: unsupported memory"):
+        step(model, optimizer)
+
+
 def schedule_free(gradient_of, y, steps, lr, warmup, decay, betas=(0.9, 0.999), eps=1e-8):
     """x, y and z of schedule-free AdamW (arXiv 2405.15682, algorithm 1), its y beginning at x."""
     x, z, v, weights = y.clone(), y.clone(), torch.zeros_like(y), 0.0

@@ -7,7 +7,7 @@ For every layer y = W z the gradient G (d_out x d_in) is replaced by M = G S^-1,
     S = (Sigma / s + gamma I) / (1 + gamma),
 
 with Sigma the second moment of z and s = tr(Sigma) / d_in its mean eigenvalue, and the wrapped
-optimizer, the gradient preconditioner (GP), steps on M. In this room:
+optimizer, the gradient preconditioner (GP), steps on M. The modules of this package:
 
     dopr         when what happens: the wrapper
     layers       which layer is preconditioned how
@@ -20,7 +20,6 @@ optimizer, the gradient preconditioner (GP), steps on M. In this room:
     reports      what is logged
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdopr.linalg import full_float32, in_float32
-from flowdopr.optim.base import SteadyOptimizer
+from flowdopr.optim.base import Float32Optimizer
 from flowdopr.optim.dopr.hooks import EffectiveWeightHook, register, unregister
 from flowdopr.optim.dopr.inverse import Form
 from flowdopr.optim.dopr.layers import (
@@ -39,6 +38,7 @@ from flowdopr.optim.dopr.layers import (
     LayerRule,
     find_layers,
     is_count,
+    is_number,
     row_limit,
 )
 from flowdopr.optim.dopr.reports import Diagnostics, Reporter
@@ -63,7 +63,7 @@ READS_WEIGHTS = re.compile(
 EVALUATES_LOSS = re.compile(r"(?i)lbfgs|sam$|alig|adahessian|sophiah")
 
 
-class DoPr(SteadyOptimizer):
+class DoPr(Float32Optimizer):
     """Wraps a constructed optimizer over `model`'s parameters with activation preconditioning.
 
     After a step `.grad` holds what the GP saw, M. `step` raises ValueError where two layers share a
@@ -115,7 +115,7 @@ class DoPr(SteadyOptimizer):
         refresh_every: int = 16,
         form: str = "inverse",
         power: float = 1.0,
-        max_rows: int | str | None = 2048,
+        max_rows: int | str = 2048,
         max_side: int = 1280,
         conv_mode: str = "auto",
         pc_gradient: str = "raw",
@@ -123,14 +123,16 @@ class DoPr(SteadyOptimizer):
     ) -> None:
         self._check_optimizer(optimizer, form)
         check = self._check
-        check("cov_decay", cov_decay, _is_number(cov_decay) and 0 <= cov_decay < 1, "in [0, 1)")
+        check("cov_decay", cov_decay, is_number(cov_decay) and 0 <= cov_decay < 1, "in [0, 1)")
         check("form", form, form in FORMS, f"one of {', '.join(FORMS)}")
-        check("power", power, _is_number(power) and power > 0, "above 0 and finite")
+        check("power", power, is_number(power) and power > 0, "above 0 and finite")
         check("power", power, power == 1 or form == "inverse", "1 with form 'sandwich'")
         check("conv_mode", conv_mode, conv_mode in CONV_MODES, f"one of {', '.join(CONV_MODES)}")
         check("pc_gradient", pc_gradient, pc_gradient in PC_GRADIENTS, "raw or effective")
         in_step = pc_gradient == "raw" or form == "inverse"
         check("pc_gradient", pc_gradient, in_step, "raw with form 'sandwich', which acts on W")
+        whole = max_rows == "all" or is_count(max_rows)
+        check("max_rows", max_rows, whole, "1 or more, or 'all'")
         check("rules", rules, isinstance(rules, list | tuple), "a list of layer rules")
         for name, value in (("refresh_every", refresh_every), ("max_side", max_side)):
             check(name, value, is_count(value), "a whole number of 1 or more")
@@ -367,7 +369,7 @@ class DoPr(SteadyOptimizer):
     ) -> tuple[float, float, int]:
         """(first, last, steps) of a number or such a triple."""
         triple = damping if isinstance(damping, tuple | list) else (damping, damping, 1)
-        known = len(triple) == 3 and all(_is_number(value) for value in triple)
+        known = len(triple) == 3 and all(is_number(value) for value in triple)
         cls._check("damping", damping, known, "a number or (first, last, steps)")
         first, last, steps = triple
         cls._check("damping", damping, min(first, last) >= 0, "0 or more")
@@ -398,7 +400,3 @@ class DoPr(SteadyOptimizer):
                 f"DoPr: form 'sandwich' runs the optimizer from weights of zero, and {kind} reads "
                 "them: use form 'inverse', or an optimizer such as SGD, AdamW or Muon"
             )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -77,7 +77,10 @@ class LayerRule:
             if self.mode in ("none", "full", "diagonal"):
                 self._refuse(f"max_side has no effect with mode {self.mode!r}; leave it out")
         if self.max_rows is not None:
-            row_limit(self.max_rows)
+            if self.max_rows != "all" and not is_count(self.max_rows):
+                self._refuse(f"max_rows is {self.max_rows}, it must be 1 or more, or 'all'")
+            if self.mode == "none":
+                self._refuse("max_rows has no effect with mode 'none'; leave it out")
 
     def _refuse(self, reason: str) -> None:
         raise ValueError(f"layer rule {self.pattern!r}: {reason}")
@@ -100,13 +103,14 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def row_limit(max_rows: int | str | None) -> int | None:
-    """`max_rows` as a number, None for "all". Raises ValueError for any other value."""
-    if max_rows is None or max_rows == "all":
-        return None
-    if not is_count(max_rows):
-        raise ValueError(f"DoPr: max_rows is {max_rows}, it must be 1 or more, or 'all'")
-    return int(max_rows)
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def row_limit(max_rows: int | str) -> int | None:
+    """`max_rows` as a number, None for "all"."""
+    return None if max_rows == "all" else int(max_rows)
 
 
 @dataclass(frozen=True)

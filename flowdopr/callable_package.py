@@ -1,4 +1,4 @@
-"""Rooms that are functions too: `flowdopr.train` is a package, and `flowdopr.train(...)` trains."""
+"""Packages that can be called: `flowdopr.train` is a package, and `flowdopr.train(...)` trains."""
 
 import importlib
 import sys
@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 
-class Room(ModuleType):
+class CallablePackage(ModuleType):
     """A package whose call is that of the function of its name in `flowdopr.api`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -16,4 +16,4 @@ class Room(ModuleType):
 
 def make_callable(name: str) -> None:
     """Give the package `name` a call."""
-    sys.modules[name].__class__ = Room
+    sys.modules[name].__class__ = CallablePackage
