@@ -205,7 +205,7 @@ def sample(
     labels: Labels = None,
     seed: ImageSeed = 0,
     step: Checkpoint = None,
-    ema: WhichWeights = "ema",
+    weights: WhichWeights = "ema",
     batch_size: Annotated[int | None, Option(help="Images at a time.")] = None,
     autoencoder: Annotated[
         str | None, Option(help="For a run on latents: place of the autoencoder, if it moved.")
@@ -232,7 +232,7 @@ def sample(
         labels=labels,
         seed=seed,
         step=step,
-        weights=ema,
+        weights=weights,
         npz=npz,
         trajectory=trajectory,
         autoencoder=autoencoder,
@@ -337,7 +337,7 @@ def export(
     run: RunPath,
     out: ExportPath,
     step: Checkpoint = None,
-    ema: WhichWeights = "ema",
+    weights: WhichWeights = "ema",
     license: Annotated[
         str, Option(help="Licence of the weights for the model card, as the Hub names it.")
     ] = "unknown",
@@ -349,7 +349,7 @@ def export(
     with importing():
         from flowdopr.export import export as run_export
 
-    _tell(run_export(run, out, step=step, weights=ema, license=license))
+    _tell(run_export(run, out, step=step, weights=weights, license=license))
 
 
 @app.command()

@@ -84,7 +84,6 @@ def newton_schulz(
     *,
     steps: int = 5,
     coefficients: tuple[float, float, float] = NS_COEFFICIENTS,
-    eps: float = 1e-7,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Approximate msgn(X) = (X X^T)^(-1/2) X of a batch of matrices (K, rows, cols).
@@ -101,7 +100,7 @@ def newton_schulz(
     a, b, c = coefficients
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    x = (x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)).to(dtype)
+    x = (x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

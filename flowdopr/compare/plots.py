@@ -173,7 +173,7 @@ def spectrum(study: Study) -> Figure | None:
     most = _draw_arms(axes, study, lambda run: _numbered(run.final.spectrum if run.final else ()))
     floor = next((run.floor for run in study.runs if run.floor and run.floor.spectrum), None)
     if floor is not None:
-        axes.plot(*_columns(_numbered(floor.spectrum)), ":", color="#52606d", label="real images")
+        axes.plot(*_columns(_numbered(floor.spectrum)), ":", color="#52606d")
     axes.axhline(1, color="#9aa5b1", linewidth=0.8)
     log_scale(axes)
     axes.set_xlabel("groups of principal directions, by falling variance of the data")

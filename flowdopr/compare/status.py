@@ -38,7 +38,8 @@ def status(path: str | Path) -> str:
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"{path}: neither a run nor a study: no config.yaml and no study.yaml")
     run = RunFolder.open(path)
-    lines = [f"{path}: {_how_far(run)}", *_numbers(run), _checkpoints(run)]
+    logged = run.metrics()
+    lines = [f"{path}: {_how_far(run, logged)}", *_numbers(run, logged), _checkpoints(run)]
     return "\n".join([*lines, *_health([run])])
 
 
@@ -51,7 +52,7 @@ def _study(path: Path) -> str:
     runs = [RunFolder.open(folder) for folder in folders]
     going = [run for run in runs if run.config.train.steps not in run.steps()]
     lines = [f"{path}: {count(len(runs), 'run')} begun", forecast(config)]
-    lines += [f"{run.path.name}: {_how_far(run)}" for run in going[:MOST_SHOWN]]
+    lines += [f"{run.path.name}: {_how_far(run, run.metrics())}" for run in going[:MOST_SHOWN]]
     if len(going) > MOST_SHOWN:
         lines.append(f"... and {len(going) - MOST_SHOWN} more")
     if (path / "report.html").is_file():
@@ -59,8 +60,8 @@ def _study(path: Path) -> str:
     return "\n".join([*lines, *_health(runs)])
 
 
-def _how_far(run: RunFolder) -> str:
-    steps, lines = run.config.train.steps, run.metrics()
+def _how_far(run: RunFolder, lines: list[dict[str, Any]]) -> str:
+    steps = run.config.train.steps
     step = max((line["step"] for line in lines), default=0)
     done = f"step {step:,} of {steps:,} ({100 * step / steps:.0f} %)"
     if steps in run.steps():
@@ -75,10 +76,10 @@ def _how_far(run: RunFolder) -> str:
     return f"{done}, {left} left, last line {age} ago"
 
 
-def _numbers(run: RunFolder) -> list[str]:
+def _numbers(run: RunFolder, lines: list[dict[str, Any]]) -> list[str]:
     """The newest loss, held-out loss and Frechet distance, the speed and the memory."""
     newest: dict[str, tuple[int, Any]] = {}
-    for line in run.metrics():
+    for line in lines:
         newest |= {key: (line["step"], value) for key, value in line.items()}
     words = {"loss": "loss", "held_out_loss": "held-out loss", "grad_norm": "gradient norm"}
     quality = [
@@ -94,7 +95,7 @@ def _numbers(run: RunFolder) -> list[str]:
         f"{seconds(newest['seconds_per_step'][1])} a step",
         f"{newest['peak_memory_mib'][1]:,.0f} MiB",
     ]
-    return ["; ".join(quality), ", ".join(speed), _shares(run.metrics())]
+    return ["; ".join(quality), ", ".join(speed), _shares(lines)]
 
 
 def _distance(run: RunFolder) -> list[str]:

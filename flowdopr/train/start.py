@@ -64,8 +64,9 @@ def train(
     Raises:
         ConfigError, ValueError: settings or data that cannot be used, or another process is
             training this run; nothing was trained.
-        Interrupted: stopped by Ctrl-C or SIGTERM, after saving.
-        TrainingFailed: the loss, the gradient or the weights are not finite.
+        Interrupted: stopped by Ctrl-C or a signal (docs/operations.md), after saving.
+        TrainingFailed: the loss, the gradient or the weights are not finite, images cannot be read,
+            or a checkpoint cannot be saved.
     """
     config = effective(config)
     accelerator = make_accelerator(config)

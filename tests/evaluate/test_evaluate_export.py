@@ -29,7 +29,7 @@ def test_an_exported_file_draws_the_images_of_the_run(make_run, tmp_path, weight
         config = apply_overrides(run.config, ["name=changed", *change])
         run = begin_run(config, run.dataset, {}, resume=False)
         save_random_checkpoint(run, step)
-    options = ["--ema", weights, *(["--step", str(step)] if step else [])]
+    options = ["--weights", weights, *(["--step", str(step)] if step else [])]
     command = ["export", str(run.path), f"--out={tmp_path / 'out'}", *options]
     assert run_command(command) == 0
     file = tmp_path / "out" / "model.safetensors"

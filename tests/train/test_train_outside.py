@@ -100,10 +100,10 @@ def test_the_optimizers_own_average_is_what_is_validated_and_sampled(tmp_path, c
     assert card["metrics"]["one_step_loss"] == pytest.approx(validated, rel=1e-6)
     sample = ["sample", str(path), "--num", "4", "--out"]
     for chosen in ("ema", "own", "raw"):
-        assert run_command([*sample, str(tmp_path / chosen), "--ema", chosen]) == 0
+        assert run_command([*sample, str(tmp_path / chosen), "--weights", chosen]) == 0
     images = [(tmp_path / name / "000000-0.png").read_bytes() for name in ("ema", "own", "raw")]
     assert images[0] == images[1] != images[2]
-    assert run_command([*sample, str(tmp_path / "x"), "--ema", "ema-0.9"]) == 2
+    assert run_command([*sample, str(tmp_path / "x"), "--weights", "ema-0.9"]) == 2
     assert "no weights 'ema-0.9'; there are: raw, ema, own" in capsys.readouterr().err
     started = train(tiny(tmp_path, "name=next", f"train.init_from={path}", "train.steps=1"))
     assert "own.safetensors" in (started / "versions.json").read_text()
