@@ -283,8 +283,14 @@ def check_overrides(overrides: Iterable[str]) -> None:
 
 def _arm_config(config: Config, arm: ArmConfig) -> Config:
     """The study's config with the arm's overrides, its section `compare` included."""
-    for name, settings in (("set", arm.set), ("grid", arm.grid)):
-        for key in flat(settings):
+    grid = {
+        key: None
+        for name, values in arm.grid.items()
+        for one in values
+        for key in flat({name: one})
+    }
+    for name, keys in (("set", flat(arm.set)), ("grid", grid)):
+        for key in keys:
             where = f"compare.arms '{arm.name}': {name} {key}"
             if key in SET_BY_STUDY:
                 raise ConfigError(f"{where}: comes from {SET_BY_STUDY[key]}; remove it")

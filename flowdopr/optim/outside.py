@@ -17,10 +17,10 @@ from flowdopr.optim.roles import parameter_groups
 # torch.load reads these with weights_only=True, and tensors, in dicts, lists, tuples and sets.
 PLAIN = (torch.dtype, bool, int, float, str, bytes, type(None))
 INCOMPLETE = re.compile(r"heavyball\.(LATHER|PSGD\w*|QSGD)")  # whose state is, in version 3.2.1
-
-
 # What torch says when the device or the machine has too little memory.
-NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|ALLOC_FAILED")
+NO_MEMORY = re.compile(
+    "(can't|Cannot) allocate memory|not enough memory|out of memory|ALLOC_FAILED"
+)
 
 
 class OutsideStep(Float32Step):

@@ -41,12 +41,18 @@ def test_settings_of_a_grid_with_one_last_word_are_named_in_full(study):
 
 
 @pytest.mark.parametrize(
-    "where", ["set: {optimizer.lr: 1}", "set: {optimizer: {name: muon, lr: 1}}"]
+    "where",
+    [
+        "set: {optimizer.lr: 1}",
+        "set: {optimizer: {name: muon, lr: 1}}",
+        "grid: {optimizer: [adamw, {name: muon, lr: 1}]}",
+    ],
 )
 def test_an_arm_cannot_set_its_learning_rate(study, where):
     config = arms(study, f"[{{name: a, lrs: [1e-3], {where}}}]")
-    with pytest.raises(ConfigError, match=r"set optimizer.lr: comes from the lrs of compare.arms"):
-        expand(config)
+    study = apply_overrides(config, ["compare.tuning_seeds=[9]"])
+    with pytest.raises(ConfigError, match=r"optimizer.lr: comes from the lrs of compare.arms"):
+        expand(study)
 
 
 def test_tuning_seeds_have_every_rate_and_reported_seeds_the_chosen_one(study):

@@ -86,7 +86,7 @@ def one_step(
     """The updates of all parameters in one step of DoPr around SGD with learning rate 1."""
     before = [p.detach().clone() for p in module.parameters()]
     rules = [] if rule is None else [rule]
-    exact = {"max_rows": None, "cov_decay": 0.0, "damping": 0.1, "rules": rules, **settings}
+    exact = {"max_rows": "all", "cov_decay": 0.0, "damping": 0.1, "rules": rules, **settings}
     gp = torch.optim.SGD(module.parameters(), lr=1.0)
     optimizer = DoPr(gp, module, **exact)
     module(x).sin().sum().backward()

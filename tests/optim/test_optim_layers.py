@@ -26,7 +26,7 @@ def transposed_output_gradient(module: nn.ConvTranspose2d, delta: Tensor) -> Ten
 
 
 def wrap(module: nn.Module, lr: float = 1.0, **settings: object) -> DoPr:
-    exact = {"max_rows": None, "cov_decay": 0.0, **settings}
+    exact = {"max_rows": "all", "cov_decay": 0.0, **settings}
     return DoPr(torch.optim.SGD(module.parameters(), lr=lr), module, **exact)
 
 
