@@ -141,7 +141,7 @@ def test_no_file_can_run_code(path):
 
 
 def test_few_files_import_by_a_name_that_they_are_given():
-    """Of our own parts, two extras, a list of packages, and what the user's environment lists."""
+    """Of our own modules, two extras, a list of packages, and what the user's environment lists."""
     found = set()
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
