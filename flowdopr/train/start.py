@@ -65,8 +65,7 @@ def train(
         ConfigError, ValueError: settings or data that cannot be used, or another process is
             training this run; nothing was trained.
         Interrupted: stopped by Ctrl-C or a signal (docs/operations.md), after saving.
-        TrainingFailed: the loss, the gradient or the weights are not finite, images cannot be read,
-            or a checkpoint cannot be saved.
+        TrainingFailed: values that are not finite, unreadable images, a checkpoint that fails.
     """
     config = effective(config)
     accelerator = make_accelerator(config)

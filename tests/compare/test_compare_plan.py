@@ -49,10 +49,10 @@ def test_settings_of_a_grid_with_one_last_word_are_named_in_full(study):
     ],
 )
 def test_an_arm_cannot_set_its_learning_rate(study, where):
-    config = arms(study, f"[{{name: a, lrs: [1e-3], {where}}}]")
-    study = apply_overrides(config, ["compare.tuning_seeds=[9]"])
+    tuned = ["compare.tuning_seeds=[9]", f"compare.arms=[{{name: a, lrs: [1e-3, 1], {where}}}]"]
+    config = apply_overrides(study, tuned)
     with pytest.raises(ConfigError, match=r"optimizer.lr: comes from the lrs of compare.arms"):
-        expand(study)
+        expand(config)
 
 
 def test_tuning_seeds_have_every_rate_and_reported_seeds_the_chosen_one(study):

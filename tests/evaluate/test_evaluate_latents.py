@@ -147,7 +147,7 @@ def test_the_commands(tmp_path, vae, pictures, capsys):
     assert capsys.readouterr().out.strip() == out
     for extra, message in (
         ([], "give --out a new folder"),
-        (["--kept", "some", "--out", f"{out}2"], "choose one of posterior, mean"),
+        (["--kept", "some", "--out", f"{out}2"], "'some' is not one of 'posterior', 'mean'"),
         (["data.image_size=17", "--out", f"{out}2"], "multiples of 2, not images of 3 x 17 x 17"),
         (
             ["data.name=latents", "data.image_size=null", "data.held_out_fraction=0.1"],

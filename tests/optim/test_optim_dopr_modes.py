@@ -150,7 +150,7 @@ def test_forwards_of_unequal_size_count_by_their_size(mode: str) -> None:
     """Constant images: what is kept of each is exact, and so must be how they are weighed."""
     many, few = torch.ones(30, 2, 4, 4).double(), 10 * torch.ones(2, 2, 4, 4).double()
     updates = []
-    for limit in (None, 32):
+    for limit in ("all", 32):
         torch.manual_seed(0)
         layer = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular").double()
         gp = torch.optim.SGD(layer.parameters(), lr=1.0)

@@ -184,10 +184,11 @@ def test_what_the_environment_does_not_list_is_not_imported(tmp_path, monkeypatc
     monkeypatch.setenv("FLOWDOPR_CODE", allowed)
     del sys.modules["mine"]
     Path("imported.txt").unlink()
-    study = "compare={seeds: [0], arms: [{name: A, lrs: [1e-3]}]}"
+    study = ["compare={seeds: [0], arms: [{name: A, lrs: [1e-3]}]}", "name=study"]
+    study += [setting for setting in settings if "lr:" not in setting]
     for command, place in (
         (["train", str(path), *settings, "--resume"], "data.factory: mine:data"),
-        (["compare", str(path), *settings, study, "name=study"], "data.factory: mine:data"),
+        (["compare", str(path), *study], "data.factory: mine:data"),
         (["sample", str(run), "--out", str(tmp_path / "drawn")], f"{run}: model.factory: mine:Net"),
         (["sample", str(exported), "--out", "drawn"], f"{exported}: model.factory: mine:Net"),
         (["evaluate", str(run)], f"{run}: model.factory: mine:Net"),
