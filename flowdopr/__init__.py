@@ -23,11 +23,7 @@ def __getattr__(name: str) -> Any:
     ready at once."""
     from importlib import import_module
 
-    if name in (
-        "train",
-        "evaluate",
-        "compare",
-    ):  # packages that are called, see callable_package.py
+    if name in ("train", "evaluate", "compare"):  # packages that callable_package.py lets be called
         return import_module(f"flowdopr.{name}")
     if name in __all__:
         return getattr(import_module("flowdopr.api"), name)

@@ -280,7 +280,7 @@ def main() -> None:
     add("--every", type=int, default=50, help="steps between checkpoints")
     add("--batches", type=int, default=32, help="batches of 64 images in each half")
     add("--out", type=Path, default=Path("ap-mechanism"), help="output folder")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     out = options.out
     overrides = [*options.overrides, f"output={json.dumps(str(out))}"]
     config = load_config(

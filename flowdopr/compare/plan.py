@@ -52,13 +52,13 @@ class RunPlan:
     @property
     def trial(self) -> str:
         """What was tried, short enough for a folder: `lr0.001`, `lr0.001-damping0.1`."""
-        words = {key: key.rpartition(".")[2] for key in self.searched}
-        alike = [word for word in words.values() if [*words.values()].count(word) > 1]
-        values = [
-            f"{key if words[key] in alike else words[key]}{_in_a_name(value)}"
-            for key, value in self.searched.items()
+        words = [key.rpartition(".")[2] for key in self.searched]
+        names = [
+            key if words.count(word) > 1 else word
+            for key, word in zip(self.searched, words, strict=True)
         ]
-        text = "-".join([f"lr{self.lr:g}", *values])
+        values = map(_in_a_name, self.searched.values())
+        text = "".join([f"lr{self.lr:g}", *map("-{}{}".format, names, values)])
         return re.sub(r"[^A-Za-z0-9._-]+", "", text)
 
     @property
@@ -283,14 +283,10 @@ def check_overrides(overrides: Iterable[str]) -> None:
 
 def _arm_config(config: Config, arm: ArmConfig) -> Config:
     """The study's config with the arm's overrides, its section `compare` included."""
-    grid = {
-        key: None
-        for name, values in arm.grid.items()
-        for one in values
-        for key in flat({name: one})
-    }
-    for name, keys in (("set", flat(arm.set)), ("grid", grid)):
-        for key in keys:
+    values = [("set", key, value) for key, value in arm.set.items()]
+    values += [("grid", key, value) for key, several in arm.grid.items() for value in several]
+    for name, whole, value in values:
+        for key in (whole, *flat({whole: value})):  # the value may be a section
             where = f"compare.arms '{arm.name}': {name} {key}"
             if key in SET_BY_STUDY:
                 raise ConfigError(f"{where}: comes from {SET_BY_STUDY[key]}; remove it")

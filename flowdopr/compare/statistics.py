@@ -157,12 +157,12 @@ def _summarise_arm(runs: list[RunResult]) -> ArmSummary:
     best = _lowest(eligible, "fd")
     of_best = best or trials[0]
     own = _by_trial([run for run in runs if not run.plan.tuning])
-    none = replace(of_best, runs=(), failed=0)
+    unfinished = replace(of_best, runs=(), failed=0)
     return ArmSummary(
         plan=runs[0].plan,
         trials=trials,
         chosen=best,
-        reported=next((one for one in own if one.trial == of_best.trial), none),
+        reported=next((one for one in own if one.trial == of_best.trial), unfinished),
         tuned_by_loss=_lowest(eligible, "one_step_loss"),
     )
 

@@ -17,7 +17,7 @@ from flowdopr.optim.roles import parameter_groups
 # torch.load reads these with weights_only=True, and tensors, in dicts, lists, tuples and sets.
 PLAIN = (torch.dtype, bool, int, float, str, bytes, type(None))
 INCOMPLETE = re.compile(r"heavyball\.(LATHER|PSGD\w*|QSGD)")  # whose state is, in version 3.2.1
-# What torch says when the device or the machine has too little memory.
+# What torch says of too little memory; `flowdopr.exits` knows it too, but `optim` stands alone.
 NO_MEMORY = re.compile(
     "(can't|Cannot) allocate memory|not enough memory|out of memory|ALLOC_FAILED"
 )
@@ -40,8 +40,7 @@ class OutsideStep(Float32Step):
             super()._update_all()
         except Exception as error:
             if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
-                # Which the options do not decide.
-                raise
+                raise  # the options do not decide this
             raise _refusal(self.class_path, "a step of it fails", error) from error
         for p, data in before:
             if p.data_ptr() != data.data_ptr():

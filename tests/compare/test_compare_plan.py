@@ -183,6 +183,7 @@ def test_an_override_takes_mappings_and_lists(study):
         ("optimizer.lr: 1e-3", ["'a'", "optimizer.lr", "lrs"]),
         ("seed: 3", ["'a'", "seed", "compare.seeds"]),
         ("data.image_size: 4", ["'a'", "data.image_size", "must keep the study's"]),
+        ("evaluate: {}", ["'a'", "set evaluate", "must keep the study's"]),
         ("evaluate.fid_num_images: 50", ["'a'", "evaluate"]),
         ("compare.workers: 2", ["'a'", "compare.workers"]),
     ],

@@ -39,6 +39,7 @@ from flowdopr.optim.dopr.layers import (
     find_layers,
     is_count,
     is_number,
+    is_row_limit,
     row_limit,
 )
 from flowdopr.optim.dopr.reports import Diagnostics, Reporter
@@ -131,8 +132,7 @@ class DoPr(Float32Optimizer):
         check("pc_gradient", pc_gradient, pc_gradient in PC_GRADIENTS, "raw or effective")
         in_step = pc_gradient == "raw" or form == "inverse"
         check("pc_gradient", pc_gradient, in_step, "raw with form 'sandwich', which acts on W")
-        whole = max_rows == "all" or is_count(max_rows)
-        check("max_rows", max_rows, whole, "1 or more, or 'all'")
+        check("max_rows", max_rows, is_row_limit(max_rows), "1 or more, or 'all'")
         check("rules", rules, isinstance(rules, list | tuple), "a list of layer rules")
         for name, value in (("refresh_every", refresh_every), ("max_side", max_side)):
             check(name, value, is_count(value), "a whole number of 1 or more")

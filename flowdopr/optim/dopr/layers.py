@@ -77,7 +77,7 @@ class LayerRule:
             if self.mode in ("none", "full", "diagonal"):
                 self._refuse(f"max_side has no effect with mode {self.mode!r}; leave it out")
         if self.max_rows is not None:
-            if self.max_rows != "all" and not is_count(self.max_rows):
+            if not is_row_limit(self.max_rows):
                 self._refuse(f"max_rows is {self.max_rows}, it must be 1 or more, or 'all'")
             if self.mode == "none":
                 self._refuse("max_rows has no effect with mode 'none'; leave it out")
@@ -106,6 +106,11 @@ def is_count(value: object) -> bool:
 def is_number(value: object) -> bool:
     """Whether `value` is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_row_limit(value: object) -> bool:
+    """Whether `value` is a possible `max_rows`."""
+    return value == "all" or is_count(value)
 
 
 def row_limit(max_rows: int | str) -> int | None:
